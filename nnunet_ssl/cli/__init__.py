@@ -1,0 +1,1 @@
+"""The nnunet-ssl command, one file per subcommand."""

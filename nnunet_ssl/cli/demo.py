@@ -1,0 +1,431 @@
+"""``nnunet-ssl demo``: nnU-Net's own commands, with and without unlabeled images, on a dataset made for it.
+
+Everything lies in a folder of its own; none of the user's nnU-Net folders is read or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.evaluation.metrics import CaseResult
+
+HELP = "train and compare nnUNetTrainer and a semi-supervised trainer on phantoms, in a few minutes"
+
+CONFIGURATION = "demo"
+FOLD = 0
+STAGES = 3
+CHANNELS = (8, 16, 32)
+# Voxels per axis of a patch at most, and patches per batch.
+PATCH = {3: (32, 2), 2: (64, 8)}
+EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 12, 40, 2
+
+_SETTINGS = "demo.json"
+_OWN_FOLDERS = ("logs", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "trainers", "predictions")
+_TRAINER = '''\
+"""{base}, shortened for nnunet-ssl demo."""
+
+import torch
+from {module} import {base}
+
+
+class {name}({base}):
+    """{base} with {epochs} epochs of {iterations} iterations."""
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = {epochs}
+        self.num_iterations_per_epoch = {iterations}
+        self.num_val_iterations_per_epoch = {validation_iterations}
+'''
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``nnunet-ssl demo``."""
+    parser.add_argument(
+        "-o", type=Path, default=Path("nnunet_ssl_demo"), metavar="FOLDER", help="folder (default: nnunet_ssl_demo)"
+    )
+    parser.add_argument(
+        "-tr", "--trainer", default="CrossMatchTrainer", metavar="NAME", help="trainer (default: CrossMatchTrainer)"
+    )
+    parser.add_argument("--raw", type=Path, metavar="FOLDER", help="a raw nnU-Net dataset to use instead of phantoms")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the phantoms (default: 0)")
+    parser.add_argument("-np", type=int, default=None, metavar="N", help="worker processes (default: cores, at most 8)")
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh rather than continue in the folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the steps that are not done yet, then print the table and the paths of the pictures."""
+    import torch
+
+    start = time.monotonic()
+    folder = args.o.resolve()
+    raw = args.raw.resolve() if args.raw is not None else None
+    if raw is not None and not (raw / "dataset.json").is_file():
+        raise UserError(f"{raw} is no raw nnU-Net dataset: it has no dataset.json.")
+    _prepare_folder(folder, {"trainer": args.trainer, "raw": str(raw), "seed": args.seed}, overwrite=args.overwrite)
+    processes = args.np if args.np is not None else min(os.cpu_count() or 1, 8)
+    if processes < 1:
+        raise UserError(f"-np is {processes}; give 1 or more.")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    trainers = {"nnUNetTrainer": "nnUNetTrainer_demo", args.trainer: f"{args.trainer}_demo"}
+    environment = _environment(folder, processes)
+    _write_trainers(folder / "trainers", trainers)
+
+    name = raw.name if raw is not None else "Dataset001_Phantom"
+    dataset = _Dataset(
+        folder / "nnUNet_raw" / name, folder / "nnUNet_preprocessed" / name, folder / "nnUNet_results" / name
+    )
+    tested = raw is None or ((raw / "imagesTs").is_dir() and (raw / "labelsTs").is_dir())
+    steps = _Steps(folder / "logs", environment, total=5 + len(trainers) * (2 if tested else 1))
+    number, workers = name[7:10], str(processes)
+    if raw is None:
+        steps.function("phantoms", "make phantoms", lambda: _make_phantoms(dataset.raw, args.seed))
+    else:
+        steps.function("data", f"link {raw}", lambda: _link_dataset(raw, dataset.raw))
+    steps.command(
+        "plan",
+        ["nnUNetv2_plan_and_preprocess", "-d", number, "-npfp", workers, "--verify_dataset_integrity", "--no_pp"],
+    )
+    steps.function(
+        "configuration", f"add the configuration '{CONFIGURATION}' to the plans", lambda: _configure(dataset)
+    )
+    parent = dataset.plans()["configurations"][CONFIGURATION]["inherits_from"]
+    steps.command("preprocess", ["nnUNetv2_preprocess", "-d", number, "-c", parent, "-np", workers])
+    for trainer in trainers.values():
+        steps.command(
+            f"train_{trainer}",
+            ["nnUNetv2_train", number, CONFIGURATION, str(FOLD), "-tr", trainer, "-device", device],
+        )
+        if tested:
+            steps.command(
+                f"predict_{trainer}",
+                [
+                    *("nnUNetv2_predict", "-i", str(dataset.raw / "imagesTs")),
+                    *("-o", str(folder / "predictions" / trainer), "-d", number, "-c", CONFIGURATION),
+                    *("-f", str(FOLD), "-tr", trainer, "-device", device, "-npp", "1", "-nps", "1"),
+                ],
+            )
+    steps.announce("evaluate")
+    table, overlay = _evaluate(folder, dataset, trainers, tested=tested)
+    steps.done()
+
+    print(f"\n{table}\n")
+    print(f"overlay  {overlay}")
+    for trainer in trainers.values():
+        for picture in ("progress.png", "progress_ssl.png"):
+            path = dataset.trained(trainer) / picture
+            if path.is_file():
+                print(f"curves   {path}")
+    print(f"table    {folder / 'summary.md'}")
+    print(f"\nDone in {_duration(time.monotonic() - start)}.")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """A dataset's folders in nnUNet_raw, nnUNet_preprocessed and nnUNet_results."""
+
+    raw: Path
+    preprocessed: Path
+    results: Path
+
+    def plans(self) -> dict[str, Any]:
+        return _read_json(self.preprocessed / "nnUNetPlans.json")
+
+    def trained(self, trainer: str) -> Path:
+        return self.results / f"{trainer}__nnUNetPlans__{CONFIGURATION}" / f"fold_{FOLD}"
+
+
+@dataclass
+class _Steps:
+    """Runs steps, each once: a file beside its log marks it as done."""
+
+    logs: Path
+    environment: Mapping[str, str]
+    total: int
+    count: int = 0
+    started: float = field(default=0.0)
+
+    def announce(self, what: str) -> None:
+        self.count += 1
+        self.started = time.monotonic()
+        print(f"[{self.count}/{self.total}] {what} ...", end=" ", flush=True)
+
+    def done(self) -> None:
+        print(_duration(time.monotonic() - self.started), flush=True)
+
+    def function(self, name: str, what: str, action: Callable[[], None]) -> None:
+        self._once(name, what, lambda _log: action())
+
+    def command(self, name: str, arguments: Sequence[str]) -> None:
+        program = _find_program(arguments[0])
+        self._once(name, shlex.join(arguments), lambda log: self._run([program, *arguments[1:]], log))
+
+    def _once(self, name: str, what: str, action: Callable[[Path], None]) -> None:
+        self.announce(what)
+        log = self.logs / f"{self.count}_{name}.log"
+        marker = log.with_suffix(".done")
+        if marker.is_file():
+            print("already done", flush=True)
+            return
+        try:
+            action(log)
+        except BaseException:
+            print("failed", flush=True)
+            raise
+        marker.touch()
+        self.done()
+
+    def _run(self, command: Sequence[str], log: Path) -> None:
+        with log.open("w", encoding="utf-8") as output:
+            finished = subprocess.run(
+                command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+        if finished.returncode != 0:
+            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+            raise UserError(
+                f"{Path(command[0]).stem} failed with exit code {finished.returncode}. The end of {log}:\n"
+                + "\n".join(f"  {line}" for line in tail)
+                + "\nThe same command continues with this step once the reason is mended."
+            )
+
+
+def _prepare_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make the folder, or check that a demo with these settings made it."""
+    file = folder / _SETTINGS
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not file.is_file())):
+        raise UserError(f"{folder} exists and holds something else than a demo. Choose another folder with -o.")
+    if file.is_file() and overwrite:
+        for name in _OWN_FOLDERS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+    elif file.is_file() and _read_json(file) != settings:
+        raise UserError(
+            f"{folder} holds a demo with other settings ({_read_json(file)}). Choose another folder with -o, or start "
+            "afresh with --overwrite."
+        )
+    for name in _OWN_FOLDERS:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _environment(folder: Path, processes: int) -> dict[str, str]:
+    """The environment of nnU-Net's commands: none of the user's nnU-Net settings, and this demo's folders."""
+    import nnunet_ssl
+    from nnunet_ssl.cli.trainers import trainers_folder
+
+    environment = {name: value for name, value in os.environ.items() if not name.lower().startswith("nnunet_")}
+    environment |= {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    environment |= {
+        "nnUNet_extTrainer": os.pathsep.join([str(folder / "trainers"), str(trainers_folder())]),
+        "nnUNet_def_n_proc": str(processes),
+        "nnUNet_n_proc_DA": str(max(1, processes // 2)),
+        # Compiling takes longer than this training.
+        "nnUNet_compile": "false",
+    }
+    # nnU-Net's commands know a plain checkout, which is not installed, only through PYTHONPATH.
+    home = Path(nnunet_ssl.__file__).resolve().parent.parent
+    if home not in {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}:
+        paths = [str(home), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+def _write_trainers(folder: Path, trainers: Mapping[str, str]) -> None:
+    """nnU-Net's way to shorten a training is a subclass: one module each for the demo's."""
+    for base, name in trainers.items():
+        text = _TRAINER.format(
+            base=base,
+            name=name,
+            module=_module_of(base),
+            epochs=EPOCHS,
+            iterations=ITERATIONS,
+            validation_iterations=VALIDATION_ITERATIONS,
+        )
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+
+
+def _module_of(trainer: str) -> str:
+    """The module of a trainer, to import it from."""
+    from nnunet_ssl.cli.trainers import trainers_folder
+
+    if trainer == "nnUNetTrainer":
+        return "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
+    file = trainers_folder() / f"{trainer}.py"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("[!_]*.py")))
+        raise UserError(f"There is no trainer {trainer} in {file.parent}; there is {known}.")
+    specification = importlib.util.spec_from_file_location(f"_nnunet_ssl_demo_{trainer}", file)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return str(getattr(module, trainer).__module__)
+
+
+def _make_phantoms(folder: Path, seed: int) -> None:
+    from nnunet_ssl.data.phantoms import write_phantom_dataset
+
+    write_phantom_dataset(folder, labeled=4, unlabeled=12, validation=4, test=4, seed=seed)
+
+
+def _link_dataset(source: Path, target: Path) -> None:
+    """Make the dataset's folder with links to what is in it; where links are not allowed, with copies."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        link = target / entry.name
+        if link.exists():
+            continue
+        try:
+            link.symlink_to(entry, target_is_directory=entry.is_dir())
+        except OSError:
+            if entry.is_dir():
+                shutil.copytree(entry, link)
+            else:
+                shutil.copyfile(entry, link)
+
+
+def _configure(dataset: _Dataset) -> None:
+    """Add a small configuration to the plans, and unlabeled cases to the fold of a dataset that has none."""
+    file = dataset.preprocessed / "nnUNetPlans.json"
+    plans = dataset.plans()
+    parent = "3d_fullres" if "3d_fullres" in plans["configurations"] else "2d"
+    plans["configurations"][CONFIGURATION] = demo_configuration(plans["configurations"][parent], parent)
+    file.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
+
+    splits = dataset.preprocessed / "splits_final.json"
+    images = dataset.raw / "imagesUn"
+    listed = splits.is_file() and _read_json(splits)[FOLD].get("unlabeled")
+    if not listed and not (images.is_dir() and any(images.iterdir())):
+        from nnunet_ssl.data.splits import split_dataset
+
+        report = split_dataset(dataset.preprocessed, dataset.raw, labeled="25%", fold=FOLD)
+        fold = report.folds[FOLD]
+        print(
+            f"(no imagesUn: {len(fold['train'])} training cases keep their labels, {len(fold['unlabeled'])} do not)",
+            end=" ",
+        )
+
+
+def demo_configuration(parent: Mapping[str, Any], parent_name: str) -> dict[str, Any]:
+    """A configuration for a few minutes on two CPU cores; it shares the preprocessed data of its parent."""
+    architecture = json.loads(json.dumps(parent["architecture"]))
+    options = architecture["arch_kwargs"]
+    stages = min(STAGES, options["n_stages"])
+    strides = options["strides"][:stages]
+    options.update(
+        n_stages=stages,
+        features_per_stage=list(CHANNELS[:stages]),
+        kernel_sizes=options["kernel_sizes"][:stages],
+        strides=strides,
+        n_conv_per_stage=[2] * stages,
+        n_conv_per_stage_decoder=[2] * (stages - 1),
+    )
+    longest, batch_size = PATCH[len(parent["patch_size"])]
+    patch = []
+    for axis, length in enumerate(parent["patch_size"]):
+        factor = 1
+        for stride in strides:
+            factor *= stride[axis]
+        patch.append(min(longest, length) // factor * factor)
+    return {
+        "inherits_from": parent_name,
+        "patch_size": patch,
+        "batch_size": batch_size,
+        "architecture": architecture,
+    }
+
+
+def _evaluate(folder: Path, dataset: _Dataset, trainers: Mapping[str, str], *, tested: bool) -> tuple[str, Path]:
+    """Evaluate and draw; return the table and the path of the overlay."""
+    import SimpleITK as sitk
+
+    from nnunet_ssl.evaluation.metrics import evaluate_folder
+    from nnunet_ssl.evaluation.pictures import save_overlay
+    from nnunet_ssl.evaluation.tables import summarize
+
+    description = _read_json(dataset.raw / "dataset.json")
+    ending = description["file_ending"]
+    labels = {name: value for name, value in description["labels"].items() if name not in ("background", "ignore")}
+    references = dataset.raw / "labelsTs" if tested else dataset.preprocessed / "gt_segmentations"
+    predictions = {
+        base: folder / "predictions" / name if tested else dataset.trained(name) / "validation"
+        for base, name in trainers.items()
+    }
+    results = {
+        base: evaluate_folder(
+            path,
+            references,
+            labels=labels,
+            file_ending=ending,
+            ignore_label=description["labels"].get("ignore"),
+        )
+        for base, path in predictions.items()
+    }
+
+    cases = f"{'test' if tested else 'validation'} cases, mean ± standard deviation"
+    caption = f"{EPOCHS * ITERATIONS} labeled iterations each; {cases}"
+    (folder / "summary.md").write_text(f"{summarize(results, markdown=True)}\n\n{caption}\n", encoding="utf-8")
+
+    hardest = _hardest_case(results)
+    image = sitk.ReadImage(str(dataset.raw / ("imagesTs" if tested else "imagesTr") / f"{hardest}_0000{ending}"))
+    array = sitk.GetArrayFromImage(image)
+    overlay = folder / "overlay.png"
+    save_overlay(
+        overlay,
+        array.mean(axis=-1) if image.GetNumberOfComponentsPerPixel() > 1 else array,
+        sitk.GetArrayFromImage(sitk.ReadImage(str(references / f"{hardest}{ending}"))),
+        {
+            base: sitk.GetArrayFromImage(sitk.ReadImage(str(path / f"{hardest}{ending}")))
+            for base, path in predictions.items()
+        },
+        labels=labels,
+        spacing=tuple(reversed(image.GetSpacing())),
+        title=hardest,
+    )
+    return f"{summarize(results)}\n{caption}", overlay
+
+
+def _hardest_case(results: Mapping[str, Sequence[CaseResult]]) -> str:
+    """The case with the lowest Dice over all structures and trainers."""
+    dice: dict[str, list[float]] = {}
+    for cases in results.values():
+        for case in cases:
+            values = [one.dice for one in case.metrics.values() if not math.isnan(one.dice)]
+            dice.setdefault(case.case, []).extend(values)
+    return min(dice, key=lambda name: statistics.fmean(dice[name] or [1.0]))
+
+
+def _find_program(name: str) -> str:
+    program = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if program is None:
+        raise UserError(
+            f"nnU-Net's command {name} is neither in {sysconfig.get_path('scripts')} nor on the PATH. Install nnU-Net "
+            "in this environment: pip install nnunetv2"
+        )
+    return program
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"

@@ -1,0 +1,493 @@
+"""``nnunet-ssl doctor``: what a semi-supervised training needs, checked before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import pkgutil
+import platform
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+HELP = "check the installation and, with -d and -c, a dataset; every line says ok or what to do"
+
+# The same lower bounds as in pyproject.toml, which an installed package no longer has in this form.
+REQUIRED = {
+    "nnunetv2": "2.8.1",
+    "torch": "2.2",
+    "numpy": "1.24",
+    "batchgenerators": "0.25.1",
+    "batchgeneratorsv2": "0.3.2",
+    "dynamic-network-architectures": "0.4.4",
+    "acvl-utils": "0.2.6",
+    "SimpleITK": "2.2.1",
+    "scipy": "1.10",
+    "matplotlib": "3.6",
+    "tqdm": "4.64",
+    "threadpoolctl": "3.1",
+}
+
+# What nnU-Net's planner takes for its own reference: elements of all feature maps of one patch that, at this batch
+# size, need 8 GB in training (UNet_reference_val_* of its ExperimentPlanner).
+_REFERENCE_ELEMENTS = {2: 85_000_000, 3: 560_000_000}
+_REFERENCE_BATCH = {2: 12, 3: 2}
+_REFERENCE_GB = 8.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; the text of a ``warn`` or ``FAIL`` says what to do."""
+
+    level: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<4}  {self.text}"
+
+
+def ok(text: str) -> Finding:
+    """A check that passed."""
+    return Finding("ok", text)
+
+
+def warn(text: str) -> Finding:
+    """Something that does not stop a training."""
+    return Finding("warn", text)
+
+
+def fail(text: str) -> Finding:
+    """Something that has to be mended before a training."""
+    return Finding("FAIL", text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``nnunet-ssl doctor``."""
+    parser.add_argument("-d", metavar="DATASET", help="also check this dataset: its number or name")
+    parser.add_argument("-c", metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
+    parser.add_argument("-f", metavar="FOLD", default="0", help="fold, a number or 'all' (default: %(default)s)")
+    parser.add_argument("-tr", metavar="TRAINER", default="CrossMatchTrainer", help="trainer (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one line per finding; exit code 1 if any of them failed."""
+    if args.c is not None and args.d is None:
+        raise UserError("-c needs -d: which dataset's configuration?")
+    if not re.fullmatch(r"all|\d+", args.f):
+        raise UserError(f"-f is {args.f!r}; it must be a number or 'all'.")
+    failed = 0
+    for finding in findings(args):
+        print(finding, flush=True)
+        failed += finding.level == "FAIL"
+    if failed:
+        print(f"\n{failed} {'thing has' if failed == 1 else 'things have'} to be mended.")
+    return 1 if failed else 0
+
+
+def findings(args: argparse.Namespace) -> Iterator[Finding]:
+    """All findings, in the order in which a user would mend them."""
+    yield from _safely(check_versions())
+    yield from _safely(check_paths())
+    yield from _safely(check_trainer(args.tr))
+    if args.d is not None:
+        yield from _safely(check_dataset(args.d, args.c, args.p, args.f, args.tr))
+    yield from _safely(check_device())
+
+
+def _safely(check: Iterable[Finding]) -> Iterator[Finding]:
+    """A check that breaks is a finding too: the others still run."""
+    try:
+        yield from check
+    except UserError as error:
+        yield fail(str(error))
+    except Exception as error:
+        yield fail(f"this check broke off ({_describe(error)}): if no other line explains it, please report it")
+
+
+def _describe(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def check_versions(required: dict[str, str] | None = None) -> Iterator[Finding]:
+    """Python and the packages this one depends on."""
+    good = [f"Python {platform.python_version()}"]
+    for name, minimum in (REQUIRED if required is None else required).items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield fail(f"{name} is not installed: pip install '{name}>={minimum}'")
+            continue
+        if _release(version) < _release(minimum):
+            yield fail(f"{name} {version} is too old: pip install '{name}>={minimum}'")
+        else:
+            good.append(f"{name} {version}")
+    yield ok(", ".join(good))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 8, 1) of '2.8.1.post2+cu128'; trailing zeros do not count."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in found.group().split(".")] if found else [0]
+    while len(numbers) > 1 and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def check_paths() -> Iterator[Finding]:
+    """nnU-Net's three folders: set, there, and writable where nnU-Net writes."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        value = os.environ.get(name)
+        if not value:
+            yield fail(f"{name} is not set: export {name}=/a/folder (nnU-Net's documentation/setting_up_paths.md)")
+        elif not Path(value).is_dir():
+            yield warn(f"{name}={value} does not exist: create it, or correct the path")
+        elif name != "nnUNet_raw" and not os.access(value, os.W_OK):
+            yield fail(f"{name}={value} is not writable for this user, and nnU-Net writes there")
+        else:
+            yield ok(f"{name}={value}")
+
+
+def check_trainer(name: str) -> Iterator[Finding]:
+    """The folders in nnUNet_extTrainer, and the trainer as nnU-Net itself looks it up."""
+    ours = trainers_folder()
+    to_do = 'export nnUNet_extTrainer="$(nnunet-ssl trainers)"'
+    value = os.environ.get("nnUNet_extTrainer", "")
+    folders = [Path(part) for part in value.split(os.pathsep) if part.strip()]
+    if not any(folder.resolve() == ours for folder in folders):
+        now = f"is {value}, which does not hold {ours}" if value else "is not set"
+        yield fail(f"nnUNet_extTrainer {now}: {to_do} (more folders are separated by '{os.pathsep}')")
+        return
+    for folder in folders:
+        if not folder.is_dir():
+            yield warn(f"nnUNet_extTrainer names {folder}, which does not exist")
+            continue
+        for module, reason in import_errors(folder):
+            yield warn(f"{folder}: {module} cannot be imported and hides the trainers after it ({reason})")
+    trainer = find_trainer(name)
+    yield ok(f"nnU-Net finds {name} (of {_home(trainer)})")
+
+
+def _home(trainer: type) -> str:
+    """The package in which the trainer's nearest class with a module that stays loaded is defined."""
+    return next(base.__module__ for base in trainer.__mro__ if "." in base.__module__)
+
+
+def find_trainer(name: str) -> type[Any]:
+    """The trainer's class, looked up by nnU-Net.
+
+    Raises:
+        UserError: nnU-Net does not find it.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except Exception as error:
+        raise UserError(f"nnU-Net does not find the trainer {name}: {_describe(error)}") from error
+
+
+def import_errors(folder: Path) -> Iterator[tuple[str, str]]:
+    """Modules of a folder that nnU-Net's look-up of trainers would stumble over, with the reason."""
+    from nnunetv2.utilities.find_class_by_name import (
+        temporarily_cleanup_imports_from_path,
+        temporarily_extend_syspath,
+    )
+
+    # nnU-Net imports them too, in this way, whenever it looks for a trainer outside its own tree.
+    with temporarily_extend_syspath(str(folder)), temporarily_cleanup_imports_from_path(str(folder)):
+        for module in _modules([str(folder)]):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    importlib.import_module(module)
+            except (Exception, SystemExit) as error:
+                if not (isinstance(error, ModuleNotFoundError) and error.name == module):  # nnU-Net skips these
+                    yield module, _describe(error)
+
+
+def _modules(folders: Sequence[str], prefix: str = "") -> Iterator[str]:
+    for module in pkgutil.iter_modules(folders, prefix):
+        yield module.name
+        if module.ispkg:
+            name = module.name.removeprefix(prefix)
+            yield from _modules([str(Path(folder) / name) for folder in folders], f"{module.name}.")
+
+
+def check_dataset(
+    dataset: str, configuration: str | None, plans_name: str, fold: str, trainer_name: str
+) -> Iterator[Finding]:
+    """What nnU-Net and this package need of one dataset; with a configuration, all of it."""
+    if not (os.environ.get("nnUNet_raw") and os.environ.get("nnUNet_preprocessed")):
+        raise UserError(f"dataset {dataset} cannot be looked up: set nnUNet_raw and nnUNet_preprocessed first")
+
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"dataset {dataset}: {error}") from error
+    raw, preprocessed = (Path(os.environ[variable]) / name for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
+    to_plan = f"nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration or 'CONFIGURATION'}"
+
+    description = _read_json(preprocessed / "dataset.json", otherwise=to_plan)
+    yield ok(f"{name}: {description.get('numTraining', '?')} labeled cases, {len(description['labels'])} labels")
+    plans = _read_json(preprocessed / f"{plans_name}.json", otherwise=to_plan)
+    known = ", ".join(plans["configurations"])
+    if configuration is None:
+        yield ok(f"{plans_name} has the configurations {known}; check one with -c")
+        return
+    if configuration not in plans["configurations"]:
+        yield fail(f"{plans_name} has no configuration {configuration}; it has {known}")
+        return
+
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans_manager = PlansManager(plans)
+    manager = plans_manager.get_configuration(configuration)
+    labeled = preprocessed / manager.data_identifier
+    yield from _safely(check_labeled(labeled, description, otherwise=to_plan))
+    yield from _safely(check_unlabeled(raw, preprocessed, manager.data_identifier, description, fold))
+    try:
+        trainer = find_trainer(trainer_name)
+    except UserError:
+        return  # check_trainer has reported it
+    yield from _safely(check_settings(trainer, manager.configuration))
+    yield from _safely(check_fold(preprocessed, manager.data_identifier, fold, trainer, manager.configuration))
+    yield from _safely(check_memory(trainer, plans_manager, configuration, description))
+
+
+def _read_json(file: Path, *, otherwise: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: {otherwise}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}): mend it, or run {otherwise}") from error
+
+
+def check_labeled(folder: Path, dataset_json: dict[str, Any], *, otherwise: str) -> Iterator[Finding]:
+    """The preprocessed labeled cases."""
+    there = sum(1 for _ in folder.glob("*.pkl"))
+    expected = dataset_json.get("numTraining", there)
+    if there == 0:
+        yield fail(f"{folder} holds no preprocessed case: {otherwise}")
+    elif there < expected:
+        yield warn(f"{folder} holds {there} of {expected} preprocessed cases: {otherwise}")
+    else:
+        yield ok(f"{there} labeled cases are preprocessed in {folder}")
+
+
+def check_unlabeled(
+    raw: Path, preprocessed: Path, data_identifier: str, dataset_json: dict[str, Any], fold: int | str
+) -> Iterator[Finding]:
+    """Where the unlabeled cases are, and how many of them a training can use."""
+    from nnunet_ssl.data import cases
+
+    images_folder = raw / cases.IMAGES_FOLDER
+    named, problems = cases.find_raw_cases(
+        images_folder, dataset_json["file_ending"], cases.files_per_case(raw, dataset_json)
+    )
+    for problem in problems[:10]:
+        yield warn(f"{images_folder}: {problem.identifier} is left out: {problem.reason}")
+    if len(problems) > 10:
+        yield warn(f"{images_folder}: {len(problems) - 10} more cases are left out for such reasons")
+
+    ready = cases.ready_cases(preprocessed, data_identifier)
+    records = cases.records_folder(preprocessed, data_identifier)
+    failed = {
+        case.identifier: record.get("reason", "")
+        for case in named
+        if case.identifier not in ready
+        and (record := cases.read_record(records / f"{case.identifier}.json")) is not None
+        and record.get("status") == "failed"
+    }
+    for identifier, reason in list(failed.items())[:10]:
+        yield warn(f"{images_folder}: {identifier} could not be preprocessed: {reason}")
+    missing = len(named) - len(failed) - sum(case.identifier in ready for case in named)
+    later = "" if not missing else f", {missing} will be when training starts (or now: nnunet-ssl preprocess)"
+    listed = cases.unlabeled_list_of_fold(preprocessed / "splits_final.json", fold)
+    if not named and not ready and not listed:
+        yield fail(cases.no_unlabeled_cases_message(raw, preprocessed, fold))
+        return
+    yield ok(
+        f"{len(named)} unlabeled cases in {images_folder}, {len(ready)} preprocessed{later}; "
+        f"{len(listed)} in the 'unlabeled' list of fold {fold}"
+    )
+
+
+def check_fold(
+    preprocessed: Path, data_identifier: str, fold: int | str, trainer: type[Any], configuration: dict[str, Any]
+) -> Iterator[Finding]:
+    """The fold's lists against the preprocessed cases and against each other, images included."""
+    from nnunet_ssl.data.cases import collect_unlabeled_cases, list_names, some_of
+    from nnunet_ssl.data.leak_guard import check_leaks
+    from nnunet_ssl.data.splits import read_splits
+
+    file = preprocessed / "splits_final.json"
+    if fold == "all":
+        yield ok("fold all trains on every labeled case; there is no validation case to protect")
+        return
+    if not file.is_file():
+        yield ok(f"{file} does not exist: nnU-Net will write its own five folds when training starts")
+        return
+    splits = read_splits(file)
+    if int(fold) >= len(splits):
+        yield warn(f"{file} has folds 0 to {len(splits) - 1}: for fold {fold} nnU-Net draws 80 % at random")
+        return
+    train, val = splits[int(fold)]["train"], splits[int(fold)]["val"]
+    labeled = preprocessed / data_identifier
+    there = {name.removesuffix(".pkl") for name in list_names(labeled)}
+    missing = sorted({*train, *val} - there)
+    if missing:
+        yield fail(f"fold {fold} names {some_of(missing)}, which {labeled} does not hold: correct {file}")
+        return
+    notes: list[str] = []
+    unlabeled = collect_unlabeled_cases(preprocessed, data_identifier, fold)
+    if hasattr(trainer, "settings_class"):
+        check_leaks(
+            unlabeled=unlabeled,
+            labeled_folder=labeled,
+            train=train,
+            val=val,
+            allow_transductive=trainer.settings_class.from_plans(configuration).allow_transductive,
+            log=notes.append,
+        )
+    yield from map(warn, notes)
+    yield ok(f"fold {fold}: {len(train)} labeled, {len(unlabeled)} unlabeled (ready now), {len(val)} validation cases")
+
+
+def check_settings(trainer: type[Any], configuration: dict[str, Any]) -> Iterator[Finding]:
+    """The configuration's ``semi_supervised`` entry against the trainer's settings."""
+    from nnunet_ssl.settings import PLANS_KEY
+
+    if not hasattr(trainer, "settings_class"):
+        yield warn(f"{trainer.__name__} is no semi-supervised trainer: it does not use unlabeled cases")
+        return
+    settings = trainer.settings_class.from_plans(configuration)
+    given = ", ".join(f"{name} = {value!r}" for name, value in configuration.get(PLANS_KEY, {}).items())
+    yield ok(f"settings of {trainer.__name__}: {given or 'defaults'}; memory_mode is {settings.memory_mode}")
+
+
+def check_memory(
+    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
+) -> Iterator[Finding]:
+    """An estimate of the GPU memory of a step, and the GPUs' free memory against it."""
+    from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+
+    if not issubclass(trainer, CrossMatchTrainer):
+        return
+    manager = plans.get_configuration(configuration)
+    settings = trainer.settings_class.from_plans(manager.configuration)
+    unlabeled = settings.unlabeled_batch_size or max(2, manager.batch_size)
+    estimate = estimate_memory(plans, configuration, dataset_json, unlabeled)
+    yield ok(
+        f"estimate of a step's GPU memory: nnUNetTrainer {estimate.supervised:.1f} GB, CrossMatch split "
+        f"{estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB (batches of {manager.batch_size} + {unlabeled})"
+    )
+    for name, free, _ in gpus():
+        yield judge_memory(name, free, settings.memory_mode, estimate)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """GPU memory of a training step in GB (10⁹ bytes), as a multiple of nnU-Net's own reference."""
+
+    supervised: float
+    stacked: float
+    split: float
+
+
+def crossmatch_memory(encoder: int, decoder: int, *, dim: int, labeled: int, unlabeled: int) -> MemoryEstimate:
+    """Estimate the memory of a CrossMatch step.
+
+    Stacked, the graphs of B + 3U encoder and B + 6U decoder samples are held at once (the teacher's pass has none);
+    split, one stream's encoder and decoder and the features with their gradients, at most about 1.6 times the
+    supervised step of the same batch size.
+
+    Args:
+        encoder: elements of the encoder's feature maps for one patch, as nnU-Net's planner counts them.
+        decoder: elements of the decoder's.
+        dim: 2 or 3.
+        labeled: the plan's batch size B.
+        unlabeled: unlabeled patches per step U.
+    """
+    per_element = _REFERENCE_GB / (_REFERENCE_ELEMENTS[dim] * _REFERENCE_BATCH[dim])
+    return MemoryEstimate(
+        supervised=per_element * labeled * (encoder + decoder),
+        stacked=per_element * (encoder * (labeled + 3 * unlabeled) + decoder * (labeled + 6 * unlabeled)),
+        split=1.6 * per_element * max(labeled, unlabeled) * (encoder + decoder),
+    )
+
+
+def estimate_memory(
+    plans: PlansManager, configuration: str, dataset_json: dict[str, Any], unlabeled: int
+) -> MemoryEstimate:
+    """Estimate the memory of a CrossMatch step of a configuration; its network is built without allocating weights."""
+    import torch
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    manager = plans.get_configuration(configuration)
+    with torch.device("meta"):
+        network = get_network_from_plans(
+            manager.network_arch_class_name,
+            manager.network_arch_init_kwargs,
+            manager.network_arch_init_kwargs_req_import,
+            determine_num_input_channels(plans, manager, dataset_json),
+            plans.get_label_manager(dataset_json).num_segmentation_heads,
+            allow_init=False,
+        )
+    encoder, decoder = (
+        part.compute_conv_feature_map_size(manager.patch_size) for part in (network.encoder, network.decoder)
+    )
+    return crossmatch_memory(
+        int(encoder), int(decoder), dim=len(manager.patch_size), labeled=manager.batch_size, unlabeled=unlabeled
+    )
+
+
+def gpus() -> list[tuple[str, float, float]]:
+    """Name, free and total memory in GB of every CUDA GPU."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append((f"GPU {index}, {torch.cuda.get_device_name(index)}", free / 1e9, total / 1e9))
+    return found
+
+
+def check_device() -> Iterator[Finding]:
+    """The GPUs."""
+    found = gpus()
+    for name, free, total in found:
+        yield ok(f"{name}: {free:.1f} of {total:.1f} GB free")
+    if not found:
+        yield warn("no CUDA GPU: train with nnUNetv2_train ... -device cpu, in memory mode split (what auto chooses)")
+
+
+def judge_memory(gpu: str, free: float, mode: str, estimate: MemoryEstimate) -> Finding:
+    """Whether the estimate fits into the ``free`` GB of a GPU, and what to do if not."""
+    if mode != "split" and estimate.stacked <= free:
+        return ok(f"{gpu}: stacked should fit into {free:.1f} GB")
+    if estimate.split > free:
+        return warn(
+            f"{gpu}: {free:.1f} GB may not suffice even for split: lower unlabeled_batch_size, or plan for less memory "
+            "(nnUNetv2_plan_experiment -gpu_memory_target)"
+        )
+    if mode == "stacked":
+        return warn(f'{gpu}: {free:.1f} GB may not suffice for stacked: set "memory_mode" to "auto" or "split"')
+    return ok(f"{gpu}: split should fit into {free:.1f} GB" + ("; auto goes there by itself" if mode == "auto" else ""))

@@ -1,0 +1,62 @@
+"""The ``nnunet-ssl`` command: one subcommand per module of this folder.
+
+A subcommand's module has ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int`` and imports nothing heavy before
+``run``, so that ``nnunet-ssl --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nnunet_ssl import __version__
+from nnunet_ssl.errors import UserError
+
+COMMANDS = ("trainers", "preprocess", "split", "doctor", "demo")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command. A subcommand that cannot be imported says so, and the others still work."""
+    parser = argparse.ArgumentParser(
+        prog="nnunet-ssl",
+        description="Semi-supervised training for nnU-Net v2. Training and prediction are nnU-Net's own commands: "
+        "nnUNetv2_train ... -tr CrossMatchTrainer.",
+    )
+    parser.add_argument("--version", action="version", version=f"nnunet-ssl {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        try:
+            module = importlib.import_module(f"nnunet_ssl.cli.{name}")
+        except ImportError as error:
+            # Without a prefix character its options are taken as they are, so that the reason is what the user sees.
+            broken = commands.add_parser(name, help="unavailable", add_help=False, prefix_chars=" ")
+            broken.add_argument("ignored", nargs="*")
+            broken.set_defaults(run=_unavailable, reason=str(error))
+            continue
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code: 2 for a mistake the user can mend, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"nnunet-ssl {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"nnunet-ssl {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _unavailable(args: argparse.Namespace) -> int:
+    raise UserError(f"this command could not be loaded ({args.reason}). Install nnunet-ssl again.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

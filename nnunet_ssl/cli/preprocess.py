@@ -1,0 +1,148 @@
+"""``nnunet-ssl preprocess``: preprocess the images of imagesUn as nnU-Net preprocessed the labeled ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+
+HELP = "preprocess the images in imagesUn (training does it by itself; this does it beforehand)"
+
+_EXPLANATION = """\
+The images in nnUNet_raw/DATASET/imagesUn are preprocessed with nnU-Net's own preprocessor and the plans that
+nnUNetv2_plan_and_preprocess made from the labeled cases. Cases that are up to date are skipped; cases whose images
+changed are done again; cases whose images are gone are removed. It can be interrupted at any time.
+
+Exit code: 0, or 1 if a case cannot be used (the table says why; the others are done), or 2 for a mistake in the call.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``nnunet-ssl preprocess``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXPLANATION
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset's number or name")
+    parser.add_argument(
+        "-c",
+        nargs="+",
+        metavar="CONFIGURATION",
+        help="configurations, such as 3d_fullres (default: those whose labeled cases are preprocessed)",
+    )
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
+    parser.add_argument(
+        "-np",
+        type=int,
+        metavar="N",
+        help="worker processes, each holds one case in memory (default: nnU-Net's, at most one per CPU core)",
+    )
+    parser.add_argument(
+        "--num-parts", type=int, default=1, metavar="N", help="share the cases among N runs, on any machines"
+    )
+    parser.add_argument("--part-id", type=int, default=0, metavar="I", help="which share this run does, from 0 to N-1")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Preprocess, print a table per configuration, and return 1 if a case cannot be used."""
+    raw = _folder("nnUNet_raw", "nnU-Net reads the images there.")
+    preprocessed = _folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
+
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        name = str(maybe_convert_to_dataset_name(args.d))
+    except (RuntimeError, ValueError):
+        name = ""
+    if not (preprocessed / name / "dataset.json").is_file() or not name:
+        planned = sorted(file.parent.name for file in preprocessed.glob("Dataset*/dataset.json"))
+        raise UserError(
+            f"{preprocessed} holds no dataset {args.d}; {_list('planned datasets there', planned)} "
+            f"Run nnUNetv2_plan_and_preprocess -d {args.d} first, or correct -d or nnUNet_preprocessed."
+        )
+    raw_dataset, preprocessed_dataset = raw / name, preprocessed / name
+    if not (raw_dataset / "imagesUn").is_dir():
+        raise UserError(
+            f"There is no folder {raw_dataset / 'imagesUn'}. Create it and put the unlabeled images there, named as in "
+            "imagesTr (CASE_0000 + file ending, one file per channel)."
+        )
+    plans = _read_plans(preprocessed_dataset, args.p, args.d)
+
+    from nnunetv2.configuration import default_num_processes
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_ssl.data.cases import no_unlabeled_cases_message
+    from nnunet_ssl.data.preprocessing import preprocess_unlabeled
+
+    plans_manager = PlansManager(plans)
+    dataset_json = json.loads((preprocessed_dataset / "dataset.json").read_bytes())
+    num_processes = min(default_num_processes, os.cpu_count() or 1) if args.np is None else args.np
+    failed = 0
+    for configuration in _configurations(args.c, plans_manager, preprocessed_dataset, args.p):
+        report = preprocess_unlabeled(
+            raw_dataset_folder=raw_dataset,
+            preprocessed_dataset_folder=preprocessed_dataset,
+            plans_manager=plans_manager,
+            configuration=configuration,
+            dataset_json=dataset_json,
+            num_processes=num_processes,
+            num_parts=args.num_parts,
+            part_id=args.part_id,
+        )
+        if args.num_parts == 1 and not (report.done or report.up_to_date or report.removed or report.failed):
+            raise UserError(no_unlabeled_cases_message(raw_dataset, preprocessed_dataset))
+        print(report.table(), flush=True)
+        failed += len(report.failed)
+    return 1 if failed else 0
+
+
+def _folder(variable: str, purpose: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        raise UserError(f"The environment variable {variable} is not set. {purpose}")
+    if not Path(value).is_dir():
+        raise UserError(f"{variable} is {value}, which is no folder. {purpose}")
+    return Path(value)
+
+
+def _read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dict[str, Any]:
+    file = preprocessed_dataset / f"{plans_name}.json"
+    if not file.is_file():
+        others = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
+        found = sorted(one.stem for one in preprocessed_dataset.glob("*.json") if one.name not in others)
+        raise UserError(
+            f"There are no plans {file}; {_list('plans there', found)} "
+            f"Choose with -p, or run nnUNetv2_plan_and_preprocess -d {dataset} first."
+        )
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is no valid JSON: {error}.") from None
+
+
+def _configurations(asked: list[str] | None, plans_manager: Any, preprocessed_dataset: Path, plans: str) -> list[str]:
+    """The configurations asked for, or one for each folder of preprocessed labeled cases."""
+    available = plans_manager.available_configurations
+    unknown = [name for name in asked or () if name not in available]
+    if unknown:
+        raise UserError(f"{plans} has no configuration {', '.join(unknown)}; {_list('it has', available)}")
+    if asked:
+        return asked
+    folders: dict[str, str] = {}
+    for name in available:
+        # A cascade's second stage has the same images as the configuration it refines.
+        identifier = plans_manager.get_configuration(name).data_identifier
+        if (preprocessed_dataset / identifier).is_dir():
+            folders.setdefault(identifier, name)
+    if not folders:
+        raise UserError(
+            f"No labeled cases are preprocessed in {preprocessed_dataset}, which would tell the configuration. "
+            f"Choose one with -c; {_list('the plans have', available)}"
+        )
+    return list(folders.values())
+
+
+def _list(what: str, names: list[str]) -> str:
+    return f"{what}: {', '.join(names) if names else 'none'}."

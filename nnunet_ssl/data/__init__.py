@@ -1,0 +1,1 @@
+"""Unlabeled cases: find, preprocess, check and load them."""

@@ -1,0 +1,301 @@
+"""Which unlabeled cases there are: images on disk, preprocessed cases, and a fold's `unlabeled` list.
+
+Nothing here opens an image: names, file listings and small JSON records answer every question.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+
+IMAGES_FOLDER = "imagesUn"
+LABELED_IMAGES_FOLDER = "imagesTr"
+
+# What nnU-Net writes for a preprocessed case.
+CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """Images of one case, one file per channel, in order."""
+
+    identifier: str
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class CaseProblem:
+    """A case that cannot be used, or one that looks odd, and why."""
+
+    identifier: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class UnlabeledCase:
+    """A preprocessed case whose label training does not see.
+
+    Attributes:
+        identifier: the case's name, without channel and file ending.
+        folder: the preprocessed folder that holds it.
+        source: where its image came from, ``imagesUn`` or ``imagesTr``.
+    """
+
+    identifier: str
+    folder: Path
+    source: str
+
+
+def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> tuple[list[RawCase], list[CaseProblem]]:
+    """Cases named as nnU-Net names them, ``CASE_0000`` + file ending, one file per channel.
+
+    Hidden files, folders and files of another ending are passed over. A missing folder has no cases.
+
+    Args:
+        images_folder: such as ``nnUNet_raw/DatasetXXX_Name/imagesUn``.
+        file_ending: the dataset's, such as ``.nii.gz``.
+        num_channels: files that a case must have.
+
+    Returns:
+        the complete cases and, for all others, what is wrong with them, both sorted by name.
+    """
+    channels, unnamed = _channel_files(images_folder, file_ending)
+    cases: list[RawCase] = []
+    problems = [
+        CaseProblem(
+            name.removesuffix(file_ending),
+            f"{name} has no channel number; name it {name.removesuffix(file_ending)}_0000{file_ending}",
+        )
+        for name in unnamed
+    ]
+    for identifier, names in channels.items():
+        missing = [f"{identifier}_{c:04d}{file_ending}" for c in range(num_channels) if c not in names]
+        extra = [name for channel, name in sorted(names.items()) if channel >= num_channels]
+        reasons = []
+        if missing:
+            reasons.append(f"missing {', '.join(missing)}")
+        if extra:
+            reasons.append(f"not expected: {', '.join(extra)} ({num_channels} per case in this dataset)")
+        if identifier.endswith("_seg"):
+            reasons.append("nnU-Net keeps the ending _seg for segmentations; rename the case")
+        if reasons:
+            problems.append(CaseProblem(identifier, "; ".join(reasons)))
+        else:
+            cases.append(RawCase(identifier, tuple(images_folder / names[c] for c in range(num_channels))))
+    cases.sort(key=lambda case: case.identifier)
+    problems.sort(key=lambda problem: (problem.identifier, problem.reason))
+    return cases, problems
+
+
+def files_per_case(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> int:
+    """How many image files a case of this dataset has: one per channel, unless the labeled cases show otherwise.
+
+    A color image or a 4D volume holds several channels in one file.
+    """
+    num_channels = len(channel_names(dataset_json))
+    if "dataset" in dataset_json:
+        counts = Counter(len(case["images"]) for case in dataset_json["dataset"].values())
+    else:
+        channels, _ = _channel_files(raw_dataset_folder / LABELED_IMAGES_FOLDER, dataset_json["file_ending"])
+        counts = Counter(len(names) for names in channels.values())
+    return counts.most_common(1)[0][0] if counts else num_channels
+
+
+def channel_names(dataset_json: dict[str, Any]) -> dict[str, str]:
+    """The dataset's channels; 'modality' is what older datasets call them."""
+    return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+
+
+def _channel_files(folder: Path, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
+    """{case: {channel: file name}}, and the names that have the ending but no channel number."""
+    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(file_ending), re.ASCII | re.DOTALL)
+    channels: dict[str, dict[int, str]] = {}
+    unnamed: list[str] = []
+    if not folder.is_dir():
+        return channels, unnamed
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # A dangling link is not passed over: that its image cannot be read must be seen.
+            if entry.name.startswith(".") or not entry.name.endswith(file_ending) or entry.is_dir():
+                continue
+            match = pattern.fullmatch(entry.name)
+            if match is None:
+                unnamed.append(entry.name)
+            else:
+                channels.setdefault(match["case"], {})[int(match["channel"])] = entry.name
+    return channels, unnamed
+
+
+def unlabeled_folder(preprocessed_dataset_folder: Path, data_identifier: str) -> Path:
+    """Where the preprocessed cases of imagesUn are: nnU-Net's own files and nothing else."""
+    return preprocessed_dataset_folder / f"{data_identifier}_unlabeled"
+
+
+def records_folder(preprocessed_dataset_folder: Path, data_identifier: str) -> Path:
+    """Where each of these cases has its record, ``CASE.json``: what it was made from, and what came of it."""
+    return preprocessed_dataset_folder / f"{data_identifier}_unlabeled_records"
+
+
+def list_names(folder: Path) -> set[str]:
+    """Names in a folder, none if it does not exist."""
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """One case's record; None if it does not exist or is no record."""
+    try:
+        record = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def ready_cases(preprocessed_dataset_folder: Path, data_identifier: str) -> dict[str, dict[str, Any]]:
+    """{case: record} of the cases of imagesUn that are preprocessed and complete, sorted by name."""
+    records = records_folder(preprocessed_dataset_folder, data_identifier)
+    present = list_names(unlabeled_folder(preprocessed_dataset_folder, data_identifier))
+    ready = {}
+    for identifier in sorted(name[: -len(".json")] for name in list_names(records) if name.endswith(".json")):
+        if has_files(identifier, present):
+            record = read_record(records / f"{identifier}.json")
+            if record is not None and record.get("status") == "ok":
+                ready[identifier] = record
+    return ready
+
+
+def has_files(identifier: str, names: set[str]) -> bool:
+    """Whether all files of a preprocessed case are among the names."""
+    return all(identifier + ending in names for ending in CASE_FILES)
+
+
+def unlabeled_list_of_fold(splits_file: Path, fold: int | str) -> list[str]:
+    """The third list of a fold of ``splits_final.json``: cases of imagesTr whose labels the fold must not see.
+
+    Returns:
+        the list; empty without file, list or fold, and for fold "all".
+
+    Raises:
+        UserError: the file or the list is malformed.
+    """
+    entry = _fold_entry(splits_file, fold)
+    listed = entry.get("unlabeled", [])
+    where = f"The 'unlabeled' list of fold {fold} in {splits_file}"
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise UserError(f"{where} must be a list of case names, found {_shorten(listed)}.")
+    duplicates = sorted(name for name, count in Counter(listed).items() if count > 1)
+    if duplicates:
+        raise UserError(f"{where} names {some_of(duplicates)} more than once.")
+    return listed
+
+
+def collect_unlabeled_cases(
+    preprocessed_dataset_folder: Path, data_identifier: str, fold: int | str
+) -> list[UnlabeledCase]:
+    """All unlabeled cases of a fold: those of imagesUn that are preprocessed, and the fold's `unlabeled` list.
+
+    Raises:
+        UserError: the list is malformed, names a case that is not preprocessed, or one that the fold trains on.
+    """
+    folder = unlabeled_folder(preprocessed_dataset_folder, data_identifier)
+    cases = [
+        UnlabeledCase(identifier, folder, IMAGES_FOLDER)
+        for identifier in ready_cases(preprocessed_dataset_folder, data_identifier)
+    ]
+    splits_file = preprocessed_dataset_folder / "splits_final.json"
+    listed = unlabeled_list_of_fold(splits_file, fold)
+    if not listed:
+        return cases
+
+    labeled = _fold_entry(splits_file, fold).get("train", [])
+    both = sorted(set(listed) & set(labeled))
+    if both:
+        raise UserError(
+            f"Fold {fold} in {splits_file} lists {some_of(both)} as 'train' and as 'unlabeled', so training would see "
+            "labels that it must not. Keep each case in one of the two lists."
+        )
+    labeled_folder = preprocessed_dataset_folder / data_identifier
+    names = list_names(labeled_folder)
+    missing = sorted(name for name in listed if f"{name}.b2nd" not in names and f"{name}.npz" not in names)
+    if missing:
+        raise UserError(
+            f"The 'unlabeled' list of fold {fold} in {splits_file} names {some_of(missing)}, but {labeled_folder} "
+            "holds no such case. Correct the list, or preprocess the dataset again (nnUNetv2_preprocess)."
+        )
+    return cases + [UnlabeledCase(name, labeled_folder, LABELED_IMAGES_FOLDER) for name in sorted(listed)]
+
+
+def no_unlabeled_cases_message(
+    raw_dataset_folder: Path, preprocessed_dataset_folder: Path, fold: int | str | None = None
+) -> str:
+    """What to tell a user who has no unlabeled case: where this package looked, and how to add some.
+
+    Args:
+        raw_dataset_folder: may not exist.
+        preprocessed_dataset_folder: of the same dataset.
+        fold: None where no fold is concerned.
+    """
+    images_folder = raw_dataset_folder / IMAGES_FOLDER
+    try:
+        ending = json.loads((preprocessed_dataset_folder / "dataset.json").read_bytes())["file_ending"]
+    except (OSError, ValueError, KeyError, TypeError):
+        ending = ".nii.gz"
+    names = [name for name in list_names(images_folder) if not name.startswith(".")]
+    if not images_folder.is_dir():
+        state = "does not exist"
+    elif not names:
+        state = "is empty"
+    elif not any(name.endswith(ending) for name in names):
+        state = f"holds {len(names)} files, of which none ends in {ending} as this dataset's images do"
+    else:
+        state = "holds no case that could be preprocessed (nnunet-ssl preprocess lists the reasons)"
+    message = f"There is no unlabeled case: {images_folder} {state}"
+    if fold is not None:
+        splits_file = preprocessed_dataset_folder / "splits_final.json"
+        message += f", and fold {fold} in {splits_file} has no 'unlabeled' list"
+    return (
+        f"{message}. Put images there, named as in {LABELED_IMAGES_FOLDER} (CASE_0000{ending}, one file per channel), "
+        "or leave only some of the training cases labeled with nnunet-ssl split."
+    )
+
+
+def some_of(names: Iterable[str], limit: int = 10) -> str:
+    """The names for a message, no more than `limit` of them."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _fold_entry(splits_file: Path, fold: int | str) -> dict[str, Any]:
+    if fold == "all" or not splits_file.is_file():
+        return {}
+    try:
+        splits = json.loads(splits_file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{splits_file} is no valid JSON: {error}.") from None
+    if not isinstance(splits, list):
+        raise UserError(f"{splits_file} must hold a list of folds, found {_shorten(splits)}.")
+    number = int(fold)
+    if not 0 <= number < len(splits):
+        return {}
+    if not isinstance(splits[number], dict):
+        raise UserError(
+            f"Fold {fold} in {splits_file} must be a table with the lists 'train' and 'val', "
+            f"found {_shorten(splits[number])}."
+        )
+    return splits[number]
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

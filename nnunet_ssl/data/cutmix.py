@@ -1,0 +1,83 @@
+"""CutMix boxes: drawn by the loader's workers, applied to images and pseudo-labels on the training device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """How boxes are drawn (CrossMatch, after Yun et al., CutMix, ICCV 2019).
+
+    Attributes:
+        probability: share of samples that get a box.
+        volume: least and largest share of the patch that a box covers; uniform in between.
+        aspect_ratio: smallest ratio between two sides, each side relative to the patch's; at most its inverse.
+    """
+
+    probability: float = 0.5
+    volume: tuple[float, float] = (0.02, 0.4)
+    aspect_ratio: float = 0.3
+
+    def draw(self, batch_size: int, patch_size: Sequence[int]) -> np.ndarray:
+        """One box per sample, drawn with NumPy's global state, which batchgenerators seeds in every worker.
+
+        Returns:
+            (B, dim, 2), int64: first voxel and the voxel after the last, per axis in the order of ``patch_size``.
+            A sample without a box has an empty one.
+        """
+        boxes = np.zeros((batch_size, len(patch_size), 2), dtype=np.int64)
+        for box in boxes:
+            if np.random.uniform() < self.probability:
+                sides = self._relative_sides(len(patch_size))
+                size = np.clip(np.round(sides * np.asarray(patch_size)), 1, patch_size).astype(np.int64)
+                box[:, 0] = [np.random.randint(0, full - side + 1) for full, side in zip(patch_size, size, strict=True)]
+                box[:, 1] = box[:, 0] + size
+        return boxes
+
+    def _relative_sides(self, dim: int) -> np.ndarray:
+        # Sides are relative to the patch, so that a thin anisotropic patch has room for every volume. Ratios are
+        # log-uniform, so that no axis is preferred; those that do not fit the patch are drawn again, at the same
+        # volume, so that the volume stays uniform.
+        volume = np.random.uniform(*self.volume)
+        limit = -np.log(self.aspect_ratio)
+        while True:
+            log_sides = np.append(np.random.uniform(-limit, limit, dim - 1), 0.0)
+            log_sides += (np.log(volume) - log_sides.sum()) / dim
+            if log_sides.max() <= 0 and np.ptp(log_sides) <= limit:
+                return np.exp(log_sides)
+
+
+def box_mask(boxes: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Boxes as a mask.
+
+    Args:
+        boxes: (B, dim, 2), integer, as :meth:`CutMix.draw` returns them.
+        patch_size: the dim sizes of the patch.
+
+    Returns:
+        (B, 1, *patch_size), bool, True inside a sample's box.
+    """
+    dim = len(patch_size)
+    mask = torch.ones((), dtype=torch.bool, device=boxes.device)
+    for axis, size in enumerate(patch_size):
+        position = torch.arange(size, device=boxes.device)
+        inside = (position >= boxes[:, axis, :1]) & (position < boxes[:, axis, 1:])
+        mask = mask & inside.view(len(boxes), 1, *[size if a == axis else 1 for a in range(dim)])
+    return mask
+
+
+def paste(tensor: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
+    """Each sample with its partner's voxels inside the box: s (1 - m) + s[π] m.
+
+    Args:
+        tensor: (B, C, *spatial), of any type: images, pseudo-labels or confidences.
+        mask: (B, 1, *spatial), bool.
+        partner: (B,), the index of each sample's partner.
+    """
+    return torch.where(mask, tensor[partner], tensor)

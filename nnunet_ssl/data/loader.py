@@ -1,0 +1,112 @@
+"""Batches of unlabeled patches, made by worker processes as nnU-Net's labeled batches are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from threadpoolctl import threadpool_limits
+
+from nnunet_ssl.data.cases import UnlabeledCase
+from nnunet_ssl.data.cutmix import CutMix
+from nnunet_ssl.data.views import UnlabeledViews
+
+
+class UnlabeledDataset:
+    """Preprocessed unlabeled cases, read block by block from disk with nnU-Net's own dataset classes.
+
+    Attributes:
+        identifiers: one key per case, ``source/case``: a case of imagesUn may bear the name of one of imagesTr.
+    """
+
+    def __init__(self, cases: Sequence[UnlabeledCase]) -> None:
+        self._cases = {f"{case.source}/{case.identifier}": case for case in cases}
+        self.identifiers = sorted(self._cases)
+        self._folders = {
+            folder: infer_dataset_class(str(folder))(str(folder), [c.identifier for c in cases if c.folder == folder])
+            for folder in sorted({case.folder for case in cases})
+        }
+
+    def load_case(self, key: str) -> tuple[Any, Any]:
+        """Image (C, X, Y, Z) and segmentation (1, X, Y, Z) of a case, as arrays that read from disk when sliced."""
+        case = self._cases[key]
+        image, segmentation, _, _ = self._folders[case.folder].load_case(case.identifier)
+        return image, segmentation
+
+
+class UnlabeledDataLoader(nnUNetDataLoader):
+    """Yields unlabeled batches without end.
+
+    A batch is a dict:
+
+    - ``weak``: (U, C, *patch size), float32;
+    - ``strong``: a list of tensors like ``weak``, one per strong view, of the same spatial samples;
+    - ``boxes``: one CutMix box per strong view and sample, a list of (U, dim, 2) int64 (see :class:`CutMix`);
+    - ``partner``: (U,) int64, for each sample another one of the batch to mix with;
+    - ``keys``: the U cases.
+
+    Args:
+        labeled: nnU-Net's loader of labeled training batches, whose patch sizes and transforms this one shares.
+        dataset: the unlabeled cases.
+        batch_size: U, at least 2.
+        views: makes the views of a patch.
+        cutmix: how boxes are drawn.
+    """
+
+    def __init__(
+        self,
+        labeled: nnUNetDataLoader,
+        dataset: UnlabeledDataset,
+        batch_size: int,
+        *,
+        views: UnlabeledViews,
+        cutmix: CutMix,
+    ) -> None:
+        # Not nnUNetDataLoader's: it wants a label manager, whose only use is to find labels.
+        super(nnUNetDataLoader, self).__init__(dataset, batch_size, 1, None, True, False, True, None)
+        self.indices = dataset.identifiers
+        self.patch_size_was_2d = labeled.patch_size_was_2d
+        self.patch_size = labeled.patch_size
+        self.final_patch_size = labeled.final_patch_size
+        self.need_to_pad = labeled.need_to_pad
+        self.has_ignore = False
+        self.views = views
+        self.cutmix = cutmix
+        self._seeded_in: int | None = os.getpid()
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """One batch; called by the worker processes."""
+        self._seed_this_process()
+        keys = list(self.get_indices())
+        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+            patches = [self.views(*self._crop(key)) for key in keys]
+        weak = torch.stack([weak for weak, _ in patches])
+        strong = [torch.stack(view) for view in zip(*(strong for _, strong in patches), strict=True)]
+        patch_size = weak.shape[2:]
+        boxes = [torch.from_numpy(self.cutmix.draw(len(keys), patch_size)) for _ in strong]
+        partner = (torch.arange(len(keys)) + np.random.randint(1, len(keys))) % len(keys)
+        return {"weak": weak, "strong": strong, "boxes": boxes, "partner": partner, "keys": keys}
+
+    def _crop(self, key: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        image, segmentation = self._data.load_case(key)
+        lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
+        box = [[low, high] for low, high in zip(lower, upper, strict=True)]
+        crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
+        crop = crop[:, 0] if self.patch_size_was_2d else crop
+        if not self.views.needs_segmentation:
+            return crop, None
+        outside = torch.from_numpy(crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)).to(torch.int16)
+        return crop, outside[:, 0] if self.patch_size_was_2d else outside
+
+    def _seed_this_process(self) -> None:
+        # Workers inherit torch's random state from the process that starts them, or all begin with torch's default
+        # seed. batchgenerators seeds only NumPy anew in each, so without this they would all draw the same.
+        if self._seeded_in != os.getpid():
+            torch.manual_seed(np.random.randint(2**31 - 1))
+            self._seeded_in = os.getpid()

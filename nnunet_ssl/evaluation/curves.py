@@ -1,0 +1,113 @@
+"""``progress_ssl.png``: the semi-supervised training's curves, beside nnU-Net's progress.png."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+PREFIX = "ssl/"
+_PANELS = ("loss", "weight", "coverage", "time", "other")
+_TITLES = {
+    "loss": "loss terms, unweighted",
+    "weight": "weights of the terms",
+    "coverage": "pseudo-label coverage: share of voxels above the threshold",
+    "time": "seconds per epoch",
+    "other": "other",
+}
+
+
+def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, title: str = "") -> None:
+    """Draw what was logged under keys that start with ``ssl/``; the file is replaced atomically.
+
+    One panel each for ``ssl/loss/<term>``, ``ssl/weight/<term>``, ``ssl/coverage`` with ``ssl/coverage_per_class``
+    (a list per epoch), and ``ssl/<something>_time`` in seconds. Values that are not finite leave a gap. Nothing is
+    written while nothing has been logged.
+
+    Args:
+        path: the picture, a PNG file.
+        logging: one value per epoch by key, as nnU-Net's LocalLogger holds them.
+        title: shown above the first panel.
+    """
+    panels: dict[str, dict[str, np.ndarray]] = {name: {} for name in _PANELS}
+    for key, values in logging.items():
+        if key.startswith(PREFIX) and len(values) > 0:
+            panel, name = _place(key[len(PREFIX) :])
+            panels[panel].update(_series(name, values))
+    drawn = [name for name in _PANELS if panels[name]]
+    if not drawn:
+        return
+
+    # nnU-Net's progress plot leaves seaborn's fonts behind, more than twice as large: start from the defaults.
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(9, 0.6 + 2.7 * len(drawn)), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+        # A term has one color in all panels.
+        colors = {name: f"C{index % 10}" for index, name in enumerate({**panels["loss"], **panels["weight"]})}
+        epochs = max(len(series) for panel in panels.values() for series in panel.values())
+        for axis, panel in zip(axes, drawn, strict=True):
+            for name, series in panels[panel].items():
+                overall = panel == "coverage" and name == "overall"
+                axis.plot(
+                    series,
+                    label=name,
+                    color="black" if overall else colors.get(name),
+                    linewidth=2.2 if overall else 1.4,
+                    marker="o" if epochs <= 20 else None,
+                    markersize=3.5,
+                )
+            axis.set_title(_TITLES[panel], fontsize=10, loc="left")
+            axis.grid(alpha=0.3)
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+            if panel == "coverage":
+                axis.set_ylim(-0.03, 1.03)
+            elif panel == "weight":
+                axis.set_ylim(-0.03, max(1.03, axis.get_ylim()[1]))
+            elif panel == "time":
+                axis.set_ylim(bottom=0)
+        axes[-1].set_xlabel("epoch")
+        axes[-1].set_xlim(-0.5, max(epochs, 2) - 0.5)
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        if title:
+            figure.suptitle(title, fontsize=11)
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            figure.savefig(unfinished, format="png")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _place(key: str) -> tuple[str, str]:
+    """The panel of a key and the name of its line."""
+    group, _, term = key.partition("/")
+    if group in ("loss", "weight") and term:
+        return group, term
+    if key == "coverage":
+        return "coverage", "overall"
+    if group.startswith("coverage"):
+        return "coverage", "class" if key == "coverage_per_class" else key
+    if key.endswith("time"):
+        return "time", key.removesuffix("time").rstrip("_/").replace("_", " ") or key
+    return "other", key
+
+
+def _series(name: str, values: Sequence[Any]) -> dict[str, np.ndarray]:
+    """One line, or one per entry where the epochs hold lists; shorter lists are filled with nan."""
+    rows = [np.atleast_1d(np.asarray(np.nan if value is None else value, dtype=float)) for value in values]
+    table = np.full((len(rows), max(len(row) for row in rows)), np.nan)
+    for row, target in zip(rows, table, strict=True):
+        target[: len(row)] = row
+    table[~np.isfinite(table)] = np.nan
+    if any(isinstance(value, (list, tuple, np.ndarray)) for value in values):
+        return {f"{name} {column + 1}": table[:, column] for column in range(table.shape[1])}
+    return {name: table[:, 0]}

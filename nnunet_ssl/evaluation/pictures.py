@@ -1,0 +1,100 @@
+"""Pictures of segmentations, to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from nnunet_ssl.evaluation.metrics import Labels
+
+_COLORS = ("#ff5a4f", "#29b6f6", "#ffd23f", "#7bd148", "#c77dff", "#ff9f1c", "#2ec4b6", "#f78fb3")
+
+
+def save_overlay(
+    path: Path,
+    image: NDArray[np.number],
+    reference: NDArray[np.integer],
+    predictions: Mapping[str, NDArray[np.integer]],
+    *,
+    labels: Labels,
+    spacing: Sequence[float] | None = None,
+    title: str = "",
+) -> None:
+    """Draw the contours of the reference and of each prediction side by side, the reference dotted in the latter.
+
+    The slice, along the first axis, is the one in which the predictions and the reference disagree most.
+
+    Args:
+        path: the picture, a PNG file.
+        image: one channel, shape (z, y, x) or (y, x).
+        reference: label map of the same shape.
+        predictions: label maps of the same shape by name, such as the trainer's.
+        labels: label values by structure.
+        spacing: millimeters per axis, in the order of the array's axes.
+        title: shown on top; the slice's number is added.
+    """
+    spacing = tuple(spacing) if spacing is not None else (1.0,) * image.ndim
+    if image.ndim == 2:
+        image, reference = image[None], reference[None]
+        predictions = {name: prediction[None] for name, prediction in predictions.items()}
+    index = slice_of_interest(reference, list(predictions.values()))
+    low, high = np.percentile(image[index], [1, 99.5])
+    aspect = spacing[-2] / spacing[-1]
+
+    panels: dict[str, NDArray[np.integer] | None] = {"image": None, "reference": reference[index]}
+    panels.update({name: prediction[index] for name, prediction in predictions.items()})
+    with matplotlib.style.context("default"):
+        height = 3.6 * image.shape[1] * aspect / image.shape[2]
+        figure = Figure(figsize=(3.6 * len(panels), min(max(height, 1.5), 7.0) + 0.9), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        for axis, (name, segmentation) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            axis.imshow(image[index], cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
+            axis.set_title(name, fontsize=11)
+            axis.set_axis_off()
+            if segmentation is None:
+                continue
+            for color, value in zip(_cycle(len(labels)), labels.values(), strict=True):
+                if name != "reference":
+                    _contour(axis, np.isin(reference[index], value), colors="white", linestyles=":", linewidths=1.1)
+                _contour(axis, np.isin(segmentation, value), colors=color, linewidths=1.7)
+            axis.set_xlim(-0.5, image.shape[2] - 0.5)
+            axis.set_ylim(image.shape[1] - 0.5, -0.5)
+        lines = [Line2D([], [], color=color, linewidth=2) for color in _cycle(len(labels))]
+        reference_line = Line2D([], [], color="gray", linestyle=":", linewidth=1.5)
+        figure.legend(
+            [*lines, reference_line],
+            [*labels, "reference"],
+            loc="outside lower center",
+            ncols=len(labels) + 1,
+            fontsize=10,
+            frameon=False,
+        )
+        figure.suptitle(f"{title} (slice {index + 1} of {len(image)})".strip(), fontsize=11)
+        figure.savefig(path, format="png")
+
+
+def slice_of_interest(reference: NDArray[np.integer], predictions: Sequence[NDArray[np.integer]]) -> int:
+    """The slice with the largest disagreement; with none at all, the one with most foreground."""
+    disagreement = sum((prediction != reference).sum(axis=(1, 2)) for prediction in predictions)
+    if not np.any(disagreement):
+        disagreement = (reference > 0).sum(axis=(1, 2))
+    return int(np.argmax(disagreement))
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLORS[index % len(_COLORS)] for index in range(count)]
+
+
+def _contour(axis, mask: NDArray[np.bool_], **style) -> None:  # type: ignore[no-untyped-def]
+    if mask.any():
+        # A margin of background closes contours at the image's edge.
+        padded = np.pad(mask, 1).astype(float)
+        rows, columns = np.arange(-1, mask.shape[0] + 1), np.arange(-1, mask.shape[1] + 1)
+        axis.contour(columns, rows, padded, levels=[0.5], **style)

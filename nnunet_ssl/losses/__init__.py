@@ -1,0 +1,1 @@
+"""Terms that methods share: pseudo-labels, masked Dice, ramps."""

@@ -1,0 +1,31 @@
+"""Soft Dice between probabilities and a pseudo-label, over the voxels of a mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, epsilon: float = 1e-5) -> Tensor:
+    """Soft Dice loss over the masked voxels, averaged over channels.
+
+    D_k = 1 - (2 Σ m p_k y_k + ε) / (Σ m p_k² + Σ m y_k² + ε), sums over batch and space.
+
+    With everything masked out the loss is 0 and has no gradient: there is nothing to learn from.
+
+    Args:
+        probabilities: (B, K, *spatial), float.
+        target: (B, K, *spatial), bool.
+        mask: (B, 1, *spatial) or (B, K, *spatial), bool.
+
+    Returns:
+        A scalar in [0, 1], float32.
+    """
+    axes = [0, *range(2, probabilities.ndim)]
+    # Under autocast a half-precision sum over a batch of volumes overflows at 65504.
+    probabilities = probabilities.float()
+    masked_target = target & mask
+    size = (probabilities.square() * mask).sum(axes) + masked_target.sum(axes)
+    # The target is zero wherever the mask is, so the product needs no mask of its own.
+    overlap = (probabilities * masked_target).sum(axes)
+    return torch.mean(1 - (2 * overlap + epsilon) / (size + epsilon))

@@ -1,0 +1,1 @@
+"""One file per paper, read top to bottom: settings, equations, trainer."""

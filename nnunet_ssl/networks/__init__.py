@@ -1,0 +1,1 @@
+"""Networks that expose what the methods need, around the U-Nets that nnU-Net builds."""

@@ -1,0 +1,140 @@
+"""The outputs of a step's streams, and their gradients: all streams stacked, or one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ssl.networks.training_network import Masks, Output, Stream, TrainingNetwork, drop_channels
+
+
+class Outputs(Mapping[str, Output]):
+    """What the streams of one step put out, by name.
+
+    A method asks for outputs and makes a loss of them; the trainer hands each loss to :meth:`backward` as soon as the
+    method has it, and calls :meth:`finish` after the last one.
+    """
+
+    def __init__(self, streams: Mapping[str, Stream]) -> None:
+        self._streams = streams
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._streams)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def backward(self, loss: Tensor) -> None:
+        """Take in a loss of the outputs that were asked for since the last call."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Complete the gradients of all parameters."""
+        raise NotImplementedError
+
+
+class StackedOutputs(Outputs):
+    """All streams in one pass: the fastest on a GPU.
+
+    Args:
+        network: the training network, or a compiled or DDP-wrapped one.
+        images: by name, (N, C, *spatial).
+        streams: by name.
+        masks: of :func:`~nnunet_ssl.networks.training_network.draw_dropout_masks`.
+    """
+
+    def __init__(
+        self, network: nn.Module, images: Mapping[str, Tensor], streams: Mapping[str, Stream], masks: Masks
+    ) -> None:
+        super().__init__(streams)
+        self._outputs = network(images, streams, masks)
+        self._losses: list[Tensor] = []
+
+    def __getitem__(self, name: str) -> Output:
+        return self._outputs[name]
+
+    def backward(self, loss: Tensor) -> None:
+        """Keep the loss for the one backward pass."""
+        self._losses.append(loss)
+
+    def finish(self) -> None:
+        """One backward pass of the sum of the losses."""
+        torch.stack(self._losses).sum().backward()
+
+
+class SplitOutputs(Outputs):
+    """One stream at a time, when it is asked for: the least memory, and the fastest on a CPU.
+
+    Each image is encoded once. Its streams decode detached features, whose gradients gather until the last stream of
+    the image had its backward pass; then the encoder has its own, once. So no pass is done twice, and at any time
+    there are the graphs of one decoder pass and of one encoder pass.
+
+    Args:
+        network: the training network itself, since encoder and decoder are called apart.
+        images: by name, (N, C, *spatial).
+        streams: by name.
+        masks: of :func:`~nnunet_ssl.networks.training_network.draw_dropout_masks`.
+    """
+
+    def __init__(
+        self, network: TrainingNetwork, images: Mapping[str, Tensor], streams: Mapping[str, Stream], masks: Masks
+    ) -> None:
+        super().__init__(streams)
+        self._network = network
+        self._images = images
+        self._masks = masks
+        self._outputs: dict[str, Output] = {}
+        self._features: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._pending = {
+            image: {name for name, stream in streams.items() if stream.gradient and stream.image == image}
+            for image in images
+        }
+
+    def __getitem__(self, name: str) -> Output:
+        if name not in self._outputs:
+            self._outputs[name] = self._run(name)
+        return self._outputs[name]
+
+    def _run(self, name: str) -> Output:
+        stream = self._streams[name]
+        if stream.gradient and name not in self._pending[stream.image]:
+            raise RuntimeError(f"The output of stream {name} was asked for after its backward pass.")
+        if stream.image not in self._features:
+            with torch.set_grad_enabled(bool(self._pending[stream.image])):
+                skips = self._network.encoder(self._images[stream.image])
+            self._features[stream.image] = skips, [skip.detach().requires_grad_() for skip in skips]
+        _, detached = self._features[stream.image]
+        with torch.set_grad_enabled(stream.gradient):
+            features = drop_channels(detached, self._masks.get(name))
+            output = self._network.decode(features, deep_supervision=stream.deep_supervision)
+        if not stream.gradient:
+            # Autocast keeps the weights it casts. Older PyTorch keeps them without gradient, for the next stream too.
+            torch.clear_autocast_cache()
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward through the decoder of the streams asked for, and through each encoder that is then complete."""
+        loss.backward()
+        finished = {name for name in self._outputs if self._streams[name].gradient}
+        for name in finished:
+            del self._outputs[name]
+        for image, pending in self._pending.items():
+            if pending & finished:
+                pending -= finished
+                if not pending:
+                    self._encoder_backward(image)
+
+    def _encoder_backward(self, image: str) -> None:
+        skips, detached = self._features.pop(image)
+        used = [(skip, leaf.grad) for skip, leaf in zip(skips, detached, strict=True) if leaf.grad is not None]
+        if used:
+            tensors, gradients = zip(*used, strict=True)
+            torch.autograd.backward(tensors, gradients)
+
+    def finish(self) -> None:
+        """Backward through the encoders of images with a stream that no loss was taken of."""
+        for image in list(self._features):
+            self._encoder_backward(image)
+        self._outputs.clear()

@@ -1,0 +1,148 @@
+"""A method's settings: a frozen dataclass, read from the plans, validated, with the paper's values as defaults.
+
+nnU-Net's trainers take no arguments of their own, and its way to change a training is a configuration in the plans.
+So settings are read from the key ``semi_supervised`` of the configuration that is trained::
+
+    "configurations": {
+        "3d_fullres_no_ramp": {
+            "inherits_from": "3d_fullres",
+            "semi_supervised": {"ramp_length": 0.0}
+        }
+    }
+
+and ``nnUNetv2_train DatasetXXX 3d_fullres_no_ramp 0 -tr CrossMatchTrainer`` trains with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from nnunet_ssl.errors import UserError
+
+PLANS_KEY = "semi_supervised"
+
+Settings = TypeVar("Settings", bound="SemiSupervisedSettings")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    integer: bool = False,
+    optional: bool = False,
+) -> Any:
+    """A dataclass field with its allowed values. Bounds are inclusive; ``optional`` also allows ``None``."""
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "integer": integer,
+        "optional": optional,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class SemiSupervisedSettings:
+    """Settings that every method has. A method's own settings derive from this class.
+
+    Raises:
+        UserError: a value is out of its range; the text names the setting, the value and what is allowed.
+    """
+
+    unlabeled_batch_size: int | None = setting(
+        None,
+        "unlabeled patches per step; None: the plan's batch size, at least 2",
+        minimum=2,
+        integer=True,
+        optional=True,
+    )
+    ramp_length: float = setting(
+        0.3,
+        "fraction of the training over which the unsupervised weight rises; 0: full weight from the first step",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    memory_mode: str = setting(
+        "auto",
+        "stacked: all streams in one pass; split: one stream at a time, less memory; auto: split on a CPU, stacked "
+        "on a GPU with a fall-back to split when its memory does not suffice",
+        choices=("auto", "stacked", "split"),
+    )
+    allow_transductive: bool = setting(
+        False,
+        "allow validation cases among the unlabeled cases; their validation scores are then optimistic",
+        choices=(True, False),
+    )
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            _check(option, getattr(self, option.name))
+
+    @classmethod
+    def from_plans(cls: type[Settings], configuration: Mapping[str, Any]) -> Settings:
+        """Read the settings of one resolved configuration of the plans (``inherits_from`` already applied).
+
+        Raises:
+            UserError: the entry is no table, has a key this method does not know, or a value out of range.
+        """
+        given = configuration.get(PLANS_KEY, {})
+        if not isinstance(given, Mapping):
+            raise UserError(
+                f"The plans' '{PLANS_KEY}' must be a table of settings such as {{\"ramp_length\": 0.3}}, "
+                f"found {given!r}. Edit the configuration in the plans file in nnUNet_preprocessed."
+            )
+        known = {option.name for option in dataclasses.fields(cls)}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise UserError(
+                f"The plans' '{PLANS_KEY}' holds {', '.join(map(repr, unknown))}, which {cls.__name__} does not know. "
+                f"Known settings: {', '.join(sorted(known))}."
+            )
+        return cls(**given)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for logs and checkpoints."""
+        return dataclasses.asdict(self)
+
+
+def _check(option: dataclasses.Field[Any], value: Any) -> None:
+    allowed = option.metadata
+    if value is None and allowed["optional"]:
+        return
+    if allowed["choices"] is not None:
+        # `1 == True`: compare the types as well, so that 1 is not taken for an on switch.
+        if not any(type(value) is type(choice) and value == choice for choice in allowed["choices"]):
+            raise _out_of_range(option, value, "one of " + ", ".join(map(repr, allowed["choices"])))
+        return
+    kind = "a whole number" if allowed["integer"] else "a number"
+    numeric = isinstance(value, int) if allowed["integer"] else isinstance(value, (int, float))
+    low, high = allowed["minimum"], allowed["maximum"]
+    if low is not None and high is not None:
+        kind += f" from {low:g} to {high:g}"
+    elif low is not None:
+        kind += f" of at least {low:g}"
+    inside = (
+        numeric
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+    )
+    if not inside:
+        raise _out_of_range(option, value, kind + (", or null" if allowed["optional"] else ""))
+
+
+def _out_of_range(option: dataclasses.Field[Any], value: Any, allowed: str) -> UserError:
+    return UserError(
+        f"The setting '{option.name}' in the plans' '{PLANS_KEY}' is {value!r}; allowed is {allowed} "
+        f"({option.metadata['help']})."
+    )

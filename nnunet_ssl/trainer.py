@@ -1,0 +1,607 @@
+"""The base of all methods: nnU-Net's trainer with an unlabeled stream.
+
+nnU-Net keeps planning, preprocessing, augmentation, the epoch loop, validation and inference. This file adds what a
+step needs: a second loader, passes of many streams, named loss terms with a schedule, and their log.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._dynamo import OptimizedModule
+
+import nnunet_ssl
+from nnunet_ssl.data.cases import collect_unlabeled_cases, no_unlabeled_cases_message
+from nnunet_ssl.data.cutmix import CutMix
+from nnunet_ssl.data.leak_guard import check_leaks
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.preprocessing import preprocess_unlabeled
+from nnunet_ssl.data.views import UnlabeledViews
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.curves import save_training_curves
+from nnunet_ssl.networks.outputs import Outputs, SplitOutputs, StackedOutputs
+from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, draw_dropout_masks
+from nnunet_ssl.settings import SemiSupervisedSettings
+
+LOG_PREFIX = "ssl/"
+CHECKPOINT_KEY = "ssl"
+
+# With mixed precision a step may overflow; the gradient scaler then skips it and halves its scale. Its scale starts
+# at 2^16, so a network that is sound needs no more than this many steps in a row.
+_OVERFLOWS_IN_A_ROW = 20
+
+
+class LabeledBatch(NamedTuple):
+    """A batch of nnU-Net's own loader, on the training device.
+
+    Attributes:
+        image: (B, C, *patch size).
+        target: (B, 1, *patch size), or with deep supervision a list, full resolution first; regions as in nnU-Net.
+        keys: the B cases.
+    """
+
+    image: Tensor
+    target: Any
+    keys: list[str]
+
+
+class UnlabeledBatch(NamedTuple):
+    """A batch of :class:`~nnunet_ssl.data.loader.UnlabeledDataLoader`, on the training device.
+
+    Attributes:
+        weak: (U, C, *patch size).
+        strong: strong views of the same spatial samples, each like ``weak``.
+        boxes: per strong view (U, dim, 2), a CutMix box for each sample, empty where it has none.
+        partner: (U,), the index of the sample to fill the box from.
+        keys: the U cases.
+    """
+
+    weak: Tensor
+    strong: list[Tensor]
+    boxes: list[Tensor]
+    partner: Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which views of an unlabeled patch a method asks for.
+
+    Attributes:
+        strong: number of strong views beside the weak one.
+        cutmix: how their boxes are drawn.
+    """
+
+    strong: int
+    cutmix: CutMix
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with unlabeled data. A method derives from it and overrides the hooks below.
+
+    Hooks: ``settings_class``, :meth:`unlabeled_views`, :meth:`streams`, :meth:`images`, :meth:`loss_terms`,
+    :meth:`loss_weights`; and where needed :meth:`build_training_network` and :meth:`after_optimizer_step`.
+
+    The constructor's arguments are nnU-Net's own, which reads them back by name from a checkpoint. Settings come from
+    the plans (:mod:`nnunet_ssl.settings`).
+
+    Raises:
+        UserError: the plans hold a setting that is unknown or out of range.
+        NotImplementedError: the configuration is a cascade.
+    """
+
+    settings_class: ClassVar[type[SemiSupervisedSettings]] = SemiSupervisedSettings
+    training_epochs: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_cascaded:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support cascades yet: configuration {configuration} has a previous "
+                f"stage. Train 3d_fullres or 3d_lowres instead."
+            )
+        self.settings = self.settings_class.from_plans(self.configuration_manager.configuration)
+        if self.training_epochs is not None:
+            self.num_epochs = self.training_epochs
+        # nnU-Net's inference calls build_network_architecture on the class and gets the stock network; training calls
+        # it on the instance.
+        self.build_network_architecture = self._build_for_training
+        self.dataloader_unlabeled: NonDetMultiThreadedAugmenter | SingleThreadedAugmenter | None = None
+        self.memory_mode = self.settings.memory_mode
+        if self.memory_mode == "auto":
+            self.memory_mode = "split" if self.device.type == "cpu" else "stacked"
+        self._unlabeled_dataset: UnlabeledDataset | None = None
+        self._steps_in_epoch = 0
+        self._first_step = True
+        self._overflows = 0
+        self._recorded: dict[str, Tensor] = {}
+        self._seconds_waiting = 0.0
+
+    # ---- hooks of a method ------------------------------------------------------------------------------------------
+
+    def build_training_network(self, network: nn.Module) -> TrainingNetwork:
+        """Wrap nnU-Net's network with what training needs."""
+        return TrainingNetwork(network)
+
+    def unlabeled_views(self) -> Views:
+        """Which views the unlabeled loader yields."""
+        raise NotImplementedError
+
+    def streams(self) -> dict[str, Stream]:
+        """The passes of a step, by name, in the order in which :meth:`loss_terms` asks for them."""
+        raise NotImplementedError
+
+    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+        """The images that the streams name."""
+        raise NotImplementedError
+
+    def loss_terms(
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield named, unweighted parts of the loss; parts of one name add up to its term.
+
+        A part may use the outputs that were asked for since the last yield, and detached values of earlier ones: with
+        little memory, a stream's graph is gone once its part was yielded.
+        """
+        raise NotImplementedError
+
+    def loss_weights(self, progress: float) -> dict[str, float]:
+        """The weight of every term, where ``progress`` in [0, 1] is the share of the planned training that is done."""
+        raise NotImplementedError
+
+    def after_optimizer_step(self) -> None:
+        """Called after each step of the optimizer, say to move a teacher. Nothing by default."""
+
+    # ---- for methods to call ----------------------------------------------------------------------------------------
+
+    def supervised_loss(self, output: Any, target: Any) -> Tensor:
+        """nnU-Net's own loss for the dataset: Dice and cross-entropy, or Dice and BCE for regions, ignore label and
+        deep supervision included. **[choice]** The papers use Dice (and cross-entropy) on the full resolution alone.
+        """
+        return self.loss(output, target)
+
+    def record(self, name: str, count: Tensor, total: Tensor) -> None:
+        """Log the ratio of two counts, summed over the epoch, without a transfer from the device.
+
+        Args:
+            name: logged as ``ssl/<name>``, and the entries after the first as the list ``ssl/<name>_per_class``.
+            count: integers, scalar or (K + 1,).
+            total: like ``count``.
+        """
+        counts = torch.stack((count, total)).detach().to(torch.int64)
+        self._recorded[name] = self._recorded[name] + counts if name in self._recorded else counts
+
+    # ---- network ----------------------------------------------------------------------------------------------------
+
+    def _build_for_training(
+        self,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        stock_network = getattr(type(self), "build_network_architecture")  # noqa: B009 - shadowed on the instance
+        network = stock_network(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        return self.build_training_network(network)
+
+    @property
+    def training_network(self) -> TrainingNetwork:
+        """The network without the wrappers of DDP and ``torch.compile``."""
+        network = self.network.module if self.is_ddp else self.network
+        network = network._orig_mod if isinstance(network, OptimizedModule) else network
+        assert isinstance(network, TrainingNetwork)
+        return network
+
+    # ---- unlabeled data ---------------------------------------------------------------------------------------------
+
+    @property
+    def unlabeled_batch_size(self) -> int:
+        """U, the unlabeled patches of a step: the plan's batch size, at least 2 since CutMix needs a partner."""
+        return self.settings.unlabeled_batch_size or max(2, self.batch_size)
+
+    def on_train_start(self) -> None:
+        """Preprocess and check the unlabeled cases, then start as nnU-Net does."""
+        if not self.was_initialized:
+            self.initialize()
+        self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
+        self.print_to_log_file(f"Memory mode: {self.memory_mode}")
+        self._unlabeled_dataset = UnlabeledDataset(self._prepare_unlabeled_cases())
+        super().on_train_start()
+
+    def _prepare_unlabeled_cases(self) -> list:
+        preprocessed = Path(self.preprocessed_dataset_folder_base)
+        raw = Path(os.environ["nnUNet_raw"]) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
+        # A machine that only trains may have the preprocessed data alone.
+        if self.local_rank == 0 and raw is not None and (raw / "imagesUn").is_dir():
+            report = preprocess_unlabeled(
+                raw_dataset_folder=raw,
+                preprocessed_dataset_folder=preprocessed,
+                plans_manager=self.plans_manager,
+                configuration=self.configuration_name,
+                dataset_json=self.dataset_json,
+                num_processes=min(default_num_processes, os.cpu_count() or 1),
+                log=self.print_to_log_file,
+            )
+            if report.done or report.removed or report.failed or report.warnings:
+                self.print_to_log_file(report.table(), add_timestamp=False)
+        if self.is_ddp:
+            dist.barrier()
+        data_identifier = self.configuration_manager.data_identifier
+        cases = collect_unlabeled_cases(preprocessed, data_identifier, self.fold)
+        if not cases:
+            raise UserError(no_unlabeled_cases_message(raw or Path("nnUNet_raw"), preprocessed, self.fold))
+        train, val = self.do_split()
+        check_leaks(
+            unlabeled=cases,
+            labeled_folder=Path(self.preprocessed_dataset_folder),
+            train=train,
+            val=val,
+            allow_transductive=self.settings.allow_transductive,
+            log=self.print_to_log_file,
+        )
+        self.print_to_log_file(f"{len(cases)} unlabeled cases, {len(train)} labeled cases")
+        return cases
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's two loaders; the unlabeled loader is started beside them."""
+        train, val = super().get_dataloaders()
+        self.dataloader_train, self.dataloader_val = train, val
+        labeled = train.data_loader if isinstance(train, SingleThreadedAugmenter) else train.generator
+        assert isinstance(labeled, nnUNetDataLoader) and self._unlabeled_dataset is not None
+        views = self.unlabeled_views()
+        loader = UnlabeledDataLoader(
+            labeled,
+            self._unlabeled_dataset,
+            self.unlabeled_batch_size,
+            views=UnlabeledViews(labeled.transforms, strong=views.strong),
+            cutmix=views.cutmix,
+        )
+        workers = get_allowed_n_proc_DA()
+        if workers == 0:
+            self.dataloader_unlabeled = SingleThreadedAugmenter(loader, None)
+        else:
+            self.dataloader_unlabeled = NonDetMultiThreadedAugmenter(
+                loader,
+                None,
+                workers,
+                num_cached=max(6, workers // 2),
+                pin_memory=self.device.type == "cuda",
+                wait_time=0.002,
+            )
+        next(self.dataloader_unlabeled)
+        return train, val
+
+    def run_training(self) -> None:
+        """Train as nnU-Net does, and stop all worker processes whatever happens: it stops its own two at a good end."""
+        try:
+            super().run_training()
+        finally:
+            for loader in (self.dataloader_train, self.dataloader_val, self.dataloader_unlabeled):
+                if isinstance(loader, NonDetMultiThreadedAugmenter):
+                    loader._finish()
+
+    def _next_unlabeled(self) -> UnlabeledBatch:
+        assert self.dataloader_unlabeled is not None
+        start = perf_counter()
+        batch = next(self.dataloader_unlabeled)
+        self._seconds_waiting += perf_counter() - start
+        return UnlabeledBatch(
+            weak=self._to_device(batch["weak"]),
+            strong=[self._to_device(view) for view in batch["strong"]],
+            boxes=[self._to_device(boxes) for boxes in batch["boxes"]],
+            partner=self._to_device(batch["partner"]),
+            keys=list(batch["keys"]),
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Share of the planned training that is done, in [0, 1]."""
+        return (self.current_epoch + self._steps_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
+
+    def train_step(self, batch: dict) -> dict:
+        """One step on a labeled batch and an unlabeled one.
+
+        Returns:
+            ``loss``, the supervised term, which nnU-Net draws beside the validation loss, and all terms by name.
+
+        Raises:
+            RuntimeError: a term is not finite; the text names it and the cases of the batch.
+        """
+        target = batch["target"]
+        labeled = LabeledBatch(
+            image=self._to_device(batch["data"]),
+            target=[self._to_device(t) for t in target] if isinstance(target, list) else self._to_device(target),
+            keys=list(batch["keys"]),
+        )
+        unlabeled = self._next_unlabeled()
+
+        terms = self._gradients_or_split(labeled, unlabeled)
+        # One transfer, as nnU-Net makes one for its loss.
+        values = dict(zip(terms, torch.stack(list(terms.values())).cpu().numpy(), strict=True))
+        self._check_finite(values, labeled, unlabeled)
+
+        parameters = self.network.parameters()
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 12)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, 12)
+            self.optimizer.step()
+        self.after_optimizer_step()
+        self._steps_in_epoch += 1
+        self._first_step = False
+        return {"loss": values["supervised"], **{f"loss/{name}": value for name, value in values.items()}}
+
+    def _gradients_or_split(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+        if not (self._first_step and self.memory_mode == "stacked" and self.settings.memory_mode == "auto"):
+            return self._gradients(labeled, unlabeled)
+        recorded = dict(self._recorded)
+        try:
+            return self._gradients(labeled, unlabeled)
+        except torch.cuda.OutOfMemoryError:
+            if self.is_ddp:
+                # The other ranks wait in the collective of a backward pass that this one will never enter.
+                raise
+        # Outside the except clause: its exception holds the frames, and they the tensors.
+        self.memory_mode = "split"
+        self._recorded = recorded
+        torch.cuda.empty_cache()
+        self.print_to_log_file(
+            "The GPU's memory does not suffice for all streams in one pass: going on in memory mode split, one stream "
+            'at a time. Set "memory_mode": "split" in the plans\' "semi_supervised" to skip this attempt.'
+        )
+        return self._gradients(labeled, unlabeled)
+
+    def _gradients(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+        """Fill the parameters' gradients of the weighted loss; returns the unweighted terms, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        weights = self.loss_weights(self.progress)
+        streams = self.streams()
+        images = self.images(labeled, unlabeled)
+        masks = draw_dropout_masks(self.training_network, streams, images)
+        with self._autocast():
+            outputs = self._outputs(images, streams, masks)
+            parts = self.loss_terms(outputs, labeled, unlabeled)
+        terms: dict[str, Tensor] = {}
+        while True:
+            # The passes of a stream run when the method asks for it, the backward passes outside autocast.
+            with self._autocast():
+                part = next(parts, None)
+            if part is None:
+                break
+            loss = torch.stack([weights[name] * value for name, value in part.items()]).sum()
+            outputs.backward(self.grad_scaler.scale(loss) if self.grad_scaler is not None else loss)
+            for name, value in part.items():
+                terms[name] = terms.get(name, 0) + value.detach().float()
+        outputs.finish()
+        return terms
+
+    def _outputs(self, images: Mapping[str, Tensor], streams: Mapping[str, Stream], masks: Any) -> Outputs:
+        if self.memory_mode == "stacked":
+            return StackedOutputs(self.network, images, streams, masks)
+        if self.is_ddp:
+            raise NotImplementedError(
+                'Memory mode split does not support several GPUs yet. Set "memory_mode": "stacked" in the plans\' '
+                '"semi_supervised", or train on one GPU.'
+            )
+        return SplitOutputs(self.training_network, images, streams, masks)
+
+    def _autocast(self) -> AbstractContextManager:
+        # As nnU-Net: mixed precision on CUDA alone.
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def _check_finite(self, terms: Mapping[str, Any], labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> None:
+        broken = [name for name, value in terms.items() if not np.isfinite(value)]
+        self._overflows = self._overflows + 1 if broken else 0
+        if self._overflows > (_OVERFLOWS_IN_A_ROW if self.grad_scaler is not None else 0):
+            raise RuntimeError(
+                f"Training stops in epoch {self.current_epoch}: not finite: {', '.join(broken)}. Cases of the batch: "
+                f"labeled {', '.join(labeled.keys)}; unlabeled {', '.join(unlabeled.keys)}. The last checkpoint is "
+                f"untouched. Check these images for extreme intensities, or lower the learning rate."
+            )
+
+    # ---- log --------------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """As nnU-Net, with the counters of an epoch set to zero."""
+        super().on_train_epoch_start()
+        self._steps_in_epoch = 0
+        self._recorded = {}
+        self._seconds_waiting = 0.0
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the epoch's mean of every term, its weight, and what the method recorded."""
+        super().on_train_epoch_end(train_outputs)
+        terms = [name for name in train_outputs[0] if name.startswith("loss/")]
+        weights = self.loss_weights(self.progress)
+        means = self._mean_over_ranks([float(np.mean([output[name] for output in train_outputs])) for name in terms])
+        values: dict[str, Any] = dict(zip(terms, means, strict=True))
+        values.update({f"weight/{name}": float(weight) for name, weight in weights.items()})
+        values["loss/total"] = sum(values[f"loss/{name}"] * weight for name, weight in weights.items())
+        for name, counts in self._recorded.items():
+            if self.is_ddp:
+                dist.all_reduce(counts)
+            count, total = counts.cpu().numpy().astype(float).reshape(2, -1)
+            ratio = np.divide(count, total, out=np.full_like(count, np.nan), where=total > 0).tolist()
+            values[name] = ratio[0]
+            if len(ratio) > 1:
+                values[f"{name}_per_class"] = ratio[1:]
+        values["unlabeled_wait_time"] = self._seconds_waiting
+        self._log_ssl(values)
+
+    def _mean_over_ranks(self, values: list[float]) -> list[float]:
+        if not self.is_ddp:
+            return values
+        tensor = torch.tensor(values, device=self.device)
+        dist.all_reduce(tensor)
+        return (tensor / dist.get_world_size()).tolist()
+
+    def _log_ssl(self, values: Mapping[str, Any]) -> None:
+        # nnU-Net's logger wants known keys and one value per epoch for each; its picture is as long as the shortest
+        # list. A key that is new since the checkpoint is filled up, one that is no longer logged goes on as nan.
+        lists = self.logger.local_logger.my_fantastic_logging
+        keyed = {LOG_PREFIX + name: value for name, value in values.items()}
+        for key in [*keyed, *(key for key in lists if key.startswith(LOG_PREFIX) and key not in keyed)]:
+            known = lists.setdefault(key, [])
+            known.extend([float("nan")] * (self.current_epoch - len(known)))
+            self.logger.log(key, keyed.get(key, float("nan")), self.current_epoch)
+        weights = {name[len("weight/") :]: value for name, value in values.items() if name.startswith("weight/")}
+        terms = ", ".join(f"{name} {values[f'loss/{name}']:.4f} (x {weight:.3f})" for name, weight in weights.items())
+        self.print_to_log_file(f"loss {values['loss/total']:.4f} = {terms}")
+        for name in self._recorded:
+            per_class = ", ".join(f"{share:.3f}" for share in values.get(f"{name}_per_class", []))
+            self.print_to_log_file(f"{name} {values[name]:.3f}" + (f", per class {per_class}" if per_class else ""))
+        self.print_to_log_file(f"Waited {self._seconds_waiting:.1f} s for unlabeled batches")
+
+    def on_epoch_end(self) -> None:
+        """As nnU-Net, and draw progress_ssl.png beside its progress.png."""
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            save_training_curves(
+                Path(self.output_folder) / "progress_ssl.png",
+                self.logger.local_logger.my_fantastic_logging,
+                title=f"{type(self).__name__}, {self.plans_manager.dataset_name}, fold {self.fold}",
+            )
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint with one more entry, ``ssl``; a kill leaves the old file or the new one, whole.
+
+        ``network_weights`` are those of nnU-Net's own network under its own names, so that stock nnU-Net predicts
+        with the file once its trainer name is changed. All else is tensors and plain values.
+        """
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = {
+            "network_weights": self.training_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": _plain(self.logger.get_checkpoint()),
+            "_best_ema": self._best_ema_so_far(),
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            CHECKPOINT_KEY: {"version": nnunet_ssl.__version__, "settings": self.settings.as_dict()},
+        }
+        # Beside the file, so that the rename stays within one file system.
+        partial = Path(f"{filename}.partial")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(filename)
+
+    def _best_ema_so_far(self) -> float | None:
+        # nnU-Net writes checkpoint_latest before it compares the epoch's value with the best one. Continued from
+        # there, it would take the next epoch for the best.
+        values = [float(value) for value in self.logger.get_value("ema_fg_dice", step=None) if np.isfinite(value)]
+        return max(values, default=None)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Restore a checkpoint of this trainer, loading tensors and plain values only.
+
+        Raises:
+            UserError: the file holds anything else, or was written by another kind of trainer.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = _read_checkpoint(Path(checkpoint), self.device)
+        if CHECKPOINT_KEY not in checkpoint:
+            raise UserError(
+                f"The checkpoint was written by {checkpoint.get('trainer_name')}, not by a semi-supervised trainer, so "
+                f"training cannot continue from it. To start from its weights use -pretrained_weights."
+            )
+        self.training_network.load_state_dict(checkpoint["network_weights"])
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.my_init_kwargs = checkpoint["init_args"]
+        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+        before = checkpoint[CHECKPOINT_KEY]["settings"]
+        for name, value in self.settings.as_dict().items():
+            if before.get(name) != value:
+                self.print_to_log_file(f"Setting {name} was {before.get(name)!r} in the checkpoint, is {value!r} now")
+
+
+def _plain(value: Any) -> Any:
+    # NumPy's scalars make a checkpoint unreadable with weights_only.
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _read_checkpoint(file: Path, device: torch.device) -> dict:
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"The checkpoint {file} could not be read as tensors and plain values: {error}. A checkpoint of a stock "
+            f"nnU-Net trainer cannot be continued; use -pretrained_weights to start from its weights."
+        ) from error
+
+
+TRAINING_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 2000, 4000, 8000)
+
+
+def training_length_variants(trainer: type[SemiSupervisedTrainer]) -> dict[str, type[SemiSupervisedTrainer]]:
+    """A trainer and its variants of other lengths, by name: ``<Trainer>_1epoch``, ``_5epochs`` to ``_8000epochs``.
+
+    nnU-Net finds a trainer by its name in a module, so a module in trainers/ puts these into its namespace.
+    """
+    variants = {trainer.__name__: trainer}
+    for epochs in TRAINING_LENGTHS:
+        name = f"{trainer.__name__}_{epochs}epoch{'s' if epochs > 1 else ''}"
+        namespace = {
+            "__module__": trainer.__module__,
+            "__doc__": f"{trainer.__name__} for {epochs} epochs.",
+            "training_epochs": epochs,
+        }
+        variants[name] = type(name, (trainer,), namespace)
+    return variants

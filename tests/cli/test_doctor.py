@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nnunet_ssl.cli import doctor
+from nnunet_ssl.cli.main import main
+from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+ARCHITECTURE = {
+    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+    "arch_kwargs": {
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 16],
+        "conv_op": "torch.nn.modules.conv.Conv2d",
+        "kernel_sizes": [[3, 3]] * 3,
+        "strides": [[1, 1], [2, 2], [2, 2]],
+        "n_conv_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    },
+    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+}
+CASES = [f"case_{index}" for index in range(6)]
+SPLITS = [{"train": CASES[:2], "val": CASES[2:4], "unlabeled": CASES[4:]}]
+
+
+class Dataset:
+    """Dataset007_Tiny in nnU-Net's folders, ready to be trained in 2D; tests spoil it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.raw = home / "raw" / "Dataset007_Tiny"
+        self.preprocessed = home / "preprocessed" / "Dataset007_Tiny"
+        self.labeled = self.preprocessed / "nnUNetPlans_2d"
+        for folder in (self.raw / "imagesUn", self.raw / "imagesTr", self.labeled, home / "results"):
+            folder.mkdir(parents=True)
+        for case in CASES:
+            (self.raw / "imagesTr" / f"{case}_0000.nii.gz").touch()
+        (self.raw / "imagesUn" / "new_0_0000.nii.gz").touch()
+        self.dataset_json = {
+            "channel_names": {"0": "MRI"},
+            "labels": {"background": 0, "structure": 1},
+            "numTraining": len(CASES),
+            "file_ending": ".nii.gz",
+        }
+        self.plans: dict[str, Any] = {
+            "dataset_name": "Dataset007_Tiny",
+            "plans_name": "nnUNetPlans",
+            "label_manager": "LabelManager",
+            "configurations": {
+                "2d": {
+                    "data_identifier": "nnUNetPlans_2d",
+                    "batch_size": 4,
+                    "patch_size": [32, 48],
+                    "architecture": ARCHITECTURE,
+                },
+                "2d_child": {"inherits_from": "2d", "semi_supervised": {"memory_mode": "split"}},
+            },
+        }
+        self.write()
+        self.write_splits(SPLITS)
+        rng = np.random.default_rng(0)
+        for case in CASES:
+            self.write_case(case, rng.normal(size=(1, 1, 32, 48)).astype(np.float32))
+
+    def write(self) -> None:
+        for folder in (self.raw, self.preprocessed):
+            (folder / "dataset.json").write_text(json.dumps(self.dataset_json))
+        (self.preprocessed / "nnUNetPlans.json").write_text(json.dumps(self.plans))
+
+    def write_splits(self, splits: list[dict[str, list[str]]]) -> None:
+        (self.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+
+    def write_case(self, case: str, image: np.ndarray) -> None:
+        from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+        for file in self.labeled.glob(f"{case}*.b2nd"):
+            file.unlink()
+        size = image.shape
+        nnUNetDatasetBlosc2.save_case(
+            image, np.zeros(size, np.int8), {}, str(self.labeled / case), size, size, size, size
+        )
+
+    def listing(self) -> dict[str, tuple[int, int]]:
+        return {
+            str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in self.home.rglob("*") if path.is_file()
+        }
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    return Dataset(tmp_path)
+
+
+def report(*arguments: str) -> list[str]:
+    """The lines of the report."""
+    parser = ArgumentParser()
+    doctor.add_arguments(parser)
+    return [str(finding) for finding in doctor.findings(parser.parse_args(arguments))]
+
+
+def test_a_dataset_that_is_ready(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    before = dataset.listing()
+    assert main(["doctor", "-d", "7", "-c", "2d_child"]) == 0
+    text = capsys.readouterr().out
+    assert "FAIL" not in text
+    assert "ok    nnU-Net finds CrossMatchTrainer (of nnunet_ssl.methods.crossmatch)" in text
+    assert "1 unlabeled cases in" in text and "2 in the 'unlabeled' list of fold 0" in text
+    assert "fold 0: 2 labeled, 2 unlabeled (ready now), 2 validation cases" in text
+    assert "memory_mode = 'split'" in text
+    assert "(batches of 4 + 4)" in text
+    assert dataset.listing() == before, "the doctor changes nothing"
+
+
+def test_without_a_dataset_only_the_installation_is_checked(dataset: Dataset) -> None:
+    lines = report()
+    assert not [line for line in lines if line.startswith("FAIL")]
+    assert not [line for line in lines if "Dataset007" in line]
+
+
+def test_without_a_configuration_the_known_ones_are_named(dataset: Dataset) -> None:
+    assert [line for line in report("-d", "Dataset007_Tiny") if "2d, 2d_child" in line and line.startswith("ok")]
+
+
+def _no_plans(dataset: Dataset) -> None:
+    (dataset.preprocessed / "nnUNetPlans.json").unlink()
+
+
+def _no_json(dataset: Dataset) -> None:
+    (dataset.preprocessed / "dataset.json").write_text("{")
+
+
+def _bad_setting(dataset: Dataset) -> None:
+    dataset.plans["configurations"]["2d"]["semi_supervised"] = {"ramp_lenght": 0.1}
+    dataset.write()
+
+
+def _not_preprocessed(dataset: Dataset) -> None:
+    for path in dataset.labeled.iterdir():
+        path.unlink()
+
+
+def _some_not_preprocessed(dataset: Dataset) -> None:
+    dataset.dataset_json["numTraining"] = 9
+    dataset.write()
+
+
+def _fold_names_a_stranger(dataset: Dataset) -> None:
+    dataset.write_splits([{"train": ["stranger"], "val": CASES[:2]}])
+
+
+def _fold_out_of_range(dataset: Dataset) -> None:
+    dataset.write_splits([])
+
+
+def _labeled_and_unlabeled(dataset: Dataset) -> None:
+    dataset.write_splits([{**SPLITS[0], "unlabeled": CASES[1:2]}])
+
+
+def _leak_by_name(dataset: Dataset) -> None:
+    dataset.write_splits([{**SPLITS[0], "unlabeled": CASES[2:3]}])
+
+
+def _leak_by_image(dataset: Dataset) -> None:
+    image = np.random.default_rng(1).normal(size=(1, 1, 32, 48)).astype(np.float32)
+    dataset.write_case(CASES[2], image)
+    dataset.write_case(CASES[4], image)
+
+
+def _no_unlabeled(dataset: Dataset) -> None:
+    (dataset.raw / "imagesUn" / "new_0_0000.nii.gz").unlink()
+    dataset.write_splits([{"train": CASES[:2], "val": CASES[2:4]}])
+
+
+def _wrong_name(dataset: Dataset) -> None:
+    (dataset.raw / "imagesUn" / "odd.nii.gz").touch()
+
+
+def _failed_before(dataset: Dataset) -> None:
+    from nnunet_ssl.data.cases import records_folder
+
+    folder = records_folder(dataset.preprocessed, "nnUNetPlans_2d")
+    folder.mkdir()
+    (folder / "new_0.json").write_text(json.dumps({"status": "failed", "reason": "all voxels have one value"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "level", "expected"),
+    [
+        (_no_plans, "FAIL", "nnUNetPlans.json does not exist: nnUNetv2_plan_and_preprocess -d 7 -c 2d"),
+        (_no_json, "FAIL", "dataset.json is no JSON"),
+        (_bad_setting, "FAIL", "'ramp_lenght'"),
+        (_not_preprocessed, "FAIL", "no preprocessed case: nnUNetv2_plan_and_preprocess -d 7 -c 2d"),
+        (_some_not_preprocessed, "warn", "6 of 9 preprocessed cases"),
+        (_fold_names_a_stranger, "FAIL", "fold 0 names stranger"),
+        (_fold_out_of_range, "warn", "draws 80 % at random"),
+        (_labeled_and_unlabeled, "FAIL", "case_1"),
+        (_leak_by_name, "FAIL", "imagesTr/case_2"),
+        (_leak_by_image, "FAIL", "imagesTr/case_4 = imagesTr/case_2"),
+        (_no_unlabeled, "FAIL", "nnunet-ssl split"),
+        (_wrong_name, "warn", "name it odd_0000.nii.gz"),
+        (_failed_before, "warn", "new_0 could not be preprocessed: all voxels have one value"),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else "",
+)
+def test_what_is_wrong_with_a_dataset_is_found(
+    dataset: Dataset, spoil: Callable[[Dataset], None], level: str, expected: str
+) -> None:
+    sound = report("-d", "7", "-c", "2d")
+    assert not [line for line in sound if line.startswith(level) and expected in line]
+    spoil(dataset)
+    lines = report("-d", "7", "-c", "2d")
+    assert [line for line in lines if line.startswith(level) and expected in line], "\n".join(lines)
+    assert not [line for line in lines if "broke off" in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-d", "8"], "Could not find a dataset with the ID 8"),
+        (["-d", "x"], "dataset x"),
+        (["-d", "7", "-c", "3d_fullres"], "no configuration 3d_fullres; it has 2d, 2d_child"),
+        (["-d", "7", "-c", "2d", "-p", "Other"], "Other.json does not exist"),
+        (["-d", "7", "-c", "2d", "-tr", "NoSuchTrainer"], "does not find the trainer NoSuchTrainer"),
+    ],
+)
+def test_wrong_arguments(
+    dataset: Dataset, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *arguments]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1
+    assert expected in failed[0]
+
+
+@pytest.mark.parametrize("arguments", [["-c", "2d"], ["-d", "7", "-f", "first"]])
+def test_arguments_without_sense_are_refused(arguments: list[str]) -> None:
+    assert main(["doctor", *arguments]) == 2
+
+
+def test_a_supervised_trainer_is_no_failure(dataset: Dataset) -> None:
+    lines = report("-d", "7", "-c", "2d", "-tr", "nnUNetTrainer")
+    assert [line for line in lines if line.startswith("warn") and "nnUNetTrainer is no semi-supervised" in line]
+    assert not [line for line in lines if line.startswith("FAIL")]
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"])
+def test_every_variable_is_missed(dataset: Dataset, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(variable)
+    lines = report("-d", "7")
+    assert [line for line in lines if line.startswith(f"FAIL  {variable} is not set: export {variable}=")]
+    assert not [line for line in lines if "broke off" in line]
+
+
+def test_other_folders_of_trainers(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    (other / "package").mkdir(parents=True)
+    (other / "package" / "__init__.py").touch()
+    (other / "package" / "ATrainer.py").write_text("import no_such_module\n")
+    (other / "sound.py").write_text("x = 1\n")
+    folders = [str(trainers_folder()), str(other), str(tmp_path / "absent")]
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(folders))
+    warnings = [line for line in report() if line.startswith("warn")]
+    assert [line for line in warnings if "package.ATrainer cannot be imported" in line and "no_such_module" in line]
+    assert [line for line in warnings if "absent, which does not exist" in line]
+    assert not [line for line in warnings if "sound" in line or "CrossMatchTrainer" in line]
+
+    monkeypatch.setenv("nnUNet_extTrainer", str(other))
+    assert [line for line in report() if line.startswith("FAIL") and "does not hold" in line]
+
+
+def test_a_check_that_breaks_does_not_stop_the_others(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Iterator[doctor.Finding]:
+        yield doctor.ok("first")
+        raise ValueError("unforeseen")
+
+    monkeypatch.setattr(doctor, "check_paths", broken)
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "ok    first" in lines
+    assert [line for line in lines if line.startswith("FAIL") and "ValueError: unforeseen" in line]
+    assert [line for line in lines if "nnU-Net finds CrossMatchTrainer" in line]
+
+
+def test_versions() -> None:
+    required = {"no-such-package": "1.0", "numpy": "9999.1", "torch": "1.0"}
+    missing, old, good = map(str, doctor.check_versions(required))
+    assert missing == "FAIL  no-such-package is not installed: pip install 'no-such-package>=1.0'"
+    assert old.startswith("FAIL  numpy ") and "too old: pip install 'numpy>=9999.1'" in old
+    assert good.startswith("ok    Python 3.") and ", torch " in good
+
+
+@pytest.mark.parametrize(
+    ("version", "release"),
+    [("2.8.1", (2, 8, 1)), ("2.10.0+cu128", (2, 10)), ("2.0", (2,)), ("1.2rc1", (1, 2)), ("unknown", (0,))],
+)
+def test_release_numbers(version: str, release: tuple[int, ...]) -> None:
+    assert doctor._release(version) == release
+
+
+def test_required_versions_are_those_of_the_metadata() -> None:
+    text = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    assert dict(re.findall(r'"([\w-]+)>=([\d.]+)"', block)) == doctor.REQUIRED
+    assert block.count('"') == 2 * len(doctor.REQUIRED)
+
+
+@pytest.mark.parametrize(("dim", "elements", "batch"), [(3, 560e6, 2), (2, 85e6, 12)])
+def test_the_reference_of_nnunets_planner_needs_its_memory(dim: int, elements: float, batch: int) -> None:
+    encoder, decoder = int(elements * 0.6), int(elements * 0.4)
+    estimate = doctor.crossmatch_memory(encoder, decoder, dim=dim, labeled=batch, unlabeled=batch)
+    assert estimate.supervised == pytest.approx(8.0)
+    # 4 encoder and 7 decoder passes: 8 GB x (0.6 x 4 + 0.4 x 7).
+    assert estimate.stacked == pytest.approx(41.6)
+    assert estimate.split == pytest.approx(12.8)
+    more = doctor.crossmatch_memory(encoder, decoder, dim=dim, labeled=batch, unlabeled=2 * batch)
+    assert more.supervised == estimate.supervised
+    assert more.stacked == pytest.approx(8.0 * (0.6 * 7 + 0.4 * 13))
+
+
+def test_the_references_are_nnunets() -> None:
+    from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
+
+    source = Path(default_experiment_planner.__file__).read_text(encoding="utf-8")
+    for dim in (2, 3):
+        (elements,) = re.findall(rf"UNet_reference_val_{dim}d = (\d+)", source)
+        (batch,) = re.findall(rf"UNet_reference_val_corresp_bs_{dim}d = (\d+)", source)
+        assert doctor._REFERENCE_ELEMENTS[dim] == int(elements)
+        assert doctor._REFERENCE_BATCH[dim] == int(batch)
+    assert re.findall(r"UNet_reference_val_corresp_GB = (\d+)", source) == ["8"]
+
+
+def test_feature_maps_are_counted_as_nnunets_planner_counts_them(dataset: Dataset) -> None:
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    counted = ExperimentPlanner.static_estimate_VRAM_usage(
+        (32, 48),
+        1,
+        2,
+        ARCHITECTURE["network_class_name"],
+        ARCHITECTURE["arch_kwargs"],
+        ARCHITECTURE["_kw_requires_import"],
+    )
+    estimate = doctor.estimate_memory(PlansManager(dataset.plans), "2d", dataset.dataset_json, unlabeled=4)
+    assert estimate.supervised == pytest.approx(8 * 4 / 12 * counted / 85e6)
+
+
+@pytest.mark.parametrize(
+    ("free", "mode", "level", "expected"),
+    [
+        (50, "auto", "ok", "stacked should fit"),
+        (50, "stacked", "ok", "stacked should fit"),
+        (50, "split", "ok", "split should fit"),
+        (20, "auto", "ok", "auto goes there by itself"),
+        (20, "stacked", "warn", 'set "memory_mode"'),
+        (20, "split", "ok", "split should fit"),
+        (5, "auto", "warn", "even for split"),
+        (5, "stacked", "warn", "even for split"),
+        (5, "split", "warn", "even for split"),
+    ],
+)
+def test_memory_is_judged(free: float, mode: str, level: str, expected: str) -> None:
+    finding = doctor.judge_memory("GPU 0", free, mode, doctor.MemoryEstimate(supervised=8, stacked=40, split=12))
+    assert (finding.level, expected in finding.text) == (level, True)
+
+
+def test_gpus_are_listed_or_their_absence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "gpus", lambda: [("GPU 0, Example", 10.0, 12.0)])
+    assert [str(finding) for finding in doctor.check_device()] == ["ok    GPU 0, Example: 10.0 of 12.0 GB free"]
+    monkeypatch.setattr(doctor, "gpus", list)
+    (finding,) = doctor.check_device()
+    assert finding.level == "warn" and "-device cpu" in finding.text
+
+
+def test_find_trainer_says_who_did_not_find_it(dataset: Dataset) -> None:
+    with pytest.raises(UserError, match="nnU-Net does not find the trainer Absent"):
+        doctor.find_trainer("Absent")

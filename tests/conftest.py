@@ -1,0 +1,130 @@
+"""Tiny real datasets, planned and preprocessed once per session by nnU-Net's own commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
+
+NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer")
+
+# Trainers of a few steps, found by nnU-Net in a folder of their own beside this package's.
+SHORT_TRAINERS = """
+from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class Short:
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = {epochs}, 3, 2
+        self.save_every = 1
+
+
+class nnUNetTrainer_short(Short, nnUNetTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+
+
+class CrossMatchTrainer_short(Short, CrossMatchTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+"""
+
+
+@dataclass
+class Planned:
+    """A dataset in nnU-Net's folders, with a configuration ``tiny`` that two cores train in seconds."""
+
+    root: Path
+    dataset_id: int
+    phantoms: PhantomDataset
+    environment: dict[str, str]
+
+    @property
+    def raw(self) -> Path:
+        return self.phantoms.folder
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "preprocessed" / self.raw.name
+
+    def results(self, trainer: str) -> Path:
+        return self.root / "results" / self.raw.name / f"{trainer}__nnUNetPlans__tiny" / "fold_0"
+
+    def run(self, command: str, *arguments: object, check: bool = True, **environment: str):
+        """Run an nnU-Net command as a user would; its output is shown when it fails."""
+        script = Path(sysconfig.get_path("scripts")) / command
+        done = subprocess.run(
+            [str(script), *map(str, arguments)],
+            env={**self.environment, **environment},
+            cwd=self.root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        assert not check or done.returncode == 0, f"{command} {arguments}:\n{done.stdout[-6000:]}"
+        return done
+
+
+def nnunet_environment(root: Path) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
+    environment |= {name: str(root / name.removeprefix("nnUNet_")) for name in NNUNET_VARIABLES[:3]}
+    environment["nnUNet_extTrainer"] = os.pathsep.join([str(trainers_folder()), str(root / "trainers")])
+    # Worker processes and threads for two cores.
+    environment |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return environment
+
+
+def plan_tiny(root: Path, dataset_id: int, *, two_d: bool) -> Planned:
+    raw = root / "raw" / f"Dataset{dataset_id:03d}_Phantoms"
+    shape = (1, 40, 44) if two_d else (20, 32, 36)
+    phantoms = write_phantom_dataset(
+        raw, labeled=3, unlabeled=4, validation=2, test=1, seed=7, shape=shape, two_d=two_d
+    )
+    (root / "trainers").mkdir()
+    (root / "trainers" / "short.py").write_text(SHORT_TRAINERS.replace("{epochs}", "2"))
+    planned = Planned(root, dataset_id, phantoms, nnunet_environment(root))
+    parent = "2d" if two_d else "3d_fullres"
+    planned.run("nnUNetv2_plan_and_preprocess", "-d", dataset_id, "-c", parent, "-np", 1, "-npfp", 1)
+    plans_file = planned.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(plans_file.read_text())
+    architecture = plans["configurations"][parent]["architecture"]
+    dim = 2 if two_d else 3
+    architecture["arch_kwargs"] |= {
+        "n_stages": 3,
+        "features_per_stage": [4, 6, 8],
+        "kernel_sizes": [[3] * dim] * 3,
+        "strides": [[1] * dim, [2] * dim, [2] * dim],
+        "n_conv_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+    }
+    plans["configurations"]["tiny"] = {
+        "inherits_from": parent,
+        "patch_size": [24, 24] if two_d else [12, 16, 20],
+        "batch_size": 2,
+        "architecture": architecture,
+    }
+    plans_file.write_text(json.dumps(plans))
+    return planned
+
+
+@pytest.fixture(scope="session")
+def planned_3d(tmp_path_factory) -> Planned:
+    return plan_tiny(tmp_path_factory.mktemp("nnunet_3d"), 998, two_d=False)
+
+
+@pytest.fixture(scope="session")
+def planned_2d(tmp_path_factory) -> Planned:
+    return plan_tiny(tmp_path_factory.mktemp("nnunet_2d"), 997, two_d=True)

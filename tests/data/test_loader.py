@@ -1,0 +1,180 @@
+"""Unlabeled batches: views share their spatial sample, workers differ, memory stays flat."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import resource
+import sys
+
+import numpy as np
+import pytest
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from scipy.ndimage import gaussian_filter
+
+from nnunet_ssl.data.cases import UnlabeledCase
+from nnunet_ssl.data.cutmix import CutMix
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.views import BiasFieldTransform, UnlabeledViews, strong_intensity_transforms
+
+SHAPE = (20, 40, 44)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> list[UnlabeledCase]:
+    folder = tmp_path_factory.mktemp("preprocessed")
+    rng = np.random.RandomState(0)
+    for index in range(4):
+        image = gaussian_filter(rng.normal(size=SHAPE), 3)[None].astype(np.float32)
+        image /= image.std()
+        mask = np.zeros((1, *SHAPE), dtype=np.int16)
+        mask[:, :, :10] = -1
+        nnUNetDatasetBlosc2.save_case(
+            image, mask, {}, str(folder / f"case_{index}"), chunks=(1, *SHAPE), blocks=(1, 10, 20, 22)
+        )
+    return [UnlabeledCase(f"case_{index}", folder, "imagesUn") for index in range(4)]
+
+
+def make_loader(cases, patch=(12, 24, 24), batch_size=3, mask=False, cutmix=None) -> UnlabeledDataLoader:
+    rotation = (-0.3, 0.3)
+    dummy_2d = len(patch) == 3 and max(patch) / patch[0] > 3
+    transforms = nnUNetTrainer.get_training_transforms(
+        patch, rotation, None, tuple(range(len(patch))), dummy_2d, use_mask_for_norm=[mask]
+    )
+    initial = [int(size * 1.2) for size in patch]
+    labeled = nnUNetDataLoader(
+        UnlabeledDataset(cases), batch_size, initial, patch, LabelManager({"background": 0, "a": 1}, None),
+        transforms=transforms,
+    )  # fmt: skip
+    return UnlabeledDataLoader(
+        labeled,
+        UnlabeledDataset(cases),
+        batch_size,
+        views=UnlabeledViews(transforms, strong=2),
+        cutmix=cutmix or CutMix(),
+    )
+
+
+@pytest.mark.parametrize("patch", [(12, 24, 24), (4, 32, 24), (24, 32)])
+def test_batch_has_the_views_of_the_documented_shapes(cases, patch):
+    batch = next(make_loader(cases, patch))
+    assert batch["weak"].shape == (3, 1, *patch) and batch["weak"].dtype == torch.float32
+    assert [view.shape for view in batch["strong"]] == [(3, 1, *patch)] * 2
+    assert [boxes.shape for boxes in batch["boxes"]] == [(3, len(patch), 2)] * 2
+    assert sorted(batch["partner"].tolist()) == [0, 1, 2]
+    assert all(partner != own for own, partner in enumerate(batch["partner"].tolist()))
+    assert all(key.startswith("imagesUn/case_") for key in batch["keys"])
+
+
+def test_strong_views_are_the_weak_ones_with_other_intensities(cases):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    loader = make_loader(cases)
+    same_place, differ = [], []
+    for _ in range(10):
+        batch = next(loader)
+        for weak, s1, s2 in zip(batch["weak"], *batch["strong"], strict=True):
+            # Only intensities change: bright stays bright, voxel by voxel. Another place has a correlation of ~0.
+            same_place += [np.corrcoef(weak.flatten(), s.flatten())[0, 1] for s in (s1, s2) if weak.std() > 0]
+            differ.append(not torch.equal(s1, s2))
+    assert np.median(same_place) > 0.9 and min(same_place) > 0.4
+    assert np.mean(differ) > 0.8
+
+
+def test_weak_view_has_voxel_values_of_the_case(cases):
+    torch.manual_seed(3)
+    loader = make_loader(cases)
+    loader.views.spatial.transforms = [t for t in loader.views.spatial.transforms if "Mirror" in type(t).__name__]
+    values = np.concatenate([UnlabeledDataset(cases).load_case(f"imagesUn/case_{i}")[0][:].ravel() for i in range(4)])
+    weak = next(loader)["weak"].numpy()
+    inside = weak[weak != 0]
+    assert np.isin(inside, values).all() and inside.size > 0
+
+
+def test_voxels_outside_the_mask_are_zero_in_every_view(cases):
+    torch.manual_seed(0)
+    loader = make_loader(cases, mask=True)
+    loader.views.spatial.transforms = []
+    image = torch.ones(1, 6, 8, 8)
+    segmentation = torch.zeros(1, 6, 8, 8, dtype=torch.int16)
+    segmentation[:, :, :4] = -1
+    for _ in range(10):
+        weak, strong = loader.views(image.clone(), segmentation.clone())
+        for view in (weak, *strong):
+            assert (view[:, :, :4] == 0).all() and (view[:, :, 4:] != 0).any()
+
+
+def test_every_case_comes_up(cases):
+    loader = make_loader(cases, batch_size=4)
+    assert {key for _ in range(20) for key in next(loader)["keys"]} == {f"imagesUn/case_{i}" for i in range(4)}
+
+
+def test_cases_of_both_sources_may_share_a_name(cases):
+    other = UnlabeledCase("case_0", cases[0].folder, "imagesTr")
+    assert UnlabeledDataset([*cases, other]).identifiers[0] == "imagesTr/case_0"
+    assert len(UnlabeledDataset([*cases, other]).identifiers) == 5
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes_draw_differently(cases, method, monkeypatch):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this platform has no {method}")
+    context = multiprocessing.get_context(method)
+    module = sys.modules[NonDetMultiThreadedAugmenter.__module__]
+    for name in ("Process", "Queue", "Event"):
+        monkeypatch.setattr(module, name, getattr(context, name))
+    # One patch in one place, so that only the random state of torch makes the difference.
+    loader = make_loader(cases[:1], patch=(12, 24, 24), batch_size=2)
+    workers = NonDetMultiThreadedAugmenter(loader, None, 2, num_cached=4, wait_time=0.002)
+    try:
+        batches = [next(workers) for _ in range(6)]
+    finally:
+        workers._finish()
+    flat = [batch["weak"].numpy().tobytes() for batch in batches]
+    assert len(set(flat)) == len(flat)
+
+
+def test_torch_state_is_seeded_anew_in_every_worker(cases):
+    loader = make_loader(cases)
+    copy = pickle.loads(pickle.dumps(loader))
+    state = torch.get_rng_state()
+    next(copy)
+    own = torch.initial_seed()
+    copy._seeded_in = -1  # as in a process that did not make the loader
+    torch.set_rng_state(state)
+    next(copy)
+    assert torch.initial_seed() != own
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
+def test_memory_is_constant_over_1000_draws(cases):
+    loader = make_loader(cases, batch_size=2, patch=(8, 16, 16))
+    for _ in range(200):
+        next(loader)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(1000):
+        next(loader)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 20_000  # KiB on Linux; one batch of these patches is 49 KiB
+
+
+@pytest.mark.parametrize("spatial", [(8, 9), (3, 8, 9)])
+def test_bias_field_keeps_the_minimum_and_is_smooth(spatial):
+    torch.manual_seed(0)
+    image = torch.rand(2, *spatial) + 1
+    changed = BiasFieldTransform()(image=image.clone())["image"]
+    floor = image.flatten(1).min(1).values
+    torch.testing.assert_close(changed.flatten(1).min(1).values, floor)
+    assert not torch.equal(changed, image)
+    factor = (changed[0] - floor[0]) / (image[0] - floor[0])
+    assert factor[image[0] > floor[0]].min() > np.exp(-0.51) and factor[image[0] > floor[0]].max() < np.exp(0.51)
+
+
+def test_strong_intensities_are_finite_on_constant_patches():
+    for _ in range(20):
+        assert torch.isfinite(strong_intensity_transforms()(image=torch.zeros(1, 16, 16, 16))["image"]).all()

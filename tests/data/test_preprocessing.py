@@ -1,0 +1,511 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tiny_dataset import TinyDataset, read_preprocessed, voxels, write_image
+
+from nnunet_ssl.data import preprocessing
+from nnunet_ssl.data.cases import RawCase, ready_cases
+from nnunet_ssl.data.preprocessing import FORMAT_VERSION, preprocess_unlabeled, preprocessing_fingerprint
+from nnunet_ssl.errors import UserError
+
+IDENTIFIER = "nnUNetPlans_3d_fullres"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> TinyDataset:
+    return TinyDataset(tmp_path)
+
+
+@pytest.fixture
+def three(dataset: TinyDataset) -> TinyDataset:
+    for number in range(3):
+        dataset.add(f"U{number}", voxels(number))
+    return dataset
+
+
+def reasons(problems: list[Any]) -> dict[str, str]:
+    return {problem.identifier: problem.reason for problem in problems}
+
+
+def test_result_is_what_nnunet_makes_of_the_same_image_with_a_label(dataset: TinyDataset) -> None:
+    image = voxels(0)
+    image[:3] = 0  # a margin that nnU-Net crops
+    image[10, 10:14, 10:14] = 0
+    dataset.add_labeled("L0", image)
+    dataset.add("U0", image)
+    report = dataset.run()
+    assert (report.done, report.failed, report.warnings) == (["U0"], [], [])
+
+    assert sorted(file.name for file in dataset.folder.iterdir()) == ["U0.b2nd", "U0.pkl", "U0_seg.b2nd"]
+    assert not dataset.temporary.exists()
+    ours, ours_seg, _, ours_properties = infer_dataset_class(str(dataset.folder))(str(dataset.folder)).load_case("U0")
+    theirs, _, _, properties = infer_dataset_class(str(dataset.labeled))(str(dataset.labeled)).load_case("L0")
+    assert ours.shape != (1, *image.shape)  # it was resampled
+    np.testing.assert_array_equal(ours[:], theirs[:])
+    assert ours.dtype == np.float32 and ours_seg.dtype == np.int16
+    assert (ours.chunks, ours.blocks) == (theirs.chunks, theirs.blocks)
+    assert ours_seg.shape == (1, *ours.shape[1:]) and set(np.unique(ours_seg[:])) <= {-1, 0}
+    assert ours_properties == {key: value for key, value in properties.items() if key != "class_locations"}
+
+
+def test_second_run_touches_nothing_and_opens_no_image(three: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert three.run().done == ["U0", "U1", "U2"]
+    before = three.stamps()
+    monkeypatch.setattr(preprocessing, "_process", None)
+    lines: list[str] = []
+    report = three.run(log=lines.append)
+    assert (report.done, report.up_to_date, lines) == ([], ["U0", "U1", "U2"], [])
+    assert three.stamps() == before
+
+
+def test_changed_image_is_done_again_and_only_that(three: TinyDataset) -> None:
+    three.run()
+    before = three.stamps()
+    three.add("U1", voxels(99))
+    assert three.run().done == ["U1"]
+    changed = {name for name, stamp in three.stamps().items() if stamp != before[name]}
+    assert changed == {"U1.b2nd", "U1_seg.b2nd", "U1.pkl", "U1.json"}
+
+    fresh = TinyDataset(three.root / "fresh")
+    fresh.add("U1", voxels(99))
+    fresh.run()
+    np.testing.assert_array_equal(read_preprocessed(three.folder, "U1"), read_preprocessed(fresh.folder, "U1"))
+
+
+def test_image_of_the_same_size_but_newer_is_done_again(three: TinyDataset) -> None:
+    three.run()
+    os.utime(three.images / "U2_0000.nii.gz", ns=(1, 1))
+    assert three.run().done == ["U2"]
+
+
+@pytest.mark.parametrize("lost", ["U1.b2nd", "U1_seg.b2nd", "U1.pkl", "record"])
+def test_case_with_a_lost_file_is_done_again(three: TinyDataset, lost: str) -> None:
+    three.run()
+    (three.records / "U1.json" if lost == "record" else three.folder / lost).unlink()
+    assert sorted(ready_cases(three.preprocessed, IDENTIFIER)) == ["U0", "U2"]
+    assert three.run().done == ["U1"]
+
+
+def test_damaged_record_is_no_record(three: TinyDataset) -> None:
+    three.run()
+    (three.records / "U0.json").write_text('{"status": "ok", "sou')
+    (three.records / "U1.json").write_text("[]")
+    assert sorted(ready_cases(three.preprocessed, IDENTIFIER)) == ["U2"]
+    assert three.run().done == ["U0", "U1"]
+
+
+def test_images_that_are_gone_take_their_files_along(three: TinyDataset) -> None:
+    three.run()
+    (three.images / "U1_0000.nii.gz").unlink()
+    report = three.run(num_parts=2, part_id=1)
+    assert report.removed == [] and (three.folder / "U1.b2nd").exists()
+    assert three.run().removed == ["U1"]
+    assert not [name for name in three.stamps() if name.startswith("U1")]
+    assert three.run().removed == []
+
+
+def test_without_imagesun_what_was_preprocessed_elsewhere_is_kept(three: TinyDataset) -> None:
+    three.run()
+    before = three.stamps()
+    shutil.rmtree(three.raw)
+    assert three.run().up_to_date == ["U0", "U1", "U2"]
+    assert three.run(raw_dataset_folder=None).up_to_date == ["U0", "U1", "U2"]
+    three.plans["configurations"]["3d_fullres"]["spacing"] = [1.5, 1.5, 1.5]
+    with pytest.raises(UserError, match=r"U0, U1, U2.*imagesUn does not exist"):
+        three.run()
+    assert three.stamps() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("spacing", [1.5, 1.5, 1.5]),
+        ("normalization_schemes", ["RescaleTo01Normalization"]),
+        ("resampling_fn_data_kwargs", {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}),
+    ],
+)
+def test_change_of_plans_that_changes_voxels_redoes_all(three: TinyDataset, key: str, value: Any) -> None:
+    three.run()
+    before = read_preprocessed(three.folder, "U0")
+    three.plans["configurations"]["3d_fullres"][key] = value
+    assert three.run().done == ["U0", "U1", "U2"]
+    after = read_preprocessed(three.folder, "U0")
+    assert after.shape != before.shape or not np.allclose(after, before)
+
+
+def test_configurations_that_share_a_folder_do_not_fight(three: TinyDataset) -> None:
+    three.run()
+    three.plans["configurations"]["3d_fullres"]["batch_size"] = 7
+    assert three.run("3d_small").up_to_date == ["U0", "U1", "U2"]
+    assert three.run().up_to_date == ["U0", "U1", "U2"]
+
+
+def test_newer_format_redoes_all(three: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    three.run()
+    monkeypatch.setattr(preprocessing, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    assert three.run().done == ["U0", "U1", "U2"]
+
+
+# Bad input
+
+
+def _cut_off(dataset: TinyDataset) -> None:
+    dataset.add("bad", voxels(1))
+    file = dataset.images / "bad_0000.nii.gz"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _no_image(dataset: TinyDataset) -> None:
+    (dataset.images / "bad_0000.nii.gz").write_bytes(b"this is no image")
+
+
+def _with(value: float) -> Callable[[TinyDataset], None]:
+    def add(dataset: TinyDataset) -> None:
+        image = voxels(1)
+        image[3, 4, 5:8] = value
+        dataset.add("bad", image)
+
+    return add
+
+
+def _empty_axis(dataset: TinyDataset) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.zeros((24, 24, 0), np.float32), np.eye(4)), dataset.images / "bad_0000.nii.gz")
+
+
+def _four_dimensions(dataset: TinyDataset) -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((12, 12, 12, 2), np.float32), np.eye(4))
+    nibabel.save(image, dataset.images / "bad_0000.nii.gz")
+
+
+BAD_INPUTS: dict[str, tuple[Callable[[TinyDataset], None], str]] = {
+    "cut off": (_cut_off, r"bad_0000\.nii\.gz is damaged or incomplete"),
+    "no image": (_no_image, r"bad_0000\.nii\.gz is damaged or incomplete"),
+    "nan": (_with(np.nan), r"bad_0000\.nii\.gz has 3 voxels that are NaN or infinite"),
+    "infinite": (_with(-np.inf), r"bad_0000\.nii\.gz has 3 voxels that are NaN or infinite"),
+    "constant": (lambda dataset: dataset.add("bad", np.full((20, 24, 24), 7, np.float32)), r"same value \(7\)"),
+    "zeros": (lambda dataset: dataset.add("bad", np.zeros((20, 24, 24), np.float32)), r"same value \(0\)"),
+    "empty axis": (_empty_axis, "an axis has size 0"),
+    "2D": (lambda dataset: dataset.add("bad", voxels(1, (24, 24))), "2D image .* labeled images are 3D"),
+    "one slice": (lambda dataset: dataset.add("bad", voxels(1, (1, 24, 24))), "2D image .* labeled images are 3D"),
+    "channels": (_four_dimensions, "2 channels, but this dataset has 1"),
+    "spacing": (lambda dataset: dataset.add("bad", voxels(1), spacing=500.0), "correct the spacing in its header"),
+}
+
+
+# These formats keep what the NIfTI reader hides, or are cut off where no checksum tells.
+@pytest.mark.parametrize(("ending", "expected"), [(".nrrd", "3 of 11520 voxels are NaN"), (".nii", "has 3 voxels")])
+def test_nan_in_other_formats(dataset: TinyDataset, ending: str, expected: str) -> None:
+    dataset.dataset_json["file_ending"] = ending
+    image = voxels(1)
+    image[3, 4, 5:8] = np.nan
+    write_image(dataset.images / f"bad_0000{ending}", image)
+    write_image(dataset.images / f"good_0000{ending}", voxels(2))
+    write_image(dataset.images / f"short_0000{ending}", voxels(3).astype(np.int16))
+    file = dataset.images / f"short_0000{ending}"
+    file.write_bytes(file.read_bytes()[:-1000])
+    report = dataset.run()
+    assert report.done == ["good"]
+    assert expected in reasons(report.failed)["bad"]
+    assert reasons(report.failed).keys() == {"bad", "short"}
+
+
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+def test_bad_image_is_reported_and_the_others_are_done(three: TinyDataset, kind: str) -> None:
+    add, expected = BAD_INPUTS[kind]
+    add(three)
+    report = three.run()
+    assert report.done == ["U0", "U1", "U2"]
+    assert [problem.identifier for problem in report.failed] == ["bad"]
+    assert re.search(expected, report.failed[0].reason), report.failed[0].reason
+    assert "\n" not in report.failed[0].reason
+    assert sorted(ready_cases(three.preprocessed, IDENTIFIER)) == ["U0", "U1", "U2"]
+    assert not [file for file in three.folder.iterdir() if file.name.startswith("bad")]
+
+
+def test_failed_case_is_reported_again_without_a_second_try_until_it_is_mended(
+    three: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with(np.nan)(three)
+    first = three.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "_process", None)
+        second = three.run()
+    assert second.failed == first.failed != []
+    assert "bad" in second.table() and "NaN" in second.table()
+    three.add("bad", voxels(5))
+    assert three.run().done == ["bad"]
+
+
+def test_good_case_that_turns_bad_is_not_used_any_more(three: TinyDataset) -> None:
+    three.run()
+    three.add("U1", np.zeros((20, 24, 24), np.float32))
+    assert reasons(three.run().failed).keys() == {"U1"}
+    assert sorted(ready_cases(three.preprocessed, IDENTIFIER)) == ["U0", "U2"]
+    assert not (three.folder / "U1.b2nd").exists()
+
+
+def test_failure_to_store_is_tried_again(three: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "_save", full)
+        report = three.run()
+    assert len(report.failed) == 3 and "No space left" in report.failed[0].reason
+    assert not ready_cases(three.preprocessed, IDENTIFIER)
+    assert three.run().done == ["U0", "U1", "U2"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_dangling_link_is_reported(three: TinyDataset) -> None:
+    (three.images / "U3_0000.nii.gz").symlink_to(three.root / "nowhere.nii.gz")
+    report = three.run()
+    assert report.done == ["U0", "U1", "U2"] and "No such file" in reasons(report.failed)["U3"]
+
+
+def test_odd_images_are_used_with_a_warning(dataset: TinyDataset) -> None:
+    dataset.add("coarse", voxels(0), spacing=(1.25, 1.25, 5.0))
+    dataset.add("bright", voxels(1) + 1000)
+    dataset.add("usual", voxels(2))
+    report = dataset.run()
+    assert report.done == ["bright", "coarse", "usual"] and report.failed == []
+    assert reasons(report.warnings).keys() == {"bright", "coarse"}
+    assert "spacing 5 x 1.25 x 1.25" in reasons(report.warnings)["coarse"]
+    assert "outside the labeled foreground's (50 to 150)" in reasons(report.warnings)["bright"]
+    assert dataset.run().warnings == report.warnings
+
+
+def test_without_fingerprint_spacing_is_not_compared(dataset: TinyDataset) -> None:
+    (dataset.preprocessed / "dataset_fingerprint.json").unlink()
+    dataset.add("coarse", voxels(0), spacing=(1.25, 1.25, 5.0))
+    report = dataset.run()
+    assert (report.done, report.warnings) == (["coarse"], [])
+
+
+def test_channels_must_be_there_and_fit_each_other(tmp_path: Path) -> None:
+    dataset = TinyDataset(tmp_path, channels=2)
+    for name in ("fine", "shape", "spacing", "constant"):
+        write_image(dataset.images / f"{name}_0000.nii.gz", voxels(0))
+    write_image(dataset.images / "fine_0001.nii.gz", voxels(1))
+    write_image(dataset.images / "shape_0001.nii.gz", voxels(1, (20, 24, 20)))
+    write_image(dataset.images / "spacing_0001.nii.gz", voxels(1), spacing=2.0)
+    write_image(dataset.images / "constant_0001.nii.gz", np.zeros((20, 24, 24), np.float32))
+    write_image(dataset.images / "single_0000.nii.gz", voxels(1))
+    report = dataset.run()
+    assert report.done == ["constant", "fine"]
+    failed = reasons(report.failed)
+    assert failed.keys() == {"shape", "spacing", "single"}
+    assert "shape_0001.nii.gz 20 x 24 x 20" in failed["shape"]
+    assert "spacing_0001.nii.gz 2 x 2 x 2" in failed["spacing"]
+    assert failed["single"] == "missing single_0001.nii.gz"
+    assert "channel 1 have the same value" in reasons(report.warnings)["constant"]
+    assert read_preprocessed(dataset.folder, "fine").shape[0] == 2
+
+    (dataset.images / "fine_0001.nii.gz").unlink()
+    assert "fine" in reasons(dataset.run().failed)
+    assert not (dataset.folder / "fine.b2nd").exists()
+
+
+def test_color_images_hold_all_channels_in_one_file(tmp_path: Path) -> None:
+    dataset = TinyDataset(tmp_path, channels=3)
+    dataset.plans["image_reader_writer"] = "NaturalImage2DIO"
+    dataset.plans["configurations"]["3d_fullres"].update(spacing=[1.0, 1.0], patch_size=[16, 16])
+    dataset.dataset_json["file_ending"] = ".png"
+    fingerprint = {"shapes_after_crop": [[1, 24, 24]], "spacings": [[999, 1, 1]]}
+    (dataset.preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    from skimage import io
+
+    for folder, name in (("imagesTr", "L0"), ("imagesUn", "U0")):
+        (dataset.raw / folder).mkdir(exist_ok=True)
+        image = np.random.default_rng(0).integers(60, 140, (24, 30, 3), np.uint8)
+        io.imsave(dataset.raw / folder / f"{name}_0000.png", image, check_contrast=False)
+    report = dataset.run()
+    assert (report.done, report.failed, report.warnings) == (["U0"], [], [])
+    assert read_preprocessed(dataset.folder, "U0").shape == (3, 1, 24, 30)
+
+
+# Sharing the work
+
+
+def test_parts_make_exactly_the_whole(tmp_path: Path) -> None:
+    whole, shared = TinyDataset(tmp_path / "whole"), TinyDataset(tmp_path / "shared")
+    for dataset in (whole, shared):
+        for number in range(7):
+            dataset.add(f"U{number}", voxels(number))
+        (dataset.images / "U3x.nii.gz").write_bytes(b"")
+    complete = whole.run()
+    reports = [shared.run(num_parts=3, part_id=part) for part in (2, 0, 1)]
+    assert sorted(name for report in reports for name in report.done) == complete.done
+    assert [problem for report in reports for problem in report.failed] == complete.failed
+    assert max(len(report.done) for report in reports) <= 3
+    assert list(ready_cases(shared.preprocessed, IDENTIFIER)) == complete.done
+    for name in complete.done:
+        np.testing.assert_array_equal(read_preprocessed(whole.folder, name), read_preprocessed(shared.folder, name))
+    assert shared.run().up_to_date == complete.done
+
+
+@pytest.mark.parametrize("options", [{"num_parts": 0}, {"num_parts": 2, "part_id": 2}, {"part_id": -1}])
+def test_impossible_parts(dataset: TinyDataset, options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        dataset.run(**options)
+
+
+def test_negative_number_of_processes(dataset: TinyDataset) -> None:
+    with pytest.raises(UserError, match="0 or more"):
+        dataset.run(num_processes=-1)
+
+
+def test_case_that_another_run_finished_meanwhile_is_not_done_twice(
+    three: TinyDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = preprocessing._process
+    calls = 0
+
+    def late(job: Any, case: RawCase) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            monkeypatch.setattr(preprocessing, "_process", process)
+            three.run()
+        return process(job, case)
+
+    monkeypatch.setattr(preprocessing, "_process", late)
+    report = three.run()
+    assert (report.done, report.up_to_date) == ([], ["U0", "U1", "U2"])
+
+
+def test_leftovers_of_killed_runs_are_removed_and_those_of_others_kept(three: TinyDataset) -> None:
+    host = preprocessing.socket.gethostname()
+    ended, running, elsewhere, old = (
+        three.temporary / name for name in (f"{host}-99999999-a", f"{host}-{os.getpid()}-b", "other-1-c", "other-2-d")
+    )
+    for folder in (ended, running, elsewhere, old):
+        folder.mkdir(parents=True)
+        (folder / "U1.b2nd").write_bytes(b"half a case")
+    os.utime(old, (0, 0))
+    assert three.run().done == ["U0", "U1", "U2"]
+    kept = {running, elsewhere} if os.name != "nt" else {ended, running, elsewhere}
+    assert set(three.temporary.iterdir()) == kept
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_cut_off_after_any_step_nothing_half_done_is_believed(
+    three: TinyDataset, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Five operations put a changed case in place: its record goes, three files come, its record comes."""
+    three.run()
+    old = read_preprocessed(three.folder, "U1")
+    three.add("U1", voxels(50, (22, 24, 24)))
+    operations = 0
+
+    class KilledError(BaseException):
+        pass
+
+    def cut_off(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Path, *args: Any, **options: Any) -> Any:
+            nonlocal operations
+            counts = self.name.startswith("U1") and (function is replace or self.parent == three.records)
+            if counts and operations == step:
+                raise KilledError
+            operations += counts
+            return function(self, *args, **options)
+
+        return call
+
+    replace, unlink = Path.replace, Path.unlink
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(Path, "replace", cut_off(replace))
+        patch.setattr(Path, "unlink", cut_off(unlink))
+        three.run()
+        raise KilledError
+    assert operations == step
+    assert ("U1" in ready_cases(three.preprocessed, IDENTIFIER)) == (step == 5)
+    three.run()
+    assert list(ready_cases(three.preprocessed, IDENTIFIER)) == ["U0", "U1", "U2"]
+    assert read_preprocessed(three.folder, "U1").shape != old.shape
+
+
+# Worker processes
+
+
+_process = preprocessing._process
+
+
+def process_unless_deadly(job: Any, case: RawCase) -> Any:
+    """In a worker process: U1 kills it."""
+    if case.identifier == "U1":
+        os._exit(9)
+    return _process(job, case)
+
+
+def test_worker_processes_and_one_that_is_killed(three: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3, 6):
+        three.add(f"U{number}", voxels(number))
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "_process", process_unless_deadly)
+        report = three.run(num_processes=2)
+    assert report.done == ["U0", "U2", "U3", "U4", "U5"]
+    assert "fewer processes" in reasons(report.failed)["U1"] and len(report.failed) == 1
+    # It was not the image's fault for certain, so it is tried again.
+    lines: list[str] = []
+    assert three.run(log=lines.append).done == ["U1"]
+    assert len(lines) == 2 and "1 unlabeled case(s)" in lines[0]
+
+
+def test_thousands_of_cases_are_checked_quickly(dataset: TinyDataset) -> None:
+    count = 2000
+    dataset.folder.mkdir()
+    dataset.records.mkdir()
+    fingerprint = preprocessing_fingerprint(PlansManager(dataset.plans), "3d_fullres")
+    for number in range(count):
+        image = dataset.images / f"U{number:05d}_0000.nii.gz"
+        image.write_bytes(b"never opened")
+        record = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint,
+            "sources": preprocessing._describe_files([image]),
+            "status": "ok",
+            "warnings": [],
+            "signature": {"shape": [1, 20, 24, 24], "values": [0.123] * 64},
+        }
+        (dataset.records / f"U{number:05d}.json").write_text(json.dumps(record))
+        for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+            (dataset.folder / f"U{number:05d}{ending}").touch()
+    start = time.process_time()
+    report = dataset.run()
+    assert len(report.up_to_date) == count and not report.done
+    assert time.process_time() - start < 2
+
+
+def test_table_tells_counts_and_every_problem(three: TinyDataset) -> None:
+    _with(np.nan)(three)
+    three.add("bright", voxels(1) + 1000)
+    first, *rest = three.run().table().splitlines()
+    assert first == ("nnUNetPlans_3d_fullres_unlabeled: 4 ready (4 preprocessed now), 0 removed, 1 failed, 1 warnings")
+    assert [line.split()[:2] for line in rest] == [["failed", "bad"], ["warning", "bright"]]
+
+
+def test_nothing_to_do_leaves_nothing_behind(dataset: TinyDataset) -> None:
+    report = preprocess_unlabeled(
+        raw_dataset_folder=dataset.raw,
+        preprocessed_dataset_folder=dataset.preprocessed,
+        plans_manager=PlansManager(dataset.plans),
+        configuration="3d_fullres",
+        dataset_json=dataset.dataset_json,
+        num_processes=4,
+    )
+    assert report.done == report.up_to_date == []
+    assert not dataset.folder.exists() and not dataset.temporary.exists()

@@ -1,0 +1,140 @@
+"""The real commands, as a user types them, on a tiny dataset; nothing in nnU-Net is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+TRAINER = "CrossMatchTrainer_short"
+
+
+def train(planned, *options: object, **kwargs):
+    return planned.run(
+        "nnUNetv2_train", planned.dataset_id, "tiny", 0, "-tr", TRAINER, "-device", "cpu", *options, **kwargs
+    )
+
+
+def predict(planned, output: Path, trainer: str = TRAINER, *options: str):
+    return planned.run(
+        "nnUNetv2_predict", "-d", planned.dataset_id, "-i", planned.raw / "imagesTs", "-o", output, "-c", "tiny",
+        "-f", 0, "-tr", trainer, "-device", "cpu", "-npp", 1, "-nps", 1, *options,
+    )  # fmt: skip
+
+
+def check_prediction(planned, output: Path) -> None:
+    (case,) = planned.phantoms.test
+    image = sitk.ReadImage(planned.raw / "imagesTs" / f"{case}_0000.nii.gz")
+    prediction = sitk.ReadImage(output / f"{case}.nii.gz")
+    assert prediction.GetSize() == image.GetSize() and prediction.GetSpacing() == pytest.approx(image.GetSpacing())
+    assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= {0, 1, 2}
+
+
+def test_training_to_prediction_3d(planned_3d, tmp_path):
+    folder = planned_3d.results(TRAINER)
+    output = train(planned_3d, "--npz").stdout
+    assert "4 unlabeled cases" in output and "Mean Validation Dice" in output
+    unlabeled = planned_3d.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
+    assert {p.name for p in unlabeled.glob("*.pkl")} == {f"{case}.pkl" for case in planned_3d.phantoms.unlabeled}
+    for name in ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "progress_ssl.png"):
+        assert (folder / name).stat().st_size > 0
+    assert not (folder / "checkpoint_latest.pth").exists() and not list(folder.glob("*.partial"))
+    validation = folder / "validation"
+    assert {p.stem for p in validation.glob("*.npz")} == set(planned_3d.phantoms.validation)
+    assert 0 <= json.loads((validation / "summary.json").read_text())["foreground_mean"]["Dice"] <= 1
+
+    predict(planned_3d, tmp_path / "predicted")
+    check_prediction(planned_3d, tmp_path / "predicted")
+
+    # Stock nnU-Net, without this package's trainers, predicts the same from the renamed checkpoint.
+    exported = planned_3d.results("nnUNetTrainer")
+    exported.mkdir(parents=True)
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=True)
+    torch.save({**checkpoint, "trainer_name": "nnUNetTrainer"}, exported / "checkpoint_final.pth")
+    for name in ("plans.json", "dataset.json"):
+        (exported.parent / name).write_bytes((folder.parent / name).read_bytes())
+    predict(planned_3d, tmp_path / "stock", "nnUNetTrainer")
+    (case,) = planned_3d.phantoms.test
+    ours, stock = (
+        sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / f / f"{case}.nii.gz")) for f in ("predicted", "stock")
+    )
+    assert np.array_equal(ours, stock)
+
+
+def test_training_to_prediction_2d(planned_2d, tmp_path):
+    assert "4 unlabeled cases" in train(planned_2d).stdout
+    predict(planned_2d, tmp_path)
+    check_prediction(planned_2d, tmp_path)
+
+
+@pytest.mark.slow
+def test_validation_options_and_pretrained_weights(planned_3d, tmp_path):
+    folder = planned_3d.results(TRAINER)
+    train(planned_3d)
+    before = (folder / "checkpoint_final.pth").read_bytes()
+    for option in ("--val", "--val_best"):
+        options = ["--val", "--val_best"] if option == "--val_best" else ["--val"]
+        assert "Mean Validation Dice" in train(planned_3d, *options).stdout
+    assert (folder / "checkpoint_final.pth").read_bytes() == before
+    pretrained = tmp_path / "pretrained.pth"
+    pretrained.write_bytes(before)
+    assert (
+        "Loading pretrained weights"
+        in train(planned_3d, "-pretrained_weights", pretrained, "--disable_checkpointing").stdout
+    )
+    assert (folder / "checkpoint_final.pth").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_killed_training_continues(planned_2d):
+    (planned_2d.root / "trainers" / "short.py").write_text(
+        (planned_2d.root / "trainers" / "short.py").read_text().replace("= 2, 3, 2", "= 40, 3, 2")
+    )
+    folder = planned_2d.results(TRAINER)
+    for file in folder.glob("checkpoint_*"):
+        file.unlink()
+    command = [Path(sysconfig.get_path("scripts")) / "nnUNetv2_train", planned_2d.dataset_id, "tiny", 0]
+    command += ["-tr", TRAINER, "-device", "cpu"]
+    process = subprocess.Popen(
+        list(map(str, command)), env=planned_2d.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    latest = folder / "checkpoint_latest.pth"
+    deadline = time.time() + 180
+    while not latest.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    epoch = torch.load(latest, weights_only=True)["current_epoch"]
+    assert 0 < epoch < 40
+    assert f"Epoch {epoch}" in train(planned_2d, "--c").stdout
+    final = torch.load(folder / "checkpoint_final.pth", weights_only=True)
+    assert final["current_epoch"] == 40
+    assert {len(values) for values in final["logging"].values()} == {40}
+
+
+def test_a_validation_image_among_the_unlabeled_stops_training(planned_2d, tmp_path):
+    (case, *_) = planned_2d.phantoms.validation
+    copy = planned_2d.raw / "imagesUn" / "copied_0000.nii.gz"
+    copy.write_bytes((planned_2d.raw / "imagesTr" / f"{case}_0000.nii.gz").read_bytes())
+    try:
+        stopped = train(planned_2d, check=False)
+        assert stopped.returncode != 0
+        assert "copied" in stopped.stdout and case in stopped.stdout and "allow_transductive" in stopped.stdout
+    finally:
+        copy.unlink()
+
+
+def test_python_module_form_of_the_command_prints_the_trainers_folder():
+    done = subprocess.run([sys.executable, "-m", "nnunet_ssl.cli.main", "trainers"], capture_output=True, text=True)
+    assert (Path(done.stdout.strip()) / "CrossMatchTrainer.py").is_file()

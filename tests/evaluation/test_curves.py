@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+
+from nnunet_ssl.evaluation import curves
+from nnunet_ssl.evaluation.curves import save_training_curves
+
+
+def logged(epochs):
+    return {
+        "train_losses": [1.0] * epochs,
+        "ssl/loss/supervised": list(np.linspace(0, -0.8, epochs)),
+        "ssl/loss/tkd": [float("nan") if epoch == 1 else 0.5 for epoch in range(epochs)],
+        "ssl/weight/tkd": list(np.linspace(0, 1, epochs)),
+        "ssl/coverage": [0.5] * epochs,
+        "ssl/coverage_per_class": [[0.9, 0.1]] * epochs,
+        "ssl/unlabeled_time": [12.0] * epochs,
+        "ssl/never_logged": [],
+    }
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved."""
+    saved = []
+    original = curves.Figure.savefig
+
+    def savefig(figure, *args, **kwargs):
+        saved.append(figure)
+        original(figure, *args, **kwargs)
+
+    monkeypatch.setattr(curves.Figure, "savefig", savefig)
+    return saved
+
+
+def lines(figure):
+    return {axis.get_title(loc="left"): {line.get_label(): line for line in axis.lines} for axis in figure.axes}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 1000])
+def test_panels_and_lines(tmp_path, figures, epochs):
+    file = tmp_path / "progress_ssl.png"
+    file.write_bytes(b"older")
+    save_training_curves(file, logged(epochs), title="CrossMatchTrainer")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["progress_ssl.png"], "nothing unfinished is left"
+    drawn = lines(figures[0])
+    assert [set(names) for names in drawn.values()] == [
+        {"supervised", "tkd"},
+        {"tkd"},
+        {"overall", "class 1", "class 2"},
+        {"unlabeled"},
+    ]
+    losses = drawn["loss terms, unweighted"]
+    assert losses["supervised"].get_ydata()[-1] == logged(epochs)["ssl/loss/supervised"][-1]
+    assert len(losses["supervised"].get_xdata()) == epochs
+    assert (losses["supervised"].get_marker() == "o") == (epochs <= 20), "a single epoch shows as a point"
+    assert losses["tkd"].get_color() == drawn["weights of the terms"]["tkd"].get_color()
+    assert losses["tkd"].get_color() != losses["supervised"].get_color()
+
+
+def test_odd_values(tmp_path, figures):
+    logging = {
+        "ssl/loss/term": [None, float("inf"), 1.0],
+        "ssl/coverage_per_class": [[0.5], [0.5, 0.25], []],
+        "ssl/queue": [1, 2, 3],
+    }
+    save_training_curves(tmp_path / "a.png", logging)
+    drawn = lines(figures[0])
+    np.testing.assert_array_equal(drawn["loss terms, unweighted"]["term"].get_ydata(), [np.nan, np.nan, 1.0])
+    coverage = drawn["pseudo-label coverage: share of voxels above the threshold"]
+    np.testing.assert_array_equal(coverage["class 1"].get_ydata(), [np.nan, 0.25, np.nan])
+    assert set(drawn["other"]) == {"queue"}
+
+
+def test_nothing_logged_nothing_written(tmp_path):
+    save_training_curves(tmp_path / "a.png", {"train_losses": [1.0], "ssl/loss/term": []})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_is_not_disturbed_by_the_global_style_and_leaves_it(tmp_path, figures):
+    with matplotlib.rc_context({"font.size": 60.0, "lines.linewidth": 9.0}):
+        save_training_curves(tmp_path / "a.png", logged(3))
+        assert matplotlib.rcParams["font.size"] == 60.0
+    assert figures[0].axes[-1].xaxis.get_label().get_fontsize() < 20
+
+
+def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
+    file = tmp_path / "progress_ssl.png"
+    file.write_bytes(b"older")
+
+    def savefig(figure, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(curves.Figure, "savefig", savefig)
+    with pytest.raises(OSError, match="disk full"):
+        save_training_curves(file, logged(2))
+    assert file.read_bytes() == b"older"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["progress_ssl.png"]

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from nnunet_ssl.evaluation.pictures import save_overlay, slice_of_interest
+
+
+def test_slice_of_interest():
+    reference = np.zeros((5, 8, 8), int)
+    reference[1:4, 2:6, 2:6] = 1
+    reference[2, 1:7, 1:7] = 1
+    prediction = reference.copy()
+    assert slice_of_interest(reference, [prediction]) == 2, "no disagreement: most foreground"
+    prediction[3, 2:4] = 2
+    assert slice_of_interest(reference, [reference, prediction]) == 3
+
+
+@pytest.mark.parametrize("shape", [(6, 24, 32), (24, 32)])
+def test_overlay_shows_contours_in_the_structures_colors(tmp_path, shape):
+    reference = np.zeros(shape, np.uint8)
+    reference[..., 6:18, 6:18] = 1
+    reference[..., 6:18, 20:30] = 2
+    prediction = np.roll(reference, 2, axis=-1)
+    image = np.random.default_rng(0).normal(100, 1, shape)
+    labels = {"chamber": 1, "neighbor": 2}
+    save_overlay(tmp_path / "with.png", image, reference, {"trainer": prediction}, labels=labels, title="case")
+    empty = {"trainer": np.zeros_like(reference)}
+    save_overlay(tmp_path / "without.png", image, reference, empty, labels=labels, title="case")
+
+    def red(file):
+        """Pixels in the first structure's color, by column of the panels: image, reference, trainer."""
+        pixels = imread(file)[:, :, :3]
+        matching = np.abs(pixels - np.array([255, 90, 79]) / 255).max(axis=-1) < 0.02
+        matching[int(0.85 * len(matching)) :] = False  # the legend
+        return [part.sum() for part in np.array_split(matching, 3, axis=1)]
+
+    with_prediction, without = red(tmp_path / "with.png"), red(tmp_path / "without.png")
+    assert with_prediction[0] == 0 and without[0] == 0
+    assert with_prediction[1] > 100 and with_prediction[2] > 100
+    assert without[1] > 100 and without[2] == 0
+
+
+def test_constant_image_and_no_foreground(tmp_path):
+    empty = np.zeros((3, 8, 8), np.uint8)
+    save_overlay(tmp_path / "a.png", empty, empty, {"trainer": empty}, labels={"one": 1}, spacing=(3, 1, 2))
+    assert (tmp_path / "a.png").stat().st_size > 0

@@ -1,0 +1,261 @@
+"""CrossMatch: its loss against a naive transcription of the paper, its gradients, its memory modes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.networks import outputs as outputs_module
+from nnunet_ssl.trainer import LabeledBatch, UnlabeledBatch, training_length_variants
+
+
+def make_trainer(planned, monkeypatch, tmp_path, regions=False, **settings) -> CrossMatchTrainer:
+    monkeypatch.setenv("nnUNet_preprocessed", planned.environment["nnUNet_preprocessed"])
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    plans = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
+    plans["continue_training"] = False
+    plans["configurations"]["tiny"]["semi_supervised"] = settings
+    dataset_json = json.loads((planned.preprocessed / "dataset.json").read_text())
+    if regions:
+        dataset_json["labels"] = {"background": 0, "both": [1, 2], "second": 2}
+        dataset_json["regions_class_order"] = [1, 2]
+    trainer = CrossMatchTrainer(plans, "tiny", 0, dataset_json, torch.device("cpu"))
+    torch.manual_seed(0)
+    trainer.initialize()
+    trainer.network.train()
+    return trainer
+
+
+def make_batches(trainer, u=3, seed=0) -> tuple[LabeledBatch, UnlabeledBatch, dict]:
+    generator = torch.Generator().manual_seed(seed)
+    np.random.seed(seed)
+    patch = tuple(trainer.configuration_manager.patch_size)
+    scales = trainer._get_deep_supervision_scales()
+    channels = trainer.label_manager.num_segmentation_heads
+    target = torch.randint(
+        0, 2 if trainer.label_manager.has_regions else 3, (2, 1, *patch), generator=generator
+    ).float()
+    if trainer.label_manager.has_regions:
+        target = target.expand(2, channels, *patch)
+    targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, s))) for s in scales]
+    labeled = {"data": torch.randn(2, 1, *patch, generator=generator), "target": targets, "keys": ["l0", "l1"]}
+    unlabeled = {
+        "weak": torch.randn(u, 1, *patch, generator=generator),
+        "strong": [torch.randn(u, 1, *patch, generator=generator) for _ in range(2)],
+        "boxes": [torch.from_numpy(trainer.unlabeled_views().cutmix.draw(u, patch)) for _ in range(2)],
+        "partner": (torch.arange(u) + 1) % u,
+        "keys": [f"u{i}" for i in range(u)],
+    }
+    trainer.dataloader_unlabeled = itertools.repeat(unlabeled)
+    return LabeledBatch(labeled["data"], targets, labeled["keys"]), UnlabeledBatch(**unlabeled), labeled
+
+
+def random_logits(trainer, labeled, unlabeled) -> dict:
+    generator = torch.Generator().manual_seed(5)
+    channels = trainer.label_manager.num_segmentation_heads
+    spatial = unlabeled.weak.shape[2:]
+    logits = {
+        name: torch.randn(len(unlabeled.weak), channels, *spatial, generator=generator) * 4
+        for name in trainer.streams()
+        if name != "x_dn"
+    }
+    logits["x_dn"] = [torch.randn(2, channels, *t.shape[2:], generator=generator) for t in labeled.target]
+    return logits
+
+
+def naive_crossmatch(logits: dict, boxes, partner, threshold: float, regions: bool) -> dict[str, float]:
+    """The paper's equations, in float64, one sample and one box at a time."""
+    z = {name: value.double().numpy() for name, value in logits.items() if name != "x_dn"}
+
+    def probabilities(a):
+        if regions:
+            return 1 / (1 + np.exp(-a))
+        e = np.exp(a - a.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    def label(name):
+        p = probabilities(z[name])
+        if regions:
+            return (p > 0.5).astype(float), np.maximum(p, 1 - p)
+        one_hot = np.stack([p.argmax(1) == k for k in range(p.shape[1])], 1).astype(float)
+        return one_hot, np.repeat(p.max(1, keepdims=True), p.shape[1], 1)
+
+    def mix(pair, box):
+        mixed = [a.copy() for a in pair]
+        for sample, extent in enumerate(box.numpy()):
+            inside = (slice(None), *(slice(low, high) for low, high in extent))
+            for target, source in zip(mixed, pair, strict=True):
+                target[sample][inside] = source[partner[sample]][inside]
+        return mixed
+
+    def dice(name, pair):
+        p, (y, c) = probabilities(z[name]), pair
+        losses = []
+        for k in range(0 if regions else 1, p.shape[1]):
+            m = c[:, k] >= threshold
+            numerator = 2 * (m * p[:, k] * y[:, k]).sum() + 1e-5
+            denominator = (m * p[:, k] ** 2).sum() + (m * y[:, k] ** 2).sum() + 1e-5
+            losses.append(1 - numerator / denominator)
+        return float(np.mean(losses))
+
+    teacher, weak, strong = label("u_dn"), label("u_dw"), label("u_ds")
+    one, two = mix(teacher, boxes[0]), mix(teacher, boxes[1])
+    return {
+        "ip": (dice("s1_dn", one) + dice("s2_dn", two)) / 2,
+        "tkd": (dice("u_dw", teacher) + dice("u_ds", teacher) + dice("s2_dw", two) + dice("s2_ds", two)) / 4,
+        "dkd": (dice("s2_dw", mix(weak, boxes[1])) + dice("s2_ds", mix(strong, boxes[1]))) / 2,
+    }
+
+
+def summed_terms(trainer, logits, labeled, unlabeled) -> dict[str, torch.Tensor]:
+    terms: dict[str, torch.Tensor] = {}
+    for part in trainer.loss_terms(logits, labeled, unlabeled):
+        for name, value in part.items():
+            terms[name] = terms.get(name, 0) + value
+    return terms
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])
+def test_terms_are_the_papers(dim, regions, request, monkeypatch, tmp_path):
+    trainer = make_trainer(
+        request.getfixturevalue(dim), monkeypatch, tmp_path, regions, cutmix_probability=1.0, confidence_threshold=0.7
+    )
+    labeled, unlabeled, _ = make_batches(trainer)
+    logits = random_logits(trainer, labeled, unlabeled)
+    terms = summed_terms(trainer, logits, labeled, unlabeled)
+    expected = naive_crossmatch(logits, unlabeled.boxes, unlabeled.partner.tolist(), 0.7, regions)
+    assert set(terms) == {"supervised", *expected} == set(trainer.loss_weights(0.0))
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value, abs=1e-5), name
+    torch.testing.assert_close(terms["supervised"], trainer.loss(logits["x_dn"], labeled.target))
+
+
+def test_strong_images_are_mixed_as_their_labels(planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, cutmix_probability=1.0)
+    labeled, unlabeled, _ = make_batches(trainer)
+    images = trainer.images(labeled, unlabeled)
+    for name, view, boxes in zip(("s1", "s2"), unlabeled.strong, unlabeled.boxes, strict=True):
+        for sample, extent in enumerate(boxes):
+            expected = view[sample].clone()
+            inside = (slice(None), *(slice(int(low), int(high)) for low, high in extent))
+            expected[inside] = view[unlabeled.partner[sample]][inside]
+            assert torch.equal(images[name][sample], expected)
+    assert torch.equal(images["u"], unlabeled.weak) and torch.equal(images["x"], labeled.image)
+
+
+def test_pseudo_labels_carry_no_gradient(planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, confidence_threshold=0.5, cutmix_probability=1.0)
+    labeled, unlabeled, _ = make_batches(trainer)
+    logits = random_logits(trainer, labeled, unlabeled)
+    for value in logits.values():
+        for tensor in value if isinstance(value, list) else [value]:
+            tensor.requires_grad_()
+    terms = summed_terms(trainer, logits, labeled, unlabeled)
+
+    def reached(term: str) -> set[str]:
+        leaves = {n: v[0] if isinstance(v, list) else v for n, v in logits.items()}
+        found = torch.autograd.grad(terms[term], list(leaves.values()), retain_graph=True, allow_unused=True)
+        return {n for n, g in zip(leaves, found, strict=True) if g is not None and g.abs().max() > 0}
+
+    assert reached("supervised") == {"x_dn"}
+    assert reached("ip") == {"s1_dn", "s2_dn"}
+    assert reached("tkd") == {"u_dw", "u_ds", "s2_dw", "s2_ds"}
+    assert reached("dkd") == {"s2_dw", "s2_ds"}
+
+
+@pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])
+def test_split_gives_the_terms_and_gradients_of_stacked(dim, request, monkeypatch, tmp_path):
+    trainer = make_trainer(
+        request.getfixturevalue(dim), monkeypatch, tmp_path, ramp_length=0.0, confidence_threshold=0.4
+    )
+    labeled, unlabeled, _ = make_batches(trainer)
+    found = {}
+    for mode in ("stacked", "split"):
+        trainer.memory_mode = mode
+        torch.manual_seed(11)
+        terms = trainer._gradients(labeled, unlabeled)
+        found[mode] = terms, {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
+    terms, gradients = found["stacked"]
+    for name, value in found["split"][0].items():
+        torch.testing.assert_close(value, terms[name], rtol=1e-4, atol=1e-6)
+    assert set(gradients) == set(found["split"][1])
+    scale = max(g.abs().max() for g in gradients.values()).item()
+    for name, gradient in found["split"][1].items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+    # Every parameter has one but the head that nnU-Net's deep supervision leaves out.
+    missing = {n for n, _ in trainer.network.named_parameters()} - set(gradients)
+    assert all("seg_layers.0." in name for name in missing)
+
+
+def test_the_unsupervised_terms_reach_every_parameter(planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, ramp_length=0.0, confidence_threshold=0.4)
+    labeled, unlabeled, _ = make_batches(trainer)
+    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].sum() * 0.0)
+    trainer._gradients(labeled, unlabeled)
+    heads_of_lower_resolutions = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
+    for name, parameter in trainer.network.named_parameters():
+        if "encoder.encoder" in name or name in heads_of_lower_resolutions:
+            continue
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert trainer.network.encoder.stages[0][0].convs[0].conv.weight.grad.abs().max() > 0
+
+
+def test_loss_weights_follow_the_ramp(planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
+    start, end = trainer.loss_weights(0.0), trainer.loss_weights(0.3)
+    assert start["supervised"] == end["supervised"] == 1
+    assert start["ip"] == pytest.approx(np.exp(-5)) and end["ip"] == 1
+    assert end["tkd"] == pytest.approx(0.7) and end["dkd"] == pytest.approx(0.3)
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, ramp_length=0.0)
+    assert trainer.loss_weights(0.0)["ip"] == 1
+
+
+def test_a_term_that_is_not_finite_stops_with_its_name_and_cases(planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, ramp_length=0.0)
+    _, unlabeled, batch = make_batches(trainer)
+    before = {n: p.clone() for n, p in trainer.network.named_parameters()}
+    unlabeled.weak[1] = float("nan")
+    with pytest.raises(RuntimeError, match=r"not finite: .*tkd.*l0, l1.*u0, u1, u2"):
+        trainer.train_step(batch)
+    assert all(torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
+
+
+def test_out_of_memory_in_the_first_step_goes_on_in_split_mode(planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
+    _, _, batch = make_batches(trainer)
+    trainer.memory_mode = "stacked"  # as auto chooses on a GPU
+
+    def out_of_memory(self, loss):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(outputs_module.StackedOutputs, "backward", out_of_memory)
+    result = trainer.train_step(batch)
+    assert trainer.memory_mode == "split" and np.isfinite(result["loss"])
+    # Counted once, not once per attempt.
+    assert trainer._recorded["coverage"][1][0] == 3 * np.prod(trainer.configuration_manager.patch_size)
+    trainer.memory_mode = "stacked"
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step(batch)
+
+
+def test_variants_of_other_lengths():
+    variants = training_length_variants(CrossMatchTrainer)
+    assert {"CrossMatchTrainer", *(f"CrossMatchTrainer_{n}epochs" for n in (5, 20, 50, 100, 250, 500))} <= set(variants)
+    assert all(
+        variant.__name__ == name and issubclass(variant, CrossMatchTrainer) for name, variant in variants.items()
+    )
+
+
+def test_a_step_moves_the_weights_and_lowers_the_loss(planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path, ramp_length=0.0, confidence_threshold=0.4)
+    _, _, batch = make_batches(trainer)
+    first = trainer.train_step(batch)
+    for _ in range(15):
+        last = trainer.train_step(batch)
+    assert last["loss"] < first["loss"] and last["loss/ip"] < first["loss/ip"]

@@ -1,0 +1,215 @@
+"""Checkpoints, log and loaders of the base trainer, on nnU-Net's own training loop."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_ssl import trainer as trainer_module
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+
+
+@pytest.fixture
+def make(planned_3d, monkeypatch, tmp_path):
+    """Make trainers of few steps that train in this process, writing to a folder of this test."""
+    for name, value in planned_3d.environment.items():
+        if name.startswith("nnUNet"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+
+    def factory(epochs=2, **settings) -> CrossMatchTrainer:
+        plans = json.loads((planned_3d.preprocessed / "nnUNetPlans.json").read_text())
+        plans["continue_training"] = False
+        plans["configurations"]["tiny"]["semi_supervised"] = settings
+        dataset_json = json.loads((planned_3d.preprocessed / "dataset.json").read_text())
+        trainer = CrossMatchTrainer(plans, "tiny", 0, dataset_json, torch.device("cpu"))
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, 2, 1
+        return trainer
+
+    return factory
+
+
+def states(trainer) -> dict:
+    return {
+        "weights": trainer.training_network.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "logging": trainer.logger.local_logger.my_fantastic_logging,
+        "epoch": trainer.current_epoch,
+        "best": trainer._best_ema,
+        "mirroring": tuple(trainer.inference_allowed_mirroring_axes),
+    }
+
+
+def assert_equal(first, second, path="") -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), path
+    elif isinstance(first, dict):
+        assert list(first) == list(second), path
+        for key in first:
+            assert_equal(first[key], second[key], f"{path}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_equal(*pair, f"{path}/{index}")
+    else:
+        np.testing.assert_equal(first, second, err_msg=path)
+
+
+def test_resume_restores_everything_and_goes_on(make):
+    first = make(epochs=2)
+    monkey = type(first).on_epoch_end
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_epoch_0(self):
+        self.save_every = 1
+        monkey(self)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(first), "on_epoch_end", stop_after_epoch_0)
+        with pytest.raises(Stop):
+            first.run_training()
+    latest = Path(first.output_folder) / "checkpoint_latest.pth"
+    assert first._best_ema is not None
+    second = make(epochs=2)
+    second.load_checkpoint(str(latest))
+    assert_equal(states(first), states(second))
+    assert second.current_epoch == 1 and second.progress == 0.5
+    second.run_training()
+    logging = second.logger.local_logger.my_fantastic_logging
+    assert {len(values) for values in logging.values()} == {2}
+    final = torch.load(Path(first.output_folder) / "checkpoint_final.pth", weights_only=True)
+    assert final["current_epoch"] == 2
+
+
+def test_checkpoint_is_plain_and_its_network_is_stock(make, monkeypatch, tmp_path):
+    trainer = make(epochs=1, ramp_length=0.5)
+    trainer.run_training()
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=True)
+    stock = CrossMatchTrainer.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
+    )
+    stock.load_state_dict(checkpoint["network_weights"], strict=True)
+    assert checkpoint["ssl"]["settings"]["ramp_length"] == 0.5
+    assert checkpoint["trainer_name"] == "CrossMatchTrainer"
+
+    # With its trainer's name changed it predicts on a stock nnU-Net, the same as here.
+    image = np.random.RandomState(0).normal(size=(1, 20, 32, 36)).astype(np.float32)
+    logits = {}
+    for name in ("CrossMatchTrainer", "nnUNetTrainer"):
+        torch.save({**checkpoint, "trainer_name": name}, file)
+        if name == "nnUNetTrainer":
+            monkeypatch.delenv("nnUNet_extTrainer")
+        predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(Path(trainer.output_folder_base)), (0,))
+        logits[name] = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image))
+    assert torch.equal(*logits.values())
+
+
+def test_a_kill_while_writing_keeps_the_old_checkpoint(make, monkeypatch, tmp_path):
+    trainer = make()
+    trainer.initialize()
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    before = file.read_bytes()
+
+    def killed(checkpoint, stream):
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module.torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_checkpoint(str(file))
+    assert file.read_bytes() == before
+
+
+def test_disabled_checkpointing_writes_nothing(make, tmp_path):
+    trainer = make()
+    trainer.initialize()
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(str(tmp_path / "none.pth"))
+    assert not (tmp_path / "none.pth").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(make, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ssl": {}, "x": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth could not be read"):
+        make().load_checkpoint(str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_stock_checkpoint_is_refused_with_a_way_out(make, tmp_path):
+    torch.save({"network_weights": {}, "trainer_name": "nnUNetTrainer"}, tmp_path / "stock.pth")
+    with pytest.raises(UserError, match=r"nnUNetTrainer.*-pretrained_weights"):
+        make().load_checkpoint(str(tmp_path / "stock.pth"))
+
+
+def test_log_has_every_key_once_per_epoch_also_after_an_older_checkpoint(make):
+    trainer = make()
+    trainer.initialize()
+    trainer.current_epoch = 2
+    lists = trainer.logger.local_logger.my_fantastic_logging
+    lists["ssl/loss/of_an_older_version"] = [0.5, 0.4]
+    trainer._log_ssl({"loss/supervised": 1.0, "loss/total": 1.0, "weight/supervised": 1.0})
+    np.testing.assert_equal(lists["ssl/loss/supervised"], [np.nan, np.nan, 1.0])
+    np.testing.assert_equal(lists["ssl/loss/of_an_older_version"], [0.5, 0.4, np.nan])
+
+
+def test_log_and_picture_of_a_training(make):
+    trainer = make(epochs=2, ramp_length=0.0)
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    lists = trainer.logger.local_logger.my_fantastic_logging
+    for key in ("loss/supervised", "loss/ip", "loss/tkd", "loss/dkd", "loss/total", "weight/ip", "coverage"):
+        assert len(lists[f"ssl/{key}"]) == 2 and np.isfinite(lists[f"ssl/{key}"]).all(), key
+    assert [len(epoch) for epoch in lists["ssl/coverage_per_class"]] == [2, 2]
+    total = [
+        s + i + 0.7 * t + 0.3 * d
+        for s, i, t, d in zip(*(lists[f"ssl/loss/{n}"] for n in ("supervised", "ip", "tkd", "dkd")), strict=True)
+    ]
+    np.testing.assert_allclose(lists["ssl/loss/total"], total, rtol=1e-5)
+    assert lists["train_losses"] == pytest.approx(lists["ssl/loss/supervised"])
+    assert (folder / "progress_ssl.png").stat().st_size > 10_000
+    log = next(folder.glob("training_log_*.txt")).read_text()
+    assert "coverage" in log and "supervised" in log and "Memory mode: split" in log and "4 unlabeled cases" in log
+
+
+def test_all_loaders_are_stopped_when_training_fails(make, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    trainer = make()
+    monkeypatch.setattr(trainer, "train_step", lambda batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run_training()
+    for loader in (trainer.dataloader_train, trainer.dataloader_val, trainer.dataloader_unlabeled):
+        assert loader._processes == []
+
+
+def test_training_without_unlabeled_cases_says_how_to_add_some(make, monkeypatch, planned_3d, tmp_path):
+    monkeypatch.setattr(trainer_module, "collect_unlabeled_cases", lambda *args: [])
+    with pytest.raises(UserError, match="imagesUn"):
+        make().run_training()
+
+
+def test_cascades_are_refused(make, planned_3d):
+    trainer = make()
+    plans = {**trainer.plans_manager.plans, "continue_training": False}
+    plans["configurations"]["tiny"] |= {"previous_stage": "3d_lowres"}
+    with pytest.raises(NotImplementedError, match="cascade"):
+        CrossMatchTrainer(plans, "tiny", 0, trainer.dataset_json, torch.device("cpu"))
