@@ -238,9 +238,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _prepare_unlabeled_cases(self) -> list:
         preprocessed = Path(self.preprocessed_dataset_folder_base)
-        raw = Path(os.environ["nnUNet_raw"]) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
         # A machine that only trains may have the preprocessed data alone.
-        if self.local_rank == 0 and raw is not None and (raw / "imagesUn").is_dir():
+        raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
+        if self.local_rank == 0:
             report = preprocess_unlabeled(
                 raw_dataset_folder=raw,
                 preprocessed_dataset_folder=preprocessed,

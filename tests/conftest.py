@@ -83,6 +83,8 @@ def nnunet_environment(root: Path) -> dict[str, str]:
     environment["nnUNet_extTrainer"] = os.pathsep.join([str(trainers_folder()), str(root / "trainers")])
     # Worker processes and threads for two cores.
     environment |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"}
+    # Threads that spin while they wait take the cores from the loaders' processes.
+    environment["OMP_WAIT_POLICY"] = "passive"
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     return environment
 

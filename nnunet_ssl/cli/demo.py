@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     raw = args.raw.resolve() if args.raw is not None else None
     if raw is not None and not (raw / "dataset.json").is_file():
         raise UserError(f"{raw} is no raw nnU-Net dataset: it has no dataset.json.")
-    _prepare_folder(folder, {"trainer": args.trainer, "raw": str(raw), "seed": args.seed}, overwrite=args.overwrite)
+    _prepare_folder(
+        folder, {"trainer": args.trainer, "raw": str(raw) if raw else None, "seed": args.seed}, overwrite=args.overwrite
+    )
     processes = args.np if args.np is not None else min(os.cpu_count() or 1, 8)
     if processes < 1:
         raise UserError(f"-np is {processes}; give 1 or more.")

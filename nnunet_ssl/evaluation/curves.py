@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 PREFIX = "ssl/"
-_PANELS = ("loss", "weight", "coverage", "time", "other")
+_PANELS = ("loss", "weight", "coverage", "seconds", "other")
 _TITLES = {
-    "loss": "loss terms, unweighted",
+    "loss": "loss: terms without their weights, and the total",
     "weight": "weights of the terms",
     "coverage": "pseudo-label coverage: share of voxels above the threshold",
-    "time": "seconds per epoch",
+    "seconds": "seconds per epoch",
     "other": "other",
 }
 
@@ -28,7 +28,7 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
     """Draw what was logged under keys that start with ``ssl/``; the file is replaced atomically.
 
     One panel each for ``ssl/loss/<term>``, ``ssl/weight/<term>``, ``ssl/coverage`` with ``ssl/coverage_per_class``
-    (a list per epoch), and ``ssl/<something>_time`` in seconds. Values that are not finite leave a gap. Nothing is
+    (a list per epoch), and ``ssl/seconds/<what>``. Values that are not finite leave a gap. Nothing is
     written while nothing has been logged.
 
     Args:
@@ -55,7 +55,7 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
         epochs = max(len(series) for panel in panels.values() for series in panel.values())
         for axis, panel in zip(axes, drawn, strict=True):
             for name, series in panels[panel].items():
-                overall = panel == "coverage" and name == "overall"
+                overall = name == {"loss": "total", "coverage": "overall"}.get(panel)
                 axis.plot(
                     series,
                     label=name,
@@ -71,7 +71,7 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
                 axis.set_ylim(-0.03, 1.03)
             elif panel == "weight":
                 axis.set_ylim(-0.03, max(1.03, axis.get_ylim()[1]))
-            elif panel == "time":
+            elif panel == "seconds":
                 axis.set_ylim(bottom=0)
         axes[-1].set_xlabel("epoch")
         axes[-1].set_xlim(-0.5, max(epochs, 2) - 0.5)
@@ -90,19 +90,17 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
 def _place(key: str) -> tuple[str, str]:
     """The panel of a key and the name of its line."""
     group, _, term = key.partition("/")
-    if group in ("loss", "weight") and term:
-        return group, term
+    if group in ("loss", "weight", "seconds") and term:
+        return group, term.replace("_", " ") if group == "seconds" else term
     if key == "coverage":
         return "coverage", "overall"
     if group.startswith("coverage"):
         return "coverage", "class" if key == "coverage_per_class" else key
-    if key.endswith("time"):
-        return "time", key.removesuffix("time").rstrip("_/").replace("_", " ") or key
     return "other", key
 
 
 def _series(name: str, values: Sequence[Any]) -> dict[str, np.ndarray]:
-    """One line, or one per entry where the epochs hold lists; shorter lists are filled with nan."""
+    """One line, or one per entry, counted from 1, where the epochs hold lists; shorter lists are filled with nan."""
     rows = [np.atleast_1d(np.asarray(np.nan if value is None else value, dtype=float)) for value in values]
     table = np.full((len(rows), max(len(row) for row in rows)), np.nan)
     for row, target in zip(rows, table, strict=True):

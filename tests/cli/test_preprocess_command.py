@@ -121,7 +121,7 @@ def test_result_equals_nnunets_own_and_bad_cases_make_exit_code_1(
 
 
 def test_killed_command_continues_where_it_stopped(root: Path) -> None:
-    count = 10
+    count = 8
     for number in range(count):
         write_image(images(root) / f"U{number}_0000.nii.gz", 100 + number, size=64)
     records = preprocessed(root, f"{PLANS}_unlabeled_records")

@@ -13,10 +13,11 @@ def logged(epochs):
         "train_losses": [1.0] * epochs,
         "ssl/loss/supervised": list(np.linspace(0, -0.8, epochs)),
         "ssl/loss/tkd": [float("nan") if epoch == 1 else 0.5 for epoch in range(epochs)],
+        "ssl/loss/total": [0.25] * epochs,
         "ssl/weight/tkd": list(np.linspace(0, 1, epochs)),
         "ssl/coverage": [0.5] * epochs,
         "ssl/coverage_per_class": [[0.9, 0.1]] * epochs,
-        "ssl/unlabeled_time": [12.0] * epochs,
+        "ssl/seconds/waiting_for_unlabeled": [12.0] * epochs,
         "ssl/never_logged": [],
     }
 
@@ -48,12 +49,12 @@ def test_panels_and_lines(tmp_path, figures, epochs):
     assert [entry.name for entry in tmp_path.iterdir()] == ["progress_ssl.png"], "nothing unfinished is left"
     drawn = lines(figures[0])
     assert [set(names) for names in drawn.values()] == [
-        {"supervised", "tkd"},
+        {"supervised", "tkd", "total"},
         {"tkd"},
         {"overall", "class 1", "class 2"},
-        {"unlabeled"},
+        {"waiting for unlabeled"},
     ]
-    losses = drawn["loss terms, unweighted"]
+    losses = drawn["loss: terms without their weights, and the total"]
     assert losses["supervised"].get_ydata()[-1] == logged(epochs)["ssl/loss/supervised"][-1]
     assert len(losses["supervised"].get_xdata()) == epochs
     assert (losses["supervised"].get_marker() == "o") == (epochs <= 20), "a single epoch shows as a point"
@@ -69,9 +70,11 @@ def test_odd_values(tmp_path, figures):
     }
     save_training_curves(tmp_path / "a.png", logging)
     drawn = lines(figures[0])
-    np.testing.assert_array_equal(drawn["loss terms, unweighted"]["term"].get_ydata(), [np.nan, np.nan, 1.0])
+    np.testing.assert_array_equal(
+        drawn["loss: terms without their weights, and the total"]["term"].get_ydata(), [np.nan, np.nan, 1.0]
+    )
     coverage = drawn["pseudo-label coverage: share of voxels above the threshold"]
-    np.testing.assert_array_equal(coverage["class 1"].get_ydata(), [np.nan, 0.25, np.nan])
+    np.testing.assert_array_equal(coverage["class 2"].get_ydata(), [np.nan, 0.25, np.nan])
     assert set(drawn["other"]) == {"queue"}
 
 

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nnunet_ssl
+from nnunet_ssl.cli import demo
+from nnunet_ssl.errors import UserError
+
+ROOT = Path(nnunet_ssl.__file__).resolve().parent.parent
+
+
+def run_demo(*arguments, cwd):
+    """``nnunet-ssl demo`` in a process of its own, with nnU-Net folders of a user that must stay untouched."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (cwd / "user" / name).mkdir(parents=True, exist_ok=True)
+        environment[name] = str(cwd / "user" / name)
+    command = [sys.executable, "-m", "nnunet_ssl.cli.main", "demo", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    finished = run_demo("-o", "out", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = re.findall(r"^(chamber|neighbor) +(\S+) +(\d\.\d+) ± \d\.\d+ +(.*?) +4$", finished.stdout, re.MULTILINE)
+    assert [row[:2] for row in rows] == [
+        (structure, trainer)
+        for structure in ("chamber", "neighbor")
+        for trainer in ("nnUNetTrainer", "CrossMatchTrainer")
+    ]
+    assert all(0 < float(dice) <= 1 for _, _, dice, _ in rows)
+    assert all(float(dice) > 0.7 for structure, _, dice, _ in rows if structure == "chamber")
+    assert all(re.match(r"\d+\.\d\d", hd95) for structure, _, _, hd95 in rows if structure == "chamber")
+
+    out = tmp_path / "out"
+    shown = [Path(path) for path in re.findall(r"^(?:overlay|curves|table) +(.+)$", finished.stdout, re.MULTILINE)]
+    assert [path.name for path in shown] == [
+        "overlay.png",
+        "progress.png",
+        "progress.png",
+        "progress_ssl.png",
+        "summary.md",
+    ]
+    assert all(path.is_file() for path in shown)
+    for trainer in ("nnUNetTrainer_demo", "CrossMatchTrainer_demo"):
+        assert len(list((out / "predictions" / trainer).glob("*.nii.gz"))) == 4
+        checkpoint = out / "nnUNet_results" / "Dataset001_Phantom" / f"{trainer}__nnUNetPlans__demo" / "fold_0"
+        assert (checkpoint / "checkpoint_final.pth").is_file()
+    assert all(list(folder.iterdir()) == [] for folder in (tmp_path / "user").iterdir()), "the user's folders"
+
+    again = run_demo("-o", "out", cwd=tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.count("already done") == 8, "everything but the evaluation"
+    assert all(
+        line in again.stdout for line in finished.stdout.splitlines() if line.startswith(("chamber", "neighbor"))
+    )
+
+
+def test_refuses_a_folder_that_it_did_not_make(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    finished = run_demo("-o", "out", "--overwrite", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "holds something else than a demo" in finished.stderr
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_refuses_to_continue_a_demo_with_other_settings(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo.json").write_text(json.dumps({"trainer": "CrossMatchTrainer", "raw": None, "seed": 1}))
+    finished = run_demo("-o", "out", "--seed", "2", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "other settings" in finished.stderr and "--overwrite" in finished.stderr
+
+
+def test_a_raw_folder_must_be_a_dataset(tmp_path):
+    finished = run_demo("--raw", "nothing_here", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "no raw nnU-Net dataset" in finished.stderr and str(tmp_path / "nothing_here") in finished.stderr
+    assert not (tmp_path / "nnunet_ssl_demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "strides", "expected"),
+    [
+        ([128, 128, 128], [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [32, 32, 32]),
+        ([14, 256, 224], [[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]], [14, 32, 32]),
+        ([26, 40, 40], [[1, 1, 1], [2, 2, 2]], [26, 32, 32]),
+        ([300, 52], [[1, 1], [2, 2], [2, 2], [2, 1]], [64, 52]),
+    ],
+)
+def test_configuration_fits_the_plan_it_inherits_from(patch_size, strides, expected):
+    options = {"n_stages": len(strides), "strides": strides, "kernel_sizes": [[3] * len(patch_size)] * len(strides)}
+    parent = {"patch_size": patch_size, "architecture": {"network_class_name": "Net", "arch_kwargs": options}}
+    configuration = demo.demo_configuration(parent, "parent")
+    assert configuration["inherits_from"] == "parent" and configuration["patch_size"] == expected
+    made = configuration["architecture"]["arch_kwargs"]
+    stages = made["n_stages"]
+    assert stages == min(3, len(strides))
+    assert [len(made[key]) for key in ("strides", "kernel_sizes", "features_per_stage")] == [stages] * 3
+    assert len(made["n_conv_per_stage_decoder"]) == stages - 1
+    assert options["n_stages"] == len(strides), "the parent stays as it was"
+
+
+def test_a_failing_command_shows_the_end_of_its_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_find_program", lambda name: sys.executable)
+    steps = demo._Steps(tmp_path, dict(os.environ), total=1)
+    with pytest.raises(UserError, match="exit code 3") as error:
+        steps.command("train", ["nnUNetv2_train", "-c", "print('no memory'); raise SystemExit(3)"])
+    log = tmp_path / "1_train.log"
+    assert "no memory" in str(error.value) and str(log) in str(error.value)
+    assert log.read_text().strip() == "no memory"
+
+    again = demo._Steps(tmp_path, dict(os.environ), total=1)
+    again.command("train", ["nnUNetv2_train", "-c", "print('better')"])
+    assert log.read_text().strip() == "better", "a step that failed is done again"
+    finished = demo._Steps(tmp_path, dict(os.environ), total=1)
+    finished.command("train", ["nnUNetv2_train", "-c", "raise SystemExit(3)"])
+    assert "already done" in capsys.readouterr().out
+
+
+def test_missing_nnunet_command():
+    with pytest.raises(UserError, match="pip install nnunetv2"):
+        demo._find_program("nnUNetv2_no_such_command")
