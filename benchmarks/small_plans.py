@@ -1,0 +1,68 @@
+"""Add two plans for two CPU cores, 3d_small and 2d_small, and a fold with few labels, to a preprocessed dataset.
+
+    python benchmarks/small_plans.py -d 901 --labeled 2
+
+Run it after nnUNetv2_plan_and_preprocess -c 3d_fullres 2d. Both plans share the preprocessed data of the configurations
+they inherit from. The fold is fold 0 with all but the first N labeled cases moved to its ``unlabeled`` list; its number
+is printed. Running it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+SMALL = {
+    "3d_small": ("3d_fullres", [40, 56, 64], 2, [8, 16, 32, 64]),
+    "2d_small": ("2d", [80, 96], 12, [16, 32, 64, 128, 128]),
+}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, help="dataset id or name")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans")
+    parser.add_argument("--labeled", type=int, default=2, help="labeled cases of the new fold")
+    args = parser.parse_args()
+    dataset = args.d if args.d.startswith("Dataset") else maybe_convert_to_dataset_name(int(args.d))
+    folder = Path(str(nnUNet_preprocessed)) / dataset
+
+    plans_file = str(folder / f"{args.p}.json")
+    plans = load_json(plans_file)
+    for name, (parent, patch_size, batch_size, features) in SMALL.items():
+        architecture = copy.deepcopy(plans["configurations"][parent]["architecture"])
+        stages, dim = len(features), len(patch_size)
+        architecture["arch_kwargs"].update(
+            n_stages=stages,
+            features_per_stage=features,
+            kernel_sizes=[[3] * dim] * stages,
+            strides=[[1] * dim] + [[2] * dim] * (stages - 1),
+            n_conv_per_stage=[2] * stages,
+            n_conv_per_stage_decoder=[2] * (stages - 1),
+        )
+        plans["configurations"][name] = {
+            "inherits_from": parent,
+            "patch_size": patch_size,
+            "batch_size": batch_size,
+            "architecture": architecture,
+        }
+    save_json(plans, plans_file, sort_keys=False)
+
+    splits_file = str(folder / "splits_final.json")
+    splits = load_json(splits_file)
+    train = splits[0]["train"]
+    fold = {"train": train[: args.labeled], "val": splits[0]["val"], "unlabeled": train[args.labeled :]}
+    if fold not in splits:
+        splits.append(fold)
+        save_json(splits, splits_file)
+    print(f"plans {', '.join(SMALL)}; fold {splits.index(fold)} has {args.labeled} labeled cases")
+
+
+if __name__ == "__main__":
+    main()
