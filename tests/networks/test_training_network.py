@@ -164,3 +164,20 @@ def test_dropout_drops_whole_channels_and_keeps_the_mean():
 def test_other_networks_are_refused_by_name():
     with pytest.raises(NotImplementedError, match=r"Sequential.*PlainConvUNet and ResidualEncoderUNet"):
         TrainingNetwork(nn.Sequential(nn.Conv2d(1, 1, 1)))
+
+
+def test_compile_takes_all_streams_in_one_graph_and_never_again():
+    network = TrainingNetwork(unet(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    graphs = torch._dynamo.utils.counters["stats"]
+    images = step_images(3)
+    before = graphs["unique_graphs"]
+    for _ in range(3):
+        streams = {name: Stream(**vars(stream)) for name, stream in STREAMS.items()}
+        masks = draw_dropout_masks(network, streams, images)
+        found = gradients(network, StackedOutputs(compiled, images, streams, masks))
+        expected = gradients(network, StackedOutputs(network, images, streams, masks))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, msg=name)
+    assert graphs["unique_graphs"] == before + 1
