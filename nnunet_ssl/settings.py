@@ -60,7 +60,7 @@ class SemiSupervisedSettings:
 
     unlabeled_batch_size: int | None = setting(
         None,
-        "unlabeled patches per step; None: the plan's batch size, at least 2",
+        "unlabeled patches per step; null: the plan's batch size, at least 2",
         minimum=2,
         integer=True,
         optional=True,

@@ -6,6 +6,7 @@ step needs: a second loader, passes of many streams, named loss terms with a sch
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -207,6 +208,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         stock_network = getattr(type(self), "build_network_architecture")  # noqa: B009 - shadowed on the instance
+        if "plans_manager" not in inspect.signature(stock_network).parameters:
+            raise NotImplementedError(
+                f"{type(self).__name__}.build_network_architecture has nnU-Net's old signature. Change it to "
+                f"(plans_manager, configuration_manager, num_input_channels, num_output_channels, "
+                f"enable_deep_supervision)."
+            )
         network = stock_network(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
@@ -360,12 +367,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
-            torch.nn.utils.clip_grad_norm_(parameters, 12)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 12)
+            # Terms may be finite where their gradient is not, and no scaler would skip the step.
+            self._check_finite({"the gradient": norm.item()}, labeled, unlabeled)
             self.optimizer.step()
         self.after_optimizer_step()
+        weights = self.loss_weights(self.progress)
         self._steps_in_epoch += 1
         self._first_step = False
-        return {"loss": values["supervised"], **{f"loss/{name}": value for name, value in values.items()}}
+        return {
+            "loss": values["supervised"],
+            "loss/total": sum(weights[name] * value for name, value in values.items()),
+            **{f"loss/{name}": value for name, value in values.items()},
+            **{f"weight/{name}": weight for name, weight in weights.items()},
+        }
 
     def _gradients_or_split(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
         if not (self._first_step and self.memory_mode == "stacked" and self.settings.memory_mode == "auto"):
@@ -445,14 +460,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._seconds_waiting = 0.0
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Log the epoch's mean of every term, its weight, and what the method recorded."""
+        """Log the epoch's means of all terms and their weights, and what the method recorded."""
         super().on_train_epoch_end(train_outputs)
-        terms = [name for name in train_outputs[0] if name.startswith("loss/")]
-        weights = self.loss_weights(self.progress)
-        means = self._mean_over_ranks([float(np.mean([output[name] for output in train_outputs])) for name in terms])
-        values: dict[str, Any] = dict(zip(terms, means, strict=True))
-        values.update({f"weight/{name}": float(weight) for name, weight in weights.items()})
-        values["loss/total"] = sum(values[f"loss/{name}"] * weight for name, weight in weights.items())
+        names = [name for name in train_outputs[0] if name != "loss"]
+        means = self._mean_over_ranks([float(np.mean([output[name] for output in train_outputs])) for name in names])
+        values: dict[str, Any] = dict(zip(names, means, strict=True))
         for name, counts in self._recorded.items():
             if self.is_ddp:
                 dist.all_reduce(counts)
@@ -461,7 +473,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             values[name] = ratio[0]
             if len(ratio) > 1:
                 values[f"{name}_per_class"] = ratio[1:]
-        values["unlabeled_wait_time"] = self._seconds_waiting
+        values["seconds/unlabeled_wait"] = self._seconds_waiting
         self._log_ssl(values)
 
     def _mean_over_ranks(self, values: list[float]) -> list[float]:
@@ -482,7 +494,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.logger.log(key, keyed.get(key, float("nan")), self.current_epoch)
         weights = {name[len("weight/") :]: value for name, value in values.items() if name.startswith("weight/")}
         terms = ", ".join(f"{name} {values[f'loss/{name}']:.4f} (x {weight:.3f})" for name, weight in weights.items())
-        self.print_to_log_file(f"loss {values['loss/total']:.4f} = {terms}")
+        self.print_to_log_file(f"loss {values['loss/total']:.4f}: {terms}")
         for name in self._recorded:
             per_class = ", ".join(f"{share:.3f}" for share in values.get(f"{name}_per_class", []))
             self.print_to_log_file(f"{name} {values[name]:.3f}" + (f", per class {per_class}" if per_class else ""))
@@ -518,7 +530,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "logging": _plain(self.logger.get_checkpoint()),
             "_best_ema": self._best_ema_so_far(),
             "current_epoch": self.current_epoch + 1,
-            "init_args": self.my_init_kwargs,
+            # nnU-Net keeps the device itself, which older PyTorch does not read with weights_only.
+            "init_args": {**self.my_init_kwargs, "device": str(self.device)},
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             CHECKPOINT_KEY: {"version": nnunet_ssl.__version__, "settings": self.settings.as_dict()},
@@ -560,7 +573,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.logger.load_checkpoint(checkpoint["logging"])
         self._best_ema = checkpoint["_best_ema"]
         self.current_epoch = checkpoint["current_epoch"]
-        self.my_init_kwargs = checkpoint["init_args"]
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         before = checkpoint[CHECKPOINT_KEY]["settings"]
         for name, value in self.settings.as_dict().items():
@@ -580,10 +592,12 @@ def _plain(value: Any) -> Any:
 def _read_checkpoint(file: Path, device: torch.device) -> dict:
     try:
         return torch.load(file, map_location=device, weights_only=True)
+    except OSError:
+        raise
     except Exception as error:
         raise UserError(
-            f"The checkpoint {file} could not be read as tensors and plain values: {error}. A checkpoint of a stock "
-            f"nnU-Net trainer cannot be continued; use -pretrained_weights to start from its weights."
+            f"The checkpoint {file} could not be read as tensors and plain values: {error}. It is damaged, or another "
+            f"trainer wrote it; to start from the weights of a stock nnU-Net trainer use -pretrained_weights."
         ) from error
 
 

@@ -103,6 +103,7 @@ def test_checkpoint_is_plain_and_its_network_is_stock(make, monkeypatch, tmp_pat
     stock.load_state_dict(checkpoint["network_weights"], strict=True)
     assert checkpoint["ssl"]["settings"]["ramp_length"] == 0.5
     assert checkpoint["trainer_name"] == "CrossMatchTrainer"
+    assert checkpoint["init_args"]["device"] == "cpu"  # a torch.device is not plain for every PyTorch
 
     # With its trainer's name changed it predicts on a stock nnU-Net, the same as here.
     image = np.random.RandomState(0).normal(size=(1, 20, 32, 36)).astype(np.float32)
@@ -180,6 +181,7 @@ def test_log_and_picture_of_a_training(make):
     for key in ("loss/supervised", "loss/ip", "loss/tkd", "loss/dkd", "loss/total", "weight/ip", "coverage"):
         assert len(lists[f"ssl/{key}"]) == 2 and np.isfinite(lists[f"ssl/{key}"]).all(), key
     assert [len(epoch) for epoch in lists["ssl/coverage_per_class"]] == [2, 2]
+    # Weights are constant with a ramp of length 0, so the mean of the sums is the sum of the means.
     total = [
         s + i + 0.7 * t + 0.3 * d
         for s, i, t, d in zip(*(lists[f"ssl/loss/{n}"] for n in ("supervised", "ip", "tkd", "dkd")), strict=True)

@@ -67,6 +67,7 @@ def coverage(label: PseudoLabel, threshold: float) -> tuple[Tensor, Tensor]:
     """
     confident = label.confidence >= threshold
     axes = [0, *range(2, label.target.ndim)]
-    overall = confident.sum(), torch.tensor(confident.numel(), device=confident.device)
-    per_class = (label.target & confident).sum(axes), label.target.sum(axes)
-    return torch.cat((overall[0][None], per_class[0])), torch.cat((overall[1][None], per_class[1]))
+    count = torch.cat((confident.sum()[None], (label.target & confident).sum(axes)))
+    # Filled on the device: a tensor made of a Python number would be copied there, and the copy waited for.
+    total = torch.cat((count.new_full((1,), confident.numel()), label.target.sum(axes)))
+    return count, total

@@ -44,8 +44,8 @@ class CrossMatchSettings(SemiSupervisedSettings):
     weak_dropout: float = setting(0.25, "channel dropout of the weakly perturbed decoder", minimum=0.0, maximum=0.95)
     strong_dropout: float = setting(0.75, "channel dropout of the strongly perturbed one", minimum=0.0, maximum=0.95)
     cutmix_probability: float = setting(0.5, "share of strong views that get a CutMix box", minimum=0.0, maximum=1.0)
-    cutmix_min_volume: float = setting(0.02, "smallest share of the patch in a box", minimum=0.001, maximum=1.0)
-    cutmix_max_volume: float = setting(0.4, "largest share of the patch in a box", minimum=0.001, maximum=1.0)
+    cutmix_min_volume: float = setting(0.02, "smallest share of the patch in a box", minimum=0.001, maximum=0.9)
+    cutmix_max_volume: float = setting(0.4, "largest share of the patch in a box", minimum=0.001, maximum=0.9)
     cutmix_aspect_ratio: float = setting(0.3, "smallest ratio between two sides of a box", minimum=0.05, maximum=1.0)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import resource
 import sys
 
 import numpy as np
@@ -109,6 +108,40 @@ def test_voxels_outside_the_mask_are_zero_in_every_view(cases):
             assert (view[:, :, :4] == 0).all() and (view[:, :, 4:] != 0).any()
 
 
+def test_the_segmentation_reaches_the_views_where_they_need_it(cases):
+    loader = make_loader(cases, mask=True)
+    assert all((loader.views.needs_segmentation, not make_loader(cases).views.needs_segmentation))
+    loader.views.spatial.transforms = []
+    seen = [next(loader)["weak"] for _ in range(6)]
+    # The cases have no voxel that is 0 but where their mask is below 0, a quarter of the image.
+    assert 0.1 < torch.cat(seen).eq(0).float().mean() < 0.9
+
+
+def test_each_strong_view_has_boxes_of_its_own(cases):
+    np.random.seed(0)
+    loader = make_loader(cases, cutmix=CutMix(probability=1.0))
+    first, second = next(loader)["boxes"]
+    assert not torch.equal(first, second)
+    assert len({tuple(box.flatten().tolist()) for box in first}) == 3
+
+
+def test_crops_come_from_everywhere_and_are_mirrored(cases):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    loader = make_loader(cases[:1], patch=(8, 16, 16), batch_size=4)
+    image = torch.from_numpy(loader._data.load_case("imagesUn/case_0")[0][:])
+    # Every voxel of the image tells where it lies, so a crop does too.
+    index = torch.arange(image.numel()).view(image.shape)
+    position = torch.stack([(index // stride) % size for size, stride in zip(SHAPE, (1760, 44, 1), strict=True)])[:, 0]
+    loader._data.load_case = lambda key: (position.float().numpy(), None)
+    loader.views.spatial.transforms = [t for t in loader.views.spatial.transforms if "Mirror" in type(t).__name__]
+    batches = torch.cat([next(loader)["weak"] for _ in range(30)])
+    centre = batches[:, :, 4:-4, 8:-8, 8:-8].flatten(2).mean(2)
+    assert (centre.std(0) > torch.tensor([1.0, 3.0, 3.0])).all()
+    rising = (batches[:, 2, 4, 8, -1] > batches[:, 2, 4, 8, 0]).float().mean()
+    assert 0.25 < rising < 0.75
+
+
 def test_every_case_comes_up(cases):
     loader = make_loader(cases, batch_size=4)
     assert {key for _ in range(20) for key in next(loader)["keys"]} == {f"imagesUn/case_{i}" for i in range(4)}
@@ -128,7 +161,6 @@ def test_worker_processes_draw_differently(cases, method, monkeypatch):
     module = sys.modules[NonDetMultiThreadedAugmenter.__module__]
     for name in ("Process", "Queue", "Event"):
         monkeypatch.setattr(module, name, getattr(context, name))
-    # One patch in one place, so that only the random state of torch makes the difference.
     loader = make_loader(cases[:1], patch=(12, 24, 24), batch_size=2)
     workers = NonDetMultiThreadedAugmenter(loader, None, 2, num_cached=4, wait_time=0.002)
     try:
@@ -151,8 +183,10 @@ def test_torch_state_is_seeded_anew_in_every_worker(cases):
     assert torch.initial_seed() != own
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss differs, or there is none")
 def test_memory_is_constant_over_1000_draws(cases):
+    import resource
+
     loader = make_loader(cases, batch_size=2, patch=(8, 16, 16))
     for _ in range(200):
         next(loader)

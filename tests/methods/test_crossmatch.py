@@ -11,6 +11,7 @@ import torch
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.networks import outputs as outputs_module
+from nnunet_ssl.networks.training_network import Stream, draw_dropout_masks
 from nnunet_ssl.trainer import LabeledBatch, UnlabeledBatch, training_length_variants
 
 
@@ -206,6 +207,84 @@ def test_the_unsupervised_terms_reach_every_parameter(planned_3d, monkeypatch, t
     assert trainer.network.encoder.stages[0][0].convs[0].conv.weight.grad.abs().max() > 0
 
 
+def test_streams_are_the_papers(planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
+    assert trainer.streams() == {
+        "x_dn": Stream("x", dropout=0.0, gradient=True, deep_supervision=True),
+        "u_dn": Stream("u", dropout=0.0, gradient=False, deep_supervision=False),
+        "u_dw": Stream("u", dropout=0.25),
+        "u_ds": Stream("u", dropout=0.75),
+        "s1_dn": Stream("s1", dropout=0.0),
+        "s2_dn": Stream("s2", dropout=0.0),
+        "s2_dw": Stream("s2", dropout=0.25),
+        "s2_ds": Stream("s2", dropout=0.75),
+    }
+
+
+@pytest.mark.parametrize("mode", ["split", "stacked"])
+def test_a_step_takes_the_gradient_of_the_weighted_sum(mode, planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path, confidence_threshold=0.4)
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer._steps_in_epoch = 10, 10, 15
+    labeled, unlabeled, _ = make_batches(trainer)
+    trainer.memory_mode = mode
+    torch.manual_seed(3)
+    trainer._gradients(labeled, unlabeled)
+    found = {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
+
+    # By hand, from the stock decoder's parts: every pass on its own, one loss, one backward pass.
+    torch.manual_seed(3)
+    network, images = trainer.training_network, trainer.images(labeled, unlabeled)
+    masks = draw_dropout_masks(network, trainer.streams(), images)
+    logits = {}
+    for name, stream in trainer.streams().items():
+        skips = network.encoder(images[stream.image])
+        if name in masks:
+            skips = [skip * mask for skip, mask in zip(skips, masks[name], strict=True)]
+        network.decoder.deep_supervision = stream.deep_supervision
+        logits[name] = network.decoder(skips)
+    terms = summed_terms(trainer, logits, labeled, unlabeled)
+    w = np.exp(-5 * (1 - 0.15 / 0.3) ** 2)
+    loss = terms["supervised"] + w * (terms["ip"] + 0.7 * terms["tkd"] + 0.3 * terms["dkd"])
+    expected = torch.autograd.grad(loss, list(trainer.network.parameters()), allow_unused=True)
+    scale = max(g.abs().max() for g in expected if g is not None).item()
+    for (name, _), gradient in zip(trainer.network.named_parameters(), expected, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
+def test_a_step_counts_calls_the_hook_and_clips(planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
+    _, _, batch = make_batches(trainer)
+    calls = []
+    monkeypatch.setattr(trainer, "after_optimizer_step", lambda: calls.append(trainer.optimizer.state_dict()["state"]))
+    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].square().sum() * 1e4)
+    trainer.train_step(batch)
+    assert len(calls) == 1 and calls[0]
+    assert trainer.progress == pytest.approx(1 / (250 * 1000))
+    norm = torch.stack([p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(12, rel=1e-3)
+    trainer.logger.log("train_losses", 0.0, 0)
+    trainer.record("coverage", torch.tensor([1]), torch.tensor([2]))
+    trainer.on_train_epoch_start()
+    assert trainer._steps_in_epoch == 0 and trainer._recorded == {}
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
+    _, _, batch = make_batches(trainer)
+    before = {n: p.clone() for n, p in trainer.network.named_parameters()}
+    # The square root of zero: 0 with an infinite gradient.
+    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: (output[0] * 0).sum().sqrt())
+    with pytest.raises(RuntimeError, match="not finite: the gradient"):
+        trainer.train_step(batch)
+    assert all(torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
+
+
+def test_the_unlabeled_batch_size_is_the_settings(planned_2d, monkeypatch, tmp_path):
+    assert make_trainer(planned_2d, monkeypatch, tmp_path).unlabeled_batch_size == 2
+    assert make_trainer(planned_2d, monkeypatch, tmp_path, unlabeled_batch_size=5).unlabeled_batch_size == 5
+
+
 def test_loss_weights_follow_the_ramp(planned_3d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
     start, end = trainer.loss_weights(0.0), trainer.loss_weights(0.3)
@@ -232,7 +311,7 @@ def test_out_of_memory_in_the_first_step_goes_on_in_split_mode(planned_3d, monke
     trainer.memory_mode = "stacked"  # as auto chooses on a GPU
 
     def out_of_memory(self, loss):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(outputs_module.StackedOutputs, "backward", out_of_memory)
     result = trainer.train_step(batch)
@@ -240,7 +319,7 @@ def test_out_of_memory_in_the_first_step_goes_on_in_split_mode(planned_3d, monke
     # Counted once, not once per attempt.
     assert trainer._recorded["coverage"][1][0] == 3 * np.prod(trainer.configuration_manager.patch_size)
     trainer.memory_mode = "stacked"
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         trainer.train_step(batch)
 
 

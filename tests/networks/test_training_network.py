@@ -8,7 +8,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnunet_ssl.networks.outputs import SplitOutputs, StackedOutputs
-from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, draw_dropout_masks
+from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, draw_dropout_masks, drop_channels
 
 STREAMS = {
     "x": Stream("x", deep_supervision=True),
@@ -159,6 +159,17 @@ def test_dropout_drops_whole_channels_and_keeps_the_mean():
     assert [m.shape for m in masks["a"]] == [(2000, c, 1, 1, 1) for c in (4, 6, 8)]
     assert set(masks["a"][0].unique().tolist()) == {0.0, 4.0}
     assert torch.cat([m.flatten() for m in masks["a"]]).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_masks_differ_between_streams_and_reach_every_level():
+    network = TrainingNetwork(unet(2))
+    images = {"x": torch.randn(64, 1, 8, 12)}
+    streams = {"a": Stream("x", dropout=0.5), "b": Stream("x", dropout=0.5)}
+    masks = draw_dropout_masks(network, streams, images)
+    assert all(not torch.equal(*pair) for pair in zip(masks["a"], masks["b"], strict=True))
+    skips = network.encoder(images["x"])
+    for skip, mask, dropped in zip(skips, masks["a"], drop_channels(skips, masks["a"]), strict=True):
+        assert torch.equal(dropped, skip * mask) and (dropped.flatten(2).abs().sum(2) == 0).any()
 
 
 def test_other_networks_are_refused_by_name():
