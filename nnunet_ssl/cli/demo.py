@@ -243,6 +243,8 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
         # Compiling takes longer than this training.
         "nnUNet_compile": "false",
     }
+    # Where few cores are shared with the loaders' workers, threads that spin while they wait cost more than the work.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # nnU-Net's commands know a plain checkout, which is not installed, only through PYTHONPATH.
     home = Path(nnunet_ssl.__file__).resolve().parent.parent
     if home not in {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}:

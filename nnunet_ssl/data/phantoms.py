@@ -169,9 +169,9 @@ def _image(rng: np.random.Generator, position: Array, segmentation: NDArray[np.u
         center = rng.uniform(-1.0, 1.0, 3)
         center[1:] *= rng.uniform(0.7, 1.2) / np.linalg.norm(center[1:])
         shape = _bent_ellipsoid(position, center, rng.uniform(0.1, 0.34, 3), _rotation(rng, tilt=1.0))
-        tissue = np.where(shape < 0, rng.uniform(0.28, 0.82), tissue)
-    chamber = rng.uniform(0.68, 0.8) + 0.04 * _smooth_field(rng, position, frequency=3.0)
-    neighbor = rng.uniform(0.58, 0.66)
+        tissue = np.where(shape < 0, rng.uniform(0.28, 0.95), tissue)
+    chamber = rng.uniform(0.66, 0.76) + 0.04 * _smooth_field(rng, position, frequency=3.0)
+    neighbor = rng.uniform(0.9, 1.02)
     # The wall is dark on one side and fades into tissue on the other.
     side = rng.normal(size=3)
     seen = np.clip(0.5 + np.tensordot(side / np.linalg.norm(side), position, 1), 0, 1)

@@ -147,7 +147,8 @@ def test_killed_command_continues_where_it_stopped(root: Path) -> None:
     for name, stamp in finished.items():
         assert (records / name).stat().st_mtime_ns == stamp
     assert len(list(folder.iterdir())) == 3 * count
-    assert not preprocessed(root, f"{PLANS}_unlabeled_tmp").exists()
+    # What the killed workers were at stays for a day, at most a case each.
+    assert len(list(folder.parent.glob(f"{PLANS}_unlabeled_tmp*"))) <= 2
     continued = {file.name: read(file) for file in folder.glob("*.b2nd")}
 
     shutil.rmtree(folder)

@@ -12,6 +12,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_dataset import TinyDataset, read_preprocessed, voxels, write_image
@@ -50,7 +51,7 @@ def test_result_is_what_nnunet_makes_of_the_same_image_with_a_label(dataset: Tin
     assert (report.done, report.failed, report.warnings) == (["U0"], [], [])
 
     assert sorted(file.name for file in dataset.folder.iterdir()) == ["U0.b2nd", "U0.pkl", "U0_seg.b2nd"]
-    assert not dataset.temporary.exists()
+    assert dataset.temporary() == []
     ours, ours_seg, _, ours_properties = infer_dataset_class(str(dataset.folder))(str(dataset.folder)).load_case("U0")
     theirs, _, _, properties = infer_dataset_class(str(dataset.labeled))(str(dataset.labeled)).load_case("L0")
     assert ours.shape != (1, *image.shape)  # it was resampled
@@ -172,6 +173,15 @@ def _no_image(dataset: TinyDataset) -> None:
     (dataset.images / "bad_0000.nii.gz").write_bytes(b"this is no image")
 
 
+def _one_bit_changed(dataset: TinyDataset) -> None:
+    """Only the checksum tells: the voxels decompress to other ones."""
+    dataset.add("bad", voxels(1))
+    file = dataset.images / "bad_0000.nii.gz"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
 def _with(value: float) -> Callable[[TinyDataset], None]:
     def add(dataset: TinyDataset) -> None:
         image = voxels(1)
@@ -192,6 +202,7 @@ def _four_dimensions(dataset: TinyDataset) -> None:
 
 BAD_INPUTS: dict[str, tuple[Callable[[TinyDataset], None], str]] = {
     "cut off": (_cut_off, r"bad_0000\.nii\.gz is damaged or incomplete"),
+    "one bit": (_one_bit_changed, r"bad_0000\.nii\.gz is damaged or incomplete: CRC check failed"),
     "no image": (_no_image, r"bad_0000\.nii\.gz is damaged or incomplete"),
     "nan": (_with(np.nan), r"bad_0000\.nii\.gz has 3 voxels that are NaN or infinite"),
     "infinite": (_with(-np.inf), r"bad_0000\.nii\.gz has 3 voxels that are NaN or infinite"),
@@ -206,8 +217,14 @@ BAD_INPUTS: dict[str, tuple[Callable[[TinyDataset], None], str]] = {
 
 
 # These formats keep what the NIfTI reader hides, or are cut off where no checksum tells.
-@pytest.mark.parametrize(("ending", "expected"), [(".nrrd", "3 of 11520 voxels are NaN"), (".nii", "has 3 voxels")])
-def test_nan_in_other_formats(dataset: TinyDataset, ending: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("ending", "not_finite", "short"),
+    [
+        (".nrrd", "3 of 11520 voxels are NaN", "short_0000.nrrd cannot be read"),
+        (".nii", "has 3 voxels that are NaN", "short_0000.nii is damaged or incomplete: Expected 23040 bytes"),
+    ],
+)
+def test_nan_in_other_formats(dataset: TinyDataset, ending: str, not_finite: str, short: str) -> None:
     dataset.dataset_json["file_ending"] = ending
     image = voxels(1)
     image[3, 4, 5:8] = np.nan
@@ -218,8 +235,20 @@ def test_nan_in_other_formats(dataset: TinyDataset, ending: str, expected: str) 
     file.write_bytes(file.read_bytes()[:-1000])
     report = dataset.run()
     assert report.done == ["good"]
-    assert expected in reasons(report.failed)["bad"]
-    assert reasons(report.failed).keys() == {"bad", "short"}
+    found = reasons(report.failed)
+    assert found.keys() == {"bad", "short"}
+    assert not_finite in found["bad"] and short in found["short"]
+
+
+def test_header_that_only_nibabel_refuses_is_the_readers_business(dataset: TinyDataset) -> None:
+    dataset.dataset_json["file_ending"] = ".nii"
+    file = dataset.images / "U0_0000.nii"
+    write_image(file, voxels(0))
+    content = bytearray(file.read_bytes())
+    content[344:348] = bytes(4)  # the older format's, Analyze
+    file.write_bytes(content)
+    report = dataset.run()
+    assert (report.done, report.failed) == (["U0"], [])
 
 
 @pytest.mark.parametrize("kind", BAD_INPUTS)
@@ -297,21 +326,26 @@ def test_without_fingerprint_spacing_is_not_compared(dataset: TinyDataset) -> No
 
 def test_channels_must_be_there_and_fit_each_other(tmp_path: Path) -> None:
     dataset = TinyDataset(tmp_path, channels=2)
-    for name in ("fine", "shape", "spacing", "constant"):
+    for name in ("fine", "shape", "spacing", "constant", "shifted"):
         write_image(dataset.images / f"{name}_0000.nii.gz", voxels(0))
+    shifted = sitk.ReadImage(str(dataset.images / "fine_0000.nii.gz"))
+    shifted.SetOrigin((5.0, 0.0, 0.0))
+    sitk.WriteImage(shifted, str(dataset.images / "shifted_0001.nii.gz"))
     write_image(dataset.images / "fine_0001.nii.gz", voxels(1))
     write_image(dataset.images / "shape_0001.nii.gz", voxels(1, (20, 24, 20)))
     write_image(dataset.images / "spacing_0001.nii.gz", voxels(1), spacing=2.0)
     write_image(dataset.images / "constant_0001.nii.gz", np.zeros((20, 24, 24), np.float32))
     write_image(dataset.images / "single_0000.nii.gz", voxels(1))
     report = dataset.run()
-    assert report.done == ["constant", "fine"]
+    assert report.done == ["constant", "fine", "shifted"]
     failed = reasons(report.failed)
     assert failed.keys() == {"shape", "spacing", "single"}
     assert "shape_0001.nii.gz 20 x 24 x 20" in failed["shape"]
     assert "spacing_0001.nii.gz 2 x 2 x 2" in failed["spacing"]
     assert failed["single"] == "missing single_0001.nii.gz"
-    assert "channel 1 have the same value" in reasons(report.warnings)["constant"]
+    warned = reasons(report.warnings)
+    assert warned.keys() == {"constant", "shifted"}
+    assert "channel 1 have the same value" in warned["constant"] and "same origin" in warned["shifted"]
     assert read_preprocessed(dataset.folder, "fine").shape[0] == 2
 
     (dataset.images / "fine_0001.nii.gz").unlink()
@@ -387,18 +421,43 @@ def test_case_that_another_run_finished_meanwhile_is_not_done_twice(
     assert (report.done, report.up_to_date) == ([], ["U0", "U1", "U2"])
 
 
-def test_leftovers_of_killed_runs_are_removed_and_those_of_others_kept(three: TinyDataset) -> None:
-    host = preprocessing.socket.gethostname()
-    ended, running, elsewhere, old = (
-        three.temporary / name for name in (f"{host}-99999999-a", f"{host}-{os.getpid()}-b", "other-1-c", "other-2-d")
+def test_what_killed_runs_left_is_removed_once_it_is_old(three: TinyDataset) -> None:
+    young, old, other = (
+        three.preprocessed / name
+        for name in (
+            f"{IDENTIFIER}_unlabeled_tmp_a",
+            f"{IDENTIFIER}_unlabeled_tmp_b",
+            f"{IDENTIFIER}_x_unlabeled_tmp_c",
+        )
     )
-    for folder in (ended, running, elsewhere, old):
-        folder.mkdir(parents=True)
+    for folder in (young, old, other):
+        folder.mkdir()
         (folder / "U1.b2nd").write_bytes(b"half a case")
     os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
     assert three.run().done == ["U0", "U1", "U2"]
-    kept = {running, elsewhere} if os.name != "nt" else {ended, running, elsewhere}
-    assert set(three.temporary.iterdir()) == kept
+    assert three.temporary() == [young] and other.exists()
+
+
+def test_runs_at_the_same_time_do_not_disturb_each_other(three: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run does the case between this one's preprocessing and its last steps."""
+    preprocess = preprocessing._preprocess
+    finished = []
+
+    def slow(job: Any, case: RawCase, folder: Path) -> Any:
+        record = preprocess(job, case, folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(preprocessing, "_preprocess", preprocess)
+            three.run()
+        finished.append(list(ready_cases(three.preprocessed, IDENTIFIER)))
+        return record
+
+    monkeypatch.setattr(preprocessing, "_preprocess", slow)
+    report = three.run()
+    assert sorted(report.done + report.up_to_date) == ["U0", "U1", "U2"] and report.failed == []
+    assert len(report.done) == 1 and finished == [["U0", "U1", "U2"]]
+    assert list(ready_cases(three.preprocessed, IDENTIFIER)) == ["U0", "U1", "U2"]
+    assert three.temporary() == []
 
 
 @pytest.mark.parametrize("step", range(1, 6))
@@ -508,4 +567,4 @@ def test_nothing_to_do_leaves_nothing_behind(dataset: TinyDataset) -> None:
         num_processes=4,
     )
     assert report.done == report.up_to_date == []
-    assert not dataset.folder.exists() and not dataset.temporary.exists()
+    assert not dataset.folder.exists() and not dataset.records.exists() and dataset.temporary() == []

@@ -73,7 +73,6 @@ class TinyDataset:
         self.labeled = self.preprocessed / "nnUNetPlans_3d_fullres"
         self.folder = self.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
         self.records = self.preprocessed / "nnUNetPlans_3d_fullres_unlabeled_records"
-        self.temporary = self.preprocessed / "nnUNetPlans_3d_fullres_unlabeled_tmp"
         self.plans = copy.deepcopy(PLANS)
         self.dataset_json = {
             "channel_names": {str(channel): f"channel {channel}" for channel in range(self.channels)},
@@ -126,6 +125,10 @@ class TinyDataset:
             "log": lambda line: None,
         }
         return preprocess_unlabeled(**{**arguments, **options})
+
+    def temporary(self) -> list[Path]:
+        """Folders of cases in the making."""
+        return sorted(self.preprocessed.glob("nnUNetPlans_3d_fullres_unlabeled_tmp*"))
 
     def stamps(self) -> dict[str, int]:
         """When each preprocessed file and each record was written."""

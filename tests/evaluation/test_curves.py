@@ -17,7 +17,7 @@ def logged(epochs):
         "ssl/weight/tkd": list(np.linspace(0, 1, epochs)),
         "ssl/coverage": [0.5] * epochs,
         "ssl/coverage_per_class": [[0.9, 0.1]] * epochs,
-        "ssl/seconds/waiting_for_unlabeled": [12.0] * epochs,
+        "ssl/seconds/unlabeled_wait": [12.0] * epochs,
         "ssl/never_logged": [],
     }
 
@@ -52,7 +52,7 @@ def test_panels_and_lines(tmp_path, figures, epochs):
         {"supervised", "tkd", "total"},
         {"tkd"},
         {"overall", "class 1", "class 2"},
-        {"waiting for unlabeled"},
+        {"unlabeled wait"},
     ]
     losses = drawn["loss: terms without their weights, and the total"]
     assert losses["supervised"].get_ydata()[-1] == logged(epochs)["ssl/loss/supervised"][-1]

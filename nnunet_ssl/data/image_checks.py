@@ -1,0 +1,200 @@
+"""Reading one image and judging whether it can be used: bad input is named here, not halfway through training."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+_SPACING_FACTOR = 2.0
+_MOST_VOXELS = 2**31  # a wrong spacing in a header can ask for more memory than any machine has
+
+
+class BadImageError(Exception):
+    """The image itself is at fault: trying again is of no use until it changes."""
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """How the labeled images look; None where it is not known.
+
+    Attributes:
+        dimensions: 2 or 3.
+        spacing: smallest and largest of each axis.
+        intensities: percentiles 0.5 and 99.5 of each channel's foreground.
+    """
+
+    dimensions: int | None
+    spacing: tuple[tuple[float, float], ...] | None
+    intensities: tuple[tuple[float, float] | None, ...]
+
+
+def describe_labeled_images(folder: Path, plans_manager: PlansManager, num_channels: int) -> LabeledImages:
+    """What the fingerprint in the preprocessed dataset's folder and the plans tell about the labeled images."""
+    try:
+        fingerprint = json.loads((folder / "dataset_fingerprint.json").read_bytes())
+    except FileNotFoundError:
+        fingerprint = {}
+    dimensions = {2 if shape[0] == 1 else 3 for shape in fingerprint.get("shapes_after_crop", ())}
+    spacings = fingerprint.get("spacings")
+    properties = plans_manager.foreground_intensity_properties_per_channel
+    intensities: list[tuple[float, float] | None] = []
+    for channel in range(num_channels):
+        found = properties.get(str(channel), {})
+        known = "percentile_00_5" in found and "percentile_99_5" in found
+        intensities.append((found["percentile_00_5"], found["percentile_99_5"]) if known else None)
+    return LabeledImages(
+        min(dimensions) if len(dimensions) == 1 else None,
+        tuple((min(axis), max(axis)) for axis in zip(*spacings, strict=True)) if spacings else None,
+        tuple(intensities),
+    )
+
+
+def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read one case.
+
+    Args:
+        reader: one of nnU-Net's readers.
+        files: the case's images, one per channel.
+
+    Returns:
+        the image (C, X, Y, Z), and its properties.
+
+    Raises:
+        BadImageError: it cannot be read; the text says which file is at fault, or how the channels differ.
+    """
+    for file in files:
+        if file.name.endswith((".nii", ".nii.gz")):
+            _check_nifti(file)
+    try:
+        return reader.read_images([str(file) for file in files])
+    except MemoryError:
+        raise
+    except Exception as error:
+        shapes, spacings = {}, {}
+        for file in files:
+            try:
+                image, properties = reader.read_images([str(file)])
+            except Exception as cause:
+                raise BadImageError(f"{file.name} cannot be read: {one_line(cause)}") from cause
+            shapes[file.name] = _times(image.shape[1:])
+            spacings[file.name] = _times([float(size) for size in properties["spacing"]])
+        for what, of_file in (("shape", shapes), ("spacing", spacings)):
+            if len(set(of_file.values())) > 1:
+                found = ", ".join(f"{name} {value}" for name, value in of_file.items())
+                raise BadImageError(f"the channels differ in {what}: {found}") from error
+        raise BadImageError(f"cannot be read: {one_line(error)}") from error
+
+
+def _check_nifti(file: Path) -> None:
+    """Find what ITK hides: it fills an incomplete file up with zeros, does not look at checksums, and reads NaN and
+    infinite voxels as zero and an axis of size 0 as one of size 1.
+
+    Raises:
+        BadImageError: the file is damaged, or hides one of these.
+    """
+    try:
+        if file.suffix == ".gz":
+            # Neither ITK nor nibabel goes on to the checksum at the end.
+            with gzip.open(file) as opened:
+                while opened.read(2**22):
+                    pass
+        image = nibabel.load(file)
+        # As stored: scaled, they would be 64-bit floating numbers.
+        voxels = image.dataobj.get_unscaled()  # type: ignore[attr-defined]
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadImageError(f"{file.name} is damaged or incomplete: {' '.join(str(error).split())}") from error
+    except (ImageFileError, HeaderDataError, ValueError, OverflowError):
+        # What nibabel finds wrong with a header may not trouble the reader, which has the last word.
+        return
+    if voxels.size == 0:
+        raise BadImageError(f"{file.name} has no voxels: an axis has size 0")
+    bad = voxels.size - np.count_nonzero(np.isfinite(voxels)) if voxels.dtype.kind in "fc" else 0
+    if bad:
+        raise BadImageError(f"{file.name} has {bad} voxels that are NaN or infinite")
+
+
+def check_image(image: np.ndarray, spacing: Sequence[float], *, labeled: LabeledImages) -> list[str]:
+    """Compare an image with the labeled ones, which also tell how many channels it must have.
+
+    Args:
+        image: (C, X, Y, Z), as nnU-Net's reader returns it.
+        spacing: of the three axes.
+        labeled: how the labeled images look.
+
+    Returns:
+        warnings about an image that can be used.
+
+    Raises:
+        BadImageError: it cannot be used.
+    """
+    num_channels = len(labeled.intensities)
+    if image.shape[0] != num_channels:
+        raise BadImageError(f"{image.shape[0]} channels, but this dataset has {num_channels}")
+    if 0 in image.shape:
+        raise BadImageError(f"an axis has size 0: {_times(image.shape[1:])}")
+    if not all(math.isfinite(size) and size > 0 for size in spacing):
+        raise BadImageError(f"impossible spacing {_times(spacing)}")
+    dimensions = 2 if image.shape[1] == 1 else 3
+    if labeled.dimensions not in (None, dimensions):
+        raise BadImageError(
+            f"a {dimensions}D image of {_times(image.shape[1:])} voxels, but the labeled images are "
+            f"{labeled.dimensions}D"
+        )
+    lowest = [float(channel.min()) for channel in image]
+    highest = [float(channel.max()) for channel in image]
+    if not all(map(math.isfinite, [*lowest, *highest])):
+        raise BadImageError(f"{np.count_nonzero(~np.isfinite(image))} of {image.size} voxels are NaN or infinite")
+    if lowest == highest:
+        raise BadImageError(f"all voxels have the same value ({', '.join(f'{value:g}' for value in lowest)})")
+    return _spacing_warnings(image, spacing, labeled) + _intensity_warnings(lowest, highest, labeled)
+
+
+def _spacing_warnings(image: np.ndarray, spacing: Sequence[float], labeled: LabeledImages) -> list[str]:
+    if labeled.spacing is None or all(
+        low / _SPACING_FACTOR <= size <= high * _SPACING_FACTOR
+        for size, (low, high) in zip(spacing, labeled.spacing, strict=True)
+    ):
+        return []
+    ranges = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in labeled.spacing)
+    warning = f"spacing {_times(spacing)} is far from the labeled images' ({ranges})"
+    voxels = image.size * math.prod(size / low for size, (low, _) in zip(spacing, labeled.spacing, strict=True))
+    if voxels > _MOST_VOXELS:
+        raise BadImageError(f"{warning}; resampled it has {voxels:.2g} voxels; correct the spacing in its header")
+    return [warning]
+
+
+def _intensity_warnings(lowest: list[float], highest: list[float], labeled: LabeledImages) -> list[str]:
+    warnings = []
+    for channel, (low, high, usual) in enumerate(zip(lowest, highest, labeled.intensities, strict=True)):
+        if low == high:
+            warnings.append(f"all voxels of channel {channel} have the same value ({low:g})")
+        elif usual is not None and (high < usual[0] or low > usual[1]):
+            warnings.append(
+                f"intensities of channel {channel} ({low:g} to {high:g}) lie outside the labeled foreground's "
+                f"({usual[0]:g} to {usual[1]:g})"
+            )
+    return warnings
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line; of a library's long report, the last line says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if isinstance(error, (RuntimeError, OSError)) else f"{type(error).__name__}: {lines[-1]}"
+
+
+def _times(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
