@@ -34,7 +34,9 @@ STAGES = 3
 CHANNELS = (8, 16, 32)
 # Voxels per axis of a patch at most, and patches per batch.
 PATCH = {3: (32, 2), 2: (64, 8)}
-EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 12, 40, 2
+EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 10, 30, 2
+# So short a training has not met the smaller structure yet when the default ramp is over.
+SETTINGS = {"ramp_length": 0.5}
 
 _SETTINGS = "demo.json"
 _OWN_FOLDERS = ("logs", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "trainers", "predictions")
@@ -354,6 +356,7 @@ def demo_configuration(parent: Mapping[str, Any], parent_name: str) -> dict[str,
         "patch_size": patch,
         "batch_size": batch_size,
         "architecture": architecture,
+        "semi_supervised": SETTINGS,
     }
 
 
