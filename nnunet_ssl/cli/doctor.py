@@ -35,6 +35,7 @@ REQUIRED = {
     "dynamic-network-architectures": "0.4.4",
     "acvl-utils": "0.2.6",
     "SimpleITK": "2.2.1",
+    "nibabel": "4",
     "scipy": "1.10",
     "matplotlib": "3.6",
     "tqdm": "4.64",
