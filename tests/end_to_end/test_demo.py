@@ -89,17 +89,16 @@ def test_a_raw_folder_must_be_a_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("patch_size", "strides", "expected"),
     [
-        ([128, 128, 128], [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [32, 32, 32]),
-        ([14, 256, 224], [[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]], [14, 32, 32]),
-        ([26, 40, 40], [[1, 1, 1], [2, 2, 2]], [26, 32, 32]),
+        ([128, 128], [[1, 1], [2, 2], [2, 2], [2, 2]], [64, 64]),
+        ([26, 40], [[1, 1], [2, 2]], [26, 40]),
         ([300, 52], [[1, 1], [2, 2], [2, 2], [2, 1]], [64, 52]),
     ],
 )
 def test_configuration_fits_the_plan_it_inherits_from(patch_size, strides, expected):
     options = {"n_stages": len(strides), "strides": strides, "kernel_sizes": [[3] * len(patch_size)] * len(strides)}
     parent = {"patch_size": patch_size, "architecture": {"network_class_name": "Net", "arch_kwargs": options}}
-    configuration = demo.demo_configuration(parent, "parent")
-    assert configuration["inherits_from"] == "parent" and configuration["patch_size"] == expected
+    configuration = demo.demo_configuration(parent)
+    assert configuration["inherits_from"] == "2d" and configuration["patch_size"] == expected
     made = configuration["architecture"]["arch_kwargs"]
     stages = made["n_stages"]
     assert stages == min(3, len(strides))
