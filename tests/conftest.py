@@ -47,12 +47,9 @@ class Planned:
 
     root: Path
     dataset_id: int
-    phantoms: PhantomDataset
+    raw: Path
     environment: dict[str, str]
-
-    @property
-    def raw(self) -> Path:
-        return self.phantoms.folder
+    phantoms: PhantomDataset
 
     @property
     def preprocessed(self) -> Path:
@@ -95,11 +92,15 @@ def plan_tiny(root: Path, dataset_id: int, *, two_d: bool) -> Planned:
     phantoms = write_phantom_dataset(
         raw, labeled=3, unlabeled=4, validation=2, test=1, seed=7, shape=shape, two_d=two_d
     )
-    (root / "trainers").mkdir()
-    (root / "trainers" / "short.py").write_text(SHORT_TRAINERS.replace("{epochs}", "2"))
-    planned = Planned(root, dataset_id, phantoms, nnunet_environment(root))
+    return plan(Planned(root, dataset_id, raw, nnunet_environment(root), phantoms), two_d=two_d)
+
+
+def plan(planned: Planned, *, two_d: bool) -> Planned:
+    """Plan and preprocess; add the configuration ``tiny`` and the short trainers."""
+    (planned.root / "trainers").mkdir()
+    (planned.root / "trainers" / "short.py").write_text(SHORT_TRAINERS.replace("{epochs}", "2"))
     parent = "2d" if two_d else "3d_fullres"
-    planned.run("nnUNetv2_plan_and_preprocess", "-d", dataset_id, "-c", parent, "-np", 1, "-npfp", 1)
+    planned.run("nnUNetv2_plan_and_preprocess", "-d", planned.dataset_id, "-c", parent, "-np", 1, "-npfp", 1)
     plans_file = planned.preprocessed / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
     architecture = plans["configurations"][parent]["architecture"]
@@ -130,3 +131,17 @@ def planned_3d(tmp_path_factory) -> Planned:
 @pytest.fixture(scope="session")
 def planned_2d(tmp_path_factory) -> Planned:
     return plan_tiny(tmp_path_factory.mktemp("nnunet_2d"), 997, two_d=True)
+
+
+@pytest.fixture
+def planned_left_atrium(tmp_path, request) -> Planned:
+    """The left-atrium data, for a checkout that has it beside it: 8 labeled, 16 validation, 56 unlabeled cases."""
+    raw = request.config.rootpath.parent / "shared" / "data" / "Dataset901_LeftAtrium"
+    if not raw.is_dir():
+        pytest.skip(f"{raw} is not there")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / raw.name).symlink_to(raw)
+    splits = json.loads((raw / "splits_final.json").read_text())[0]
+    unlabeled = sorted(file.name.removesuffix("_0000.nii.gz") for file in (raw / "imagesUn").iterdir())
+    cases = PhantomDataset(raw, tuple(splits["train"]), tuple(unlabeled), tuple(splits["val"]), (), {"left_atrium": 1})
+    return plan(Planned(tmp_path, 901, tmp_path / "raw" / raw.name, nnunet_environment(tmp_path), cases), two_d=False)

@@ -25,10 +25,10 @@ def train(planned, *options: object, **kwargs):
     )
 
 
-def predict(planned, output: Path, trainer: str = TRAINER, *options: str):
+def predict(planned, output: Path, trainer: str = TRAINER, images: Path | None = None):
     return planned.run(
-        "nnUNetv2_predict", "-d", planned.dataset_id, "-i", planned.raw / "imagesTs", "-o", output, "-c", "tiny",
-        "-f", 0, "-tr", trainer, "-device", "cpu", "-npp", 1, "-nps", 1, *options,
+        "nnUNetv2_predict", "-d", planned.dataset_id, "-i", images or planned.raw / "imagesTs", "-o", output,
+        "-c", "tiny", "-f", 0, "-tr", trainer, "-device", "cpu", "-npp", 1, "-nps", 1,
     )  # fmt: skip
 
 
@@ -75,6 +75,25 @@ def test_training_to_prediction_2d(planned_2d, tmp_path):
     assert "4 unlabeled cases" in train(planned_2d).stdout
     predict(planned_2d, tmp_path)
     check_prediction(planned_2d, tmp_path)
+
+
+def test_real_scans(planned_left_atrium, tmp_path):
+    planned = planned_left_atrium
+    output = train(planned).stdout
+    assert "56 unlabeled cases, 8 labeled cases" in output and "56 ready (56 preprocessed now)" in output
+    validated = planned.results(TRAINER) / "validation"
+    assert {p.name for p in validated.glob("*.nii.gz")} == {f"{case}.nii.gz" for case in planned.phantoms.validation}
+    held_back = tmp_path / "in"
+    held_back.mkdir()
+    (held_back / "LA_064_0000.nii.gz").symlink_to(planned.raw / "imagesTr" / "LA_064_0000.nii.gz")
+    predict(planned, tmp_path / "out", images=held_back)
+    image = sitk.ReadImage(held_back / "LA_064_0000.nii.gz")
+    prediction = sitk.ReadImage(tmp_path / "out" / "LA_064.nii.gz")
+    assert prediction.GetSize() == image.GetSize()
+    # Predicted by the same network in another process: as in the validation of the training.
+    assert np.array_equal(
+        sitk.GetArrayFromImage(prediction), sitk.GetArrayFromImage(sitk.ReadImage(validated / "LA_064.nii.gz"))
+    )
 
 
 @pytest.mark.slow
