@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def make_trainer(args: argparse.Namespace, name: str, results: Path, **settings:
     """A trainer with its network and optimizer, writing to ``results``; ``settings`` go into the plans."""
     os.environ["nnUNet_results"] = str(results)
     os.environ["nnUNet_extTrainer"] = str(trainers_folder())
-    dataset = args.d if args.d.startswith("Dataset") else maybe_convert_to_dataset_name(int(args.d))
-    folder = Path(str(paths.nnUNet_preprocessed)) / dataset
+    folder = Path(str(paths.nnUNet_preprocessed)) / maybe_convert_to_dataset_name(args.d)
     plans = load_json(str(folder / f"{args.p}.json"))
     plans["continue_training"] = False
     plans["configurations"][args.c].setdefault("semi_supervised", {}).update(settings)
@@ -74,10 +74,6 @@ def give_unlabeled_batches(trainer: Any) -> None:
 
 def where() -> str:
     """Versions and hardware, for the head of a table."""
-    from importlib.metadata import version
-
-    import nnunetv2  # noqa: F401
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return (
         f"nnunet-ssl {nnunet_ssl.__version__}, nnunetv2 {version('nnunetv2')}, torch {torch.__version__}, "

@@ -30,8 +30,7 @@ def main() -> None:
     parser.add_argument("-p", default="nnUNetPlans", help="plans")
     parser.add_argument("--labeled", type=int, default=2, help="labeled cases of the new fold")
     args = parser.parse_args()
-    dataset = args.d if args.d.startswith("Dataset") else maybe_convert_to_dataset_name(int(args.d))
-    folder = Path(str(nnUNet_preprocessed)) / dataset
+    folder = Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(args.d)
 
     plans_file = str(folder / f"{args.p}.json")
     plans = load_json(plans_file)

@@ -30,7 +30,7 @@ from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 
 import nnunet_ssl
-from nnunet_ssl.data.cases import collect_unlabeled_cases, no_unlabeled_cases_message
+from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases, no_unlabeled_cases_message
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.leak_guard import check_leaks
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
@@ -243,7 +243,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._unlabeled_dataset = UnlabeledDataset(self._prepare_unlabeled_cases())
         super().on_train_start()
 
-    def _prepare_unlabeled_cases(self) -> list:
+    def _prepare_unlabeled_cases(self) -> list[UnlabeledCase]:
         preprocessed = Path(self.preprocessed_dataset_folder_base)
         # A machine that only trains may have the preprocessed data alone.
         raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
@@ -355,7 +355,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         unlabeled = self._next_unlabeled()
 
-        terms = self._gradients_or_split(labeled, unlabeled)
+        weights = self.loss_weights(self.progress)
+        terms = self._gradients_or_split(labeled, unlabeled, weights)
         # One transfer, as nnU-Net makes one for its loss.
         values = dict(zip(terms, torch.stack(list(terms.values())).cpu().numpy(), strict=True))
         self._check_finite(values, labeled, unlabeled)
@@ -372,7 +373,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._check_finite({"the gradient": norm.item()}, labeled, unlabeled)
             self.optimizer.step()
         self.after_optimizer_step()
-        weights = self.loss_weights(self.progress)
         self._steps_in_epoch += 1
         self._first_step = False
         return {
@@ -382,12 +382,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             **{f"weight/{name}": weight for name, weight in weights.items()},
         }
 
-    def _gradients_or_split(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+    def _gradients_or_split(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         if not (self._first_step and self.memory_mode == "stacked" and self.settings.memory_mode == "auto"):
-            return self._gradients(labeled, unlabeled)
+            return self._gradients(labeled, unlabeled, weights)
         recorded = dict(self._recorded)
         try:
-            return self._gradients(labeled, unlabeled)
+            return self._gradients(labeled, unlabeled, weights)
         except torch.cuda.OutOfMemoryError:
             if self.is_ddp:
                 # The other ranks wait in the collective of a backward pass that this one will never enter.
@@ -400,12 +402,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "The GPU's memory does not suffice for all streams in one pass: going on in memory mode split, one stream "
             'at a time. Set "memory_mode": "split" in the plans\' "semi_supervised" to skip this attempt.'
         )
-        return self._gradients(labeled, unlabeled)
+        return self._gradients(labeled, unlabeled, weights)
 
-    def _gradients(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+    def _gradients(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """Fill the parameters' gradients of the weighted loss; returns the unweighted terms, detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        weights = self.loss_weights(self.progress)
         streams = self.streams()
         images = self.images(labeled, unlabeled)
         masks = draw_dropout_masks(self.training_network, streams, images)

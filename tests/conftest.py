@@ -15,7 +15,7 @@ import pytest
 from nnunet_ssl.cli.trainers import trainers_folder
 from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
 
-NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer")
+NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 # Trainers of a few steps, found by nnU-Net in a folder of their own beside this package's.
 SHORT_TRAINERS = """
@@ -26,7 +26,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 class Short:
     def __init__(self, plans, configuration, fold, dataset_json, device):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = {epochs}, 3, 2
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 3, 2
         self.save_every = 1
 
 
@@ -76,7 +76,7 @@ class Planned:
 
 def nnunet_environment(root: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
-    environment |= {name: str(root / name.removeprefix("nnUNet_")) for name in NNUNET_VARIABLES[:3]}
+    environment |= {name: str(root / name.removeprefix("nnUNet_")) for name in NNUNET_FOLDERS}
     environment["nnUNet_extTrainer"] = os.pathsep.join([str(trainers_folder()), str(root / "trainers")])
     # Worker processes and threads for two cores.
     environment |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"}
@@ -98,7 +98,7 @@ def plan_tiny(root: Path, dataset_id: int, *, two_d: bool) -> Planned:
 def plan(planned: Planned, *, two_d: bool) -> Planned:
     """Plan and preprocess; add the configuration ``tiny`` and the short trainers."""
     (planned.root / "trainers").mkdir()
-    (planned.root / "trainers" / "short.py").write_text(SHORT_TRAINERS.replace("{epochs}", "2"))
+    (planned.root / "trainers" / "short.py").write_text(SHORT_TRAINERS)
     parent = "2d" if two_d else "3d_fullres"
     planned.run("nnUNetv2_plan_and_preprocess", "-d", planned.dataset_id, "-c", parent, "-np", 1, "-npfp", 1)
     plans_file = planned.preprocessed / "nnUNetPlans.json"

@@ -110,7 +110,7 @@ def test_voxels_outside_the_mask_are_zero_in_every_view(cases):
 
 def test_the_segmentation_reaches_the_views_where_they_need_it(cases):
     loader = make_loader(cases, mask=True)
-    assert all((loader.views.needs_segmentation, not make_loader(cases).views.needs_segmentation))
+    assert loader.views.needs_segmentation and not make_loader(cases).views.needs_segmentation
     loader.views.spatial.transforms = []
     seen = [next(loader)["weak"] for _ in range(6)]
     # The cases have no voxel that is 0 but where their mask is below 0, a quarter of the image.

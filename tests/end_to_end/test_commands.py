@@ -101,8 +101,7 @@ def test_validation_options_and_pretrained_weights(planned_3d, tmp_path):
     folder = planned_3d.results(TRAINER)
     train(planned_3d)
     before = (folder / "checkpoint_final.pth").read_bytes()
-    for option in ("--val", "--val_best"):
-        options = ["--val", "--val_best"] if option == "--val_best" else ["--val"]
+    for options in (["--val"], ["--val", "--val_best"]):
         assert "Mean Validation Dice" in train(planned_3d, *options).stdout
     assert (folder / "checkpoint_final.pth").read_bytes() == before
     pretrained = tmp_path / "pretrained.pth"

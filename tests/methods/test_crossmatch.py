@@ -180,7 +180,7 @@ def test_split_gives_the_terms_and_gradients_of_stacked(dim, request, monkeypatc
     for mode in ("stacked", "split"):
         trainer.memory_mode = mode
         torch.manual_seed(11)
-        terms = trainer._gradients(labeled, unlabeled)
+        terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(trainer.progress))
         found[mode] = terms, {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
     terms, gradients = found["stacked"]
     for name, value in found["split"][0].items():
@@ -198,7 +198,7 @@ def test_the_unsupervised_terms_reach_every_parameter(planned_3d, monkeypatch, t
     trainer = make_trainer(planned_3d, monkeypatch, tmp_path, ramp_length=0.0, confidence_threshold=0.4)
     labeled, unlabeled, _ = make_batches(trainer)
     monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].sum() * 0.0)
-    trainer._gradients(labeled, unlabeled)
+    trainer._gradients(labeled, unlabeled, trainer.loss_weights(trainer.progress))
     heads_of_lower_resolutions = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
     for name, parameter in trainer.network.named_parameters():
         if "encoder.encoder" in name or name in heads_of_lower_resolutions:
@@ -228,7 +228,7 @@ def test_a_step_takes_the_gradient_of_the_weighted_sum(mode, planned_2d, monkeyp
     labeled, unlabeled, _ = make_batches(trainer)
     trainer.memory_mode = mode
     torch.manual_seed(3)
-    trainer._gradients(labeled, unlabeled)
+    trainer._gradients(labeled, unlabeled, trainer.loss_weights(trainer.progress))
     found = {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
 
     # By hand, from the stock decoder's parts: every pass on its own, one loss, one backward pass.
