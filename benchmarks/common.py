@@ -54,7 +54,12 @@ def labeled_batch(trainer: nnUNetTrainer) -> dict[str, Any]:
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
     targets = [torch.nn.functional.interpolate(target, scale_factor=[float(s) for s in scale]) for scale in scales]
     image = torch.randn(trainer.batch_size, trainer.num_input_channels, *patch) + target
-    return {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
+    batch = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
+    # What a method's workers compute beside nnU-Net's targets, sample by sample.
+    for transform in getattr(trainer, "_labeled_targets", {}).values():
+        maps = [transform(segmentation=[sample])["segmentation"][-1] for sample in target]
+        batch["target"] = [*batch["target"], torch.stack(maps)]
+    return batch
 
 
 def give_unlabeled_batches(trainer: Any) -> None:
@@ -65,7 +70,7 @@ def give_unlabeled_batches(trainer: Any) -> None:
     batch = {
         "weak": torch.randn(shape),
         "strong": [torch.randn(shape) for _ in range(views.strong)],
-        "boxes": [torch.from_numpy(views.cutmix.draw(u, patch)) for _ in range(views.strong)],
+        "boxes": [torch.from_numpy(views.cutmix.draw(u, patch)) for _ in range(views.strong)] if views.cutmix else [],
         "partner": (torch.arange(u) + 1) % u,
         "keys": ["unlabeled"] * u,
     }

@@ -1,9 +1,11 @@
 """Cost of a training step: nnU-Net's, a method's in both memory modes, and the passes the method needs run bare.
 
     python benchmarks/step_time.py -d 901 -c 3d_small
+    python benchmarks/step_time.py -d 901 -c 3d_small -tr SimCVDTrainer --profile
 
 All are timed in turn, round by round, on the same plan and batch sizes; the table has medians over the rounds and
-ratios, which is what to compare: absolute times are the machine's.
+ratios, which is what to compare: absolute times are the machine's. With ``--profile`` a second table has the share of
+the loss terms, forward and backward, in a step.
 """
 
 from __future__ import annotations
@@ -14,53 +16,97 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from common import add_trainer_arguments, give_unlabeled_batches, labeled_batch, make_trainer, where
 
 from nnunet_ssl.evaluation.tables import format_table
+from nnunet_ssl.networks.training_network import Stream, StreamOutput
+from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
 
 
-def bare_passes(trainer, images: int, decoder_passes: int, *, stacked: bool) -> Callable[[], None]:
-    """Encoder passes of ``images`` batches and ``decoder_passes`` decoder passes, one of them without gradient."""
+def bare_passes(trainer: SemiSupervisedTrainer, *, stacked: bool) -> tuple[str, Callable[[], None]]:
+    """The encoder and decoder passes of a method's streams, without its loss terms, dropout and heads."""
     network, device = trainer.training_network, trainer.device
     shape = (trainer.batch_size, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
-    batches = [torch.randn(shape, device=device) for _ in range(images)]
+    streams = {
+        name: Stream(s.image, gradient=s.gradient, decoder=s.decoder, teacher=s.teacher)
+        for name, s in trainer.streams().items()
+    }
+    images = {stream.image: torch.randn(shape, device=device) for stream in streams.values()}
+    student = {name: stream for name, stream in streams.items() if not stream.teacher}
+    encoded = list(dict.fromkeys(stream.image for stream in student.values()))
+    taught = {name: stream for name, stream in streams.items() if stream.teacher}
 
-    def forward(skips):
-        return network.decode(skips, deep_supervision=False)
-
-    def autocast():
+    def autocast() -> torch.autocast:
         return torch.autocast(device.type, enabled=device.type == "cuda")
 
-    def run() -> None:
+    def loss_of(output: StreamOutput) -> torch.Tensor:
+        return output.logits.float().square().mean()
+
+    def run_stacked() -> None:
         network.zero_grad(set_to_none=True)
-        if stacked:
+        with autocast():
+            outputs = network(images, streams, {})
+            losses = [loss_of(outputs[name]) for name, stream in streams.items() if stream.gradient]
+        torch.stack(losses).sum().backward()
+
+    def run_separate() -> None:
+        network.zero_grad(set_to_none=True)
+        with torch.no_grad(), autocast():
+            for name, stream in taught.items():
+                skips = {stream.image: network.teacher.encoder(images[stream.image])}
+                network.decode({name: stream}, images, skips, {})
+        for image in encoded:
             with autocast():
-                skips = network.encoder(torch.cat(batches))
-                with torch.no_grad():
-                    forward([s[: shape[0]] for s in skips])
-                rows = torch.arange((decoder_passes - 1) * shape[0], device=device) % len(skips[0])
-                loss = forward([s[rows] for s in skips]).float().square().mean()
-            loss.backward()
-            return
-        remaining = decoder_passes - 1
-        for index, batch in enumerate(batches):
-            with autocast():
-                skips = network.encoder(batch)
-                leaves = [s.detach().requires_grad_() for s in skips]
-                if index == 0:
-                    with torch.no_grad():
-                        forward(leaves)
-            share = remaining // (images - index)
-            remaining -= share
-            for _ in range(share):
-                with autocast():
-                    loss = forward(leaves).float().square().mean()
-                loss.backward()
-            torch.autograd.backward(skips, [leaf.grad for leaf in leaves])
+                skips = network.encoder(images[image])
+            leaves = {image: [skip.detach().requires_grad_() for skip in skips]}
+            for name, stream in student.items():
+                if stream.image == image:
+                    with torch.set_grad_enabled(stream.gradient), autocast():
+                        loss = loss_of(network.decode({name: stream}, images, leaves, {})[name])
+                    if stream.gradient:
+                        loss.backward()
+            torch.autograd.backward(skips, [leaf.grad for leaf in leaves[image]])
+
+    counts = f"{len(encoded)} encoder + {len(student)} decoder passes"
+    if taught:
+        counts += f" + {len(taught)} of the teacher"
+    way = "stacked" if stacked else "separate"
+    return f"{counts}, {way}, bare", run_stacked if stacked else run_separate
+
+
+class _Detached(dict[str, StreamOutput]):
+    """Outputs whose graph ends at themselves."""
+
+    def peek(self, name: str) -> StreamOutput:
+        return self[name].detach()
+
+
+def loss_terms_alone(trainer: SemiSupervisedTrainer, batch: dict[str, Any]) -> Callable[[], None]:
+    """All loss terms of a step on outputs that are there already, and the gradients of these outputs."""
+    labeled = trainer._labeled_batch(batch)
+    unlabeled: UnlabeledBatch = trainer._next_unlabeled()
+    streams, images = trainer.streams(), trainer.images(labeled, unlabeled)
+    with torch.no_grad():
+        found = trainer.training_network(images, streams, {})
+    outputs = _Detached({name: _leaves(output.detach()) for name, output in found.items()})
+    weights = trainer.loss_weights(1.0)
+
+    def run(labeled: LabeledBatch = labeled) -> None:
+        for part in trainer.loss_terms(outputs, labeled, unlabeled):  # type: ignore[arg-type]
+            torch.stack([weights[name] * value for name, value in part.items()]).sum().backward()
 
     return run
+
+
+def _leaves(output: StreamOutput) -> StreamOutput:
+    logits = output.logits if isinstance(output.logits, list) else [output.logits]
+    for tensor in (*logits, output.features, output.bottleneck, *(output.head or {}).values()):
+        if tensor is not None:
+            tensor.requires_grad_()
+    return output
 
 
 def main() -> None:
@@ -68,22 +114,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_trainer_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="also the share of the loss terms")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder)
         supervised = make_trainer(args, "nnUNetTrainer", results)
         batch = labeled_batch(supervised)
         runs: dict[str, Callable[[], object]] = {"nnUNetTrainer": lambda: supervised.train_step(batch)}
-        method = None
-        for mode in ("split", "stacked"):
-            method = make_trainer(args, args.tr, results, memory_mode=mode)
+        methods = {mode: make_trainer(args, args.tr, results, memory_mode=mode) for mode in ("split", "stacked")}
+        for mode, method in methods.items():
             give_unlabeled_batches(method)
-            runs[f"{args.tr}, {mode}"] = lambda method=method: method.train_step(batch)
-        streams = method.streams()
-        images, passes = len({s.image for s in streams.values()}), len(streams)
-        for stacked in (False, True):
-            name = f"{images} encoder + {passes} decoder passes, {'stacked' if stacked else 'separate'}, bare"
-            runs[name] = bare_passes(method, images, passes, stacked=stacked)
+            own = labeled_batch(method)
+            runs[f"{args.tr}, {mode}"] = lambda method=method, own=own: method.train_step(own)
+        bare = dict(bare_passes(methods["split"], stacked=stacked) for stacked in (False, True))
+        runs |= bare
+        if args.profile:
+            runs["loss terms alone"] = loss_terms_alone(methods["split"], labeled_batch(methods["split"]))
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for round_ in range(args.rounds + 1):
             for name, run in runs.items():
@@ -96,13 +142,16 @@ def main() -> None:
                 if round_:  # the first round warms up
                     seconds[name].append(perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    bare = min(value for name, value in medians.items() if name.endswith("bare"))
+    fastest_bare = min(medians[name] for name in bare)
     rows = [
-        [name, f"{value:.3f}", f"{value / medians['nnUNetTrainer']:.2f}", f"{value / bare:.2f}"]
+        [name, f"{value:.3f}", f"{value / medians['nnUNetTrainer']:.2f}", f"{value / fastest_bare:.2f}"]
         for name, value in medians.items()
     ]
     print(f"\n{where()}\n{args.c}, batch size {supervised.batch_size}, median of {args.rounds} rounds\n")
     print(format_table(["step", "seconds", "x nnUNetTrainer", "x bare passes"], rows, markdown=True))
+    if args.profile:
+        step = min(medians[f"{args.tr}, {mode}"] for mode in methods)
+        print(f"\nLoss terms, forward and backward: {medians['loss terms alone'] / step:.1%} of the faster step.")
 
 
 if __name__ == "__main__":

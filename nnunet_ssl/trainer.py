@@ -13,12 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -39,7 +42,7 @@ from nnunet_ssl.data.views import UnlabeledViews
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.networks.outputs import Outputs, SplitOutputs, StackedOutputs
-from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, draw_dropout_masks
+from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, UNet, check_supported, draw_dropout_masks
 from nnunet_ssl.settings import SemiSupervisedSettings
 
 LOG_PREFIX = "ssl/"
@@ -57,11 +60,13 @@ class LabeledBatch(NamedTuple):
         image: (B, C, *patch size).
         target: (B, 1, *patch size), or with deep supervision a list, full resolution first; regions as in nnU-Net.
         keys: the B cases.
+        extra: by name, what the method's :meth:`SemiSupervisedTrainer.labeled_targets` add.
     """
 
     image: Tensor
     target: Any
     keys: list[str]
+    extra: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class UnlabeledBatch(NamedTuple):
@@ -88,18 +93,19 @@ class Views:
 
     Attributes:
         strong: number of strong views beside the weak one.
-        cutmix: how their boxes are drawn.
+        cutmix: how the boxes of strong views are drawn.
     """
 
-    strong: int
-    cutmix: CutMix
+    strong: int = 0
+    cutmix: CutMix | None = None
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
     """nnU-Net's trainer with unlabeled data. A method derives from it and overrides the hooks below.
 
     Hooks: ``settings_class``, :meth:`unlabeled_views`, :meth:`streams`, :meth:`images`, :meth:`loss_terms`,
-    :meth:`loss_weights`; and where needed :meth:`build_training_network` and :meth:`after_optimizer_step`.
+    :meth:`loss_weights`; and where needed :meth:`build_training_network`, :meth:`labeled_targets` and
+    :meth:`after_optimizer_step`.
 
     The constructor's arguments are nnU-Net's own, which reads them back by name from a checkpoint. Settings come from
     the plans (:mod:`nnunet_ssl.settings`).
@@ -132,6 +138,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # nnU-Net's inference calls build_network_architecture on the class and gets the stock network; training calls
         # it on the instance.
         self.build_network_architecture = self._build_for_training
+        # A trainer that has its own augmentation overrides this on the class; the method's targets come after it.
+        self.get_training_transforms = self._training_transforms
+        self._labeled_targets = self.labeled_targets()
         self.dataloader_unlabeled: NonDetMultiThreadedAugmenter | SingleThreadedAugmenter | None = None
         self.memory_mode = self.settings.memory_mode
         if self.memory_mode == "auto":
@@ -145,20 +154,28 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     # ---- hooks of a method ------------------------------------------------------------------------------------------
 
-    def build_training_network(self, network: nn.Module) -> TrainingNetwork:
+    def build_training_network(self, network: UNet) -> TrainingNetwork:
         """Wrap nnU-Net's network with what training needs."""
         return TrainingNetwork(network)
 
     def unlabeled_views(self) -> Views:
-        """Which views the unlabeled loader yields."""
-        raise NotImplementedError
+        """Which views the unlabeled loader yields: by default the weak one alone."""
+        return Views()
+
+    def labeled_targets(self) -> Mapping[str, BasicTransform]:
+        """What the labeled loader's workers compute beside nnU-Net's targets; nothing by default.
+
+        Each transform comes after nnU-Net's own and appends one tensor to the list of segmentations, which
+        ``LabeledBatch.extra`` then has under its name. Called by the constructor.
+        """
+        return {}
 
     def streams(self) -> dict[str, Stream]:
         """The passes of a step, by name, in the order in which :meth:`loss_terms` asks for them."""
         raise NotImplementedError
 
     def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
-        """The images that the streams name."""
+        """The images that the streams name; the labeled one is ``x``."""
         raise NotImplementedError
 
     def loss_terms(
@@ -176,7 +193,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         raise NotImplementedError
 
     def after_optimizer_step(self) -> None:
-        """Called after each step of the optimizer, say to move a teacher. Nothing by default."""
+        """Called after each step of the optimizer, say to move a teacher; not after one that the gradient scaler
+        skipped. Nothing by default.
+        """
 
     # ---- for methods to call ----------------------------------------------------------------------------------------
 
@@ -191,10 +210,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         Args:
             name: logged as ``ssl/<name>``, and the entries after the first as the list ``ssl/<name>_per_class``.
-            count: integers, scalar or (K + 1,).
+            count: scalar or (K + 1,).
             total: like ``count``.
         """
-        counts = torch.stack((count, total)).detach().to(torch.int64)
+        counts = torch.stack((count, total)).detach()
+        # Half precision ends at 65504, and MPS has no double precision.
+        counts = counts.float() if counts.is_floating_point() else counts.long()
         self._recorded[name] = self._recorded[name] + counts if name in self._recorded else counts
 
     # ---- network ----------------------------------------------------------------------------------------------------
@@ -217,7 +238,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         network = stock_network(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        return self.build_training_network(network)
+        return self.build_training_network(check_supported(network))
 
     @property
     def training_network(self) -> TrainingNetwork:
@@ -306,6 +327,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         next(self.dataloader_unlabeled)
         return train, val
 
+    def _training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        stock_transforms = getattr(type(self), "get_training_transforms")  # noqa: B009 - shadowed on the instance
+        transforms = stock_transforms(*args, **kwargs)
+        if not self._labeled_targets:
+            return transforms
+        return ComposeTransforms([*transforms.transforms, *self._labeled_targets.values()])
+
     def run_training(self) -> None:
         """Train as nnU-Net does, and stop all worker processes whatever happens: it stops its own two at a good end."""
         try:
@@ -347,12 +375,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         Raises:
             RuntimeError: a term is not finite; the text names it and the cases of the batch.
         """
-        target = batch["target"]
-        labeled = LabeledBatch(
-            image=self._to_device(batch["data"]),
-            target=[self._to_device(t) for t in target] if isinstance(target, list) else self._to_device(target),
-            keys=list(batch["keys"]),
-        )
+        labeled = self._labeled_batch(batch)
         unlabeled = self._next_unlabeled()
 
         weights = self.loss_weights(self.progress)
@@ -365,14 +388,19 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 12)
+            scale = self.grad_scaler.get_scale()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+            # The scaler lowers its scale when it skipped the step, and only then.
+            stepped = self.grad_scaler.get_scale() >= scale
         else:
             norm = torch.nn.utils.clip_grad_norm_(parameters, 12)
             # Terms may be finite where their gradient is not, and no scaler would skip the step.
             self._check_finite({"the gradient": norm.item()}, labeled, unlabeled)
             self.optimizer.step()
-        self.after_optimizer_step()
+            stepped = True
+        if stepped:
+            self.after_optimizer_step()
         self._steps_in_epoch += 1
         self._first_step = False
         return {
@@ -381,6 +409,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             **{f"loss/{name}": value for name, value in values.items()},
             **{f"weight/{name}": weight for name, weight in weights.items()},
         }
+
+    def _labeled_batch(self, batch: dict) -> LabeledBatch:
+        target, names = batch["target"], list(self._labeled_targets)
+        extra: dict[str, Tensor] = {}
+        if names:
+            extra = {n: self._to_device(t) for n, t in zip(names, target[-len(names) :], strict=True)}
+            target = target[: -len(names)]
+            target = target if self.enable_deep_supervision else target[0]
+        return LabeledBatch(
+            image=self._to_device(batch["data"]),
+            target=[self._to_device(t) for t in target] if isinstance(target, list) else self._to_device(target),
+            keys=list(batch["keys"]),
+            extra=extra,
+        )
 
     def _gradients_or_split(
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, weights: Mapping[str, float]
@@ -537,7 +579,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "init_args": {**self.my_init_kwargs, "device": str(self.device)},
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            CHECKPOINT_KEY: {"version": nnunet_ssl.__version__, "settings": self.settings.as_dict()},
+            CHECKPOINT_KEY: {
+                "version": nnunet_ssl.__version__,
+                "settings": self.settings.as_dict(),
+                "network": self.training_network.training_state(),
+            },
         }
         # Beside the file, so that the rename stays within one file system.
         partial = Path(f"{filename}.partial")
@@ -557,7 +603,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Restore a checkpoint of this trainer, loading tensors and plain values only.
 
         Raises:
-            UserError: the file holds anything else, or was written by another kind of trainer.
+            UserError: the file holds anything else, or was written by another kind of trainer or with settings that
+                make another training network.
         """
         if not self.was_initialized:
             self.initialize()
@@ -569,7 +616,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"The checkpoint was written by {checkpoint.get('trainer_name')}, not by a semi-supervised trainer, so "
                 f"training cannot continue from it. To start from its weights use -pretrained_weights."
             )
+        before = checkpoint[CHECKPOINT_KEY]["settings"]
+        for name, value in self.settings.as_dict().items():
+            if before.get(name) != value:
+                self.print_to_log_file(f"Setting {name} was {before.get(name)!r} in the checkpoint, is {value!r} now")
         self.training_network.load_state_dict(checkpoint["network_weights"])
+        try:
+            self.training_network.load_training_state(checkpoint[CHECKPOINT_KEY].get("network", {}))
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"The checkpoint of {checkpoint['trainer_name']} does not hold what {type(self).__name__} trains with "
+                f"its settings ({error.args[0]}). Continue with the trainer and settings of the checkpoint: {before}."
+            ) from error
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
@@ -577,10 +635,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._best_ema = checkpoint["_best_ema"]
         self.current_epoch = checkpoint["current_epoch"]
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
-        before = checkpoint[CHECKPOINT_KEY]["settings"]
-        for name, value in self.settings.as_dict().items():
-            if before.get(name) != value:
-                self.print_to_log_file(f"Setting {name} was {before.get(name)!r} in the checkpoint, is {value!r} now")
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,11 @@ NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 # Trainers of a few steps, found by nnU-Net in a folder of their own beside this package's.
 SHORT_TRAINERS = """
+import os
+
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
+from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
@@ -29,6 +33,11 @@ class Short:
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 3, 2
         self.save_every = 1
 
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if str(self.current_epoch) == os.environ.get("STOP_AFTER_EPOCHS"):
+            raise SystemExit("stopped for the test")
+
 
 class nnUNetTrainer_short(Short, nnUNetTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device):
@@ -36,6 +45,16 @@ class nnUNetTrainer_short(Short, nnUNetTrainer):
 
 
 class CrossMatchTrainer_short(Short, CrossMatchTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+
+
+class MutualReliableTrainer_short(Short, MutualReliableTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+
+
+class SimCVDTrainer_short(Short, SimCVDTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device):
         super().__init__(plans, configuration, fold, dataset_json, device)
 """
@@ -133,15 +152,17 @@ def planned_2d(tmp_path_factory) -> Planned:
     return plan_tiny(tmp_path_factory.mktemp("nnunet_2d"), 997, two_d=True)
 
 
-@pytest.fixture
-def planned_left_atrium(tmp_path, request) -> Planned:
+@pytest.fixture(scope="session", params=["3d", pytest.param("2d", marks=pytest.mark.slow)])
+def planned_left_atrium(tmp_path_factory, request) -> Planned:
     """The left-atrium data, for a checkout that has it beside it: 8 labeled, 16 validation, 56 unlabeled cases."""
     raw = request.config.rootpath.parent / "shared" / "data" / "Dataset901_LeftAtrium"
     if not raw.is_dir():
         pytest.skip(f"{raw} is not there")
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / raw.name).symlink_to(raw)
+    root = tmp_path_factory.mktemp(f"left_atrium_{request.param}")
+    (root / "raw").mkdir()
+    (root / "raw" / raw.name).symlink_to(raw)
     splits = json.loads((raw / "splits_final.json").read_text())[0]
     unlabeled = sorted(file.name.removesuffix("_0000.nii.gz") for file in (raw / "imagesUn").iterdir())
     cases = PhantomDataset(raw, tuple(splits["train"]), tuple(unlabeled), tuple(splits["val"]), (), {"left_atrium": 1})
-    return plan(Planned(tmp_path, 901, tmp_path / "raw" / raw.name, nnunet_environment(tmp_path), cases), two_d=False)
+    planned = Planned(root, 901, root / "raw" / raw.name, nnunet_environment(root), cases)
+    return plan(planned, two_d=request.param == "2d")

@@ -8,25 +8,56 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nnunet_ssl.cli.main import COMMANDS
+from nnunet_ssl.networks.training_network import StreamOutput
 from nnunet_ssl.settings import SemiSupervisedSettings
+from nnunet_ssl.trainer import TRAINING_LENGTHS, LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCS = PROJECT / "docs"
 PAGES = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+METHODS = sorted(path.stem for path in (PROJECT / "nnunet_ssl" / "methods").glob("[!_]*.py"))
 
 
-def _settings_rows(settings_class: type[SemiSupervisedSettings], inherited: set[str]) -> list[str]:
+def _method(name: str) -> ModuleType:
+    return importlib.import_module(f"nnunet_ssl.methods.{name}")
+
+
+def _trainer(method: str) -> type[SemiSupervisedTrainer]:
+    (found,) = (
+        value
+        for name, value in vars(_method(method)).items()
+        if name.endswith("Trainer") and value is not SemiSupervisedTrainer
+    )
+    return found
+
+
+def _settings_rows(settings_class: type[SemiSupervisedSettings]) -> list[str]:
     rows = []
     for option in dataclasses.fields(settings_class):
-        if option.name not in inherited:
-            cells = [f"`{option.name}`", f"`{json.dumps(option.default)}`", _allowed(option.metadata)]
-            rows.append(f"| {' | '.join([*cells, option.metadata['help']])} |")
+        cells = [f"`{option.name}`", f"`{json.dumps(option.default)}`", _allowed(option.metadata)]
+        rows.append(f"| {' | '.join([*cells, option.metadata['help']])} |")
     return rows
+
+
+def _own_rows(method: str) -> list[str]:
+    """Rows of a method's settings that are not those of every method: new ones, and inherited ones it changes."""
+    common = _settings_rows(SemiSupervisedSettings)
+    return [row for row in _settings_rows(_trainer(method).settings_class) if row not in common]
+
+
+def _rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| `")]
+
+
+def _explanation(method: str) -> str:
+    return (DOCS / "explanation" / f"{method}.md").read_text(encoding="utf-8")
 
 
 def _allowed(option: Any) -> str:
@@ -42,13 +73,24 @@ def _allowed(option: Any) -> str:
 
 
 def test_the_settings_are_documented() -> None:
-    from nnunet_ssl.methods.crossmatch import CrossMatchSettings
-
-    common = {option.name for option in dataclasses.fields(SemiSupervisedSettings)}
-    expected = _settings_rows(SemiSupervisedSettings, set()) + _settings_rows(CrossMatchSettings, common)
+    expected = _settings_rows(SemiSupervisedSettings)
+    for method in METHODS:
+        expected += _own_rows(method)
     page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
-    assert rows == expected, "docs/reference/settings.md should have these rows:\n" + "\n".join(expected)
+    assert _rows(page) == expected, "docs/reference/settings.md should have these rows:\n" + "\n".join(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_a_section_of_settings(method: str) -> None:
+    page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
+    (section,) = [part for part in page.split("\n## ") if f"(../explanation/{method}.md" in part]
+    assert _rows(section) == _own_rows(method)
+
+
+@pytest.mark.parametrize("method", [page.stem for page in PAGES if "\n## Settings\n\n–" in page.read_text("utf-8")])
+def test_the_explanation_has_the_defaults(method: str) -> None:
+    named = [tuple(row.split(" | ")[:2]) for row in _rows(_explanation(method).split("\n## Settings\n")[1])]
+    assert named == [tuple(row.split(" | ")[:2]) for row in _own_rows(method)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,8 +115,6 @@ def test_the_readme_lists_the_trainers() -> None:
 
 
 def test_the_readme_lists_the_lengths_of_training() -> None:
-    from nnunet_ssl.trainer import TRAINING_LENGTHS
-
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"^## Trainers\n(.*?)(?=^## )", readme, re.DOTALL | re.MULTILINE)
     assert [int(number) for number in re.findall(r"`_(\d+)epochs?`", section)] == list(TRAINING_LENGTHS)
@@ -103,21 +143,28 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert not missing
 
 
-def test_functions_that_the_explanation_of_crossmatch_names_exist() -> None:
-    page = (DOCS / "explanation" / "crossmatch.md").read_text(encoding="utf-8")
-    named = re.findall(r"`((?:data|losses|networks)/\w+)\.py: (\w+)`", page)
-    assert named
-    for module, name in named:
+@pytest.mark.parametrize("method", METHODS)
+def test_functions_that_an_explanation_names_exist(method: str) -> None:
+    page = _explanation(method)
+    functions = re.findall(r"`((?:data|losses|methods|networks)/\w+)\.py: (\w+)`", page)
+    assert functions
+    for module, name in functions:
         assert hasattr(importlib.import_module(f"nnunet_ssl.{module.replace('/', '.')}"), name), f"{module}: {name}"
-    methods = re.findall(r"`(CrossMatchTrainer|SemiSupervisedTrainer)\.(\w+)`", page)
-    assert methods
-    trainer = importlib.import_module("nnunet_ssl.methods.crossmatch").CrossMatchTrainer
-    assert all(hasattr(trainer, name) for _, name in methods)
+    members = re.findall(r"`([A-Z]\w+)\.(\w+)`", page)
+    assert members
+    for owner, name in members:
+        assert hasattr(getattr(_method(method), owner), name), f"{owner}.{name}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_terms_are_documented(method: str) -> None:
+    page = (DOCS / "reference" / "log-and-checkpoint.md").read_text(encoding="utf-8")
+    trainer = object.__new__(_trainer(method))
+    trainer.settings = trainer.settings_class()
+    assert {term for term in trainer.loss_weights(0.5) if f"`{term}`" not in page} == set()
 
 
 def test_the_example_of_a_method_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnunet_ssl.trainer import SemiSupervisedTrainer
-
     page = (DOCS / "how-to" / "write-a-method.md").read_text(encoding="utf-8")
     method, module = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "somewhere.py").write_text(method, encoding="utf-8")
@@ -126,6 +173,21 @@ def test_the_example_of_a_method_is_a_method(tmp_path: Path, monkeypatch: pytest
     found = importlib.import_module("ConsistencyTrainer")
     assert issubclass(found.ConsistencyTrainer, SemiSupervisedTrainer)
     assert found.ConsistencyTrainer_5epochs.training_epochs == 5
-    hooks = ("unlabeled_views", "streams", "images", "loss_terms", "loss_weights")
-    assert all(hook in vars(found.ConsistencyTrainer) for hook in hooks)
-    assert found.ConsistencyTrainer.settings_class().weight == 1.0
+
+    trainer = object.__new__(found.ConsistencyTrainer)
+    trainer.settings = trainer.settings_class()
+    trainer.enable_deep_supervision = False
+    trainer.label_manager = SimpleNamespace(has_regions=False)
+    trainer.loss = torch.nn.CrossEntropyLoss()
+    streams, views = trainer.streams(), trainer.unlabeled_views()
+    image = torch.randn(2, 1, 4, 4)
+    labeled = LabeledBatch(image, torch.randint(0, 3, (2, 4, 4)), ["a", "b"])
+    unlabeled = UnlabeledBatch(image, [image] * views.strong, [], torch.tensor([1, 0]), ["c", "d"])
+    assert {stream.image for stream in streams.values()} == set(trainer.images(labeled, unlabeled))
+    outputs = {
+        name: StreamOutput(torch.randn(2, 3, 4, 4, requires_grad=stream.gradient)) for name, stream in streams.items()
+    }
+    terms = {name: term for part in trainer.loss_terms(outputs, labeled, unlabeled) for name, term in part.items()}
+    assert set(terms) == set(trainer.loss_weights(0.5))
+    torch.stack(list(terms.values())).sum().backward()
+    assert all((output.logits.grad is not None) == streams[name].gradient for name, output in outputs.items())

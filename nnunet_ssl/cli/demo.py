@@ -26,7 +26,7 @@ from nnunet_ssl.errors import UserError
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.metrics import CaseResult
 
-HELP = "train and compare nnUNetTrainer and a semi-supervised trainer on phantoms, in a few minutes"
+HELP = "train and compare nnUNetTrainer and semi-supervised trainers on phantoms, in a few minutes"
 
 CONFIGURATION = "demo"
 # In two dimensions a few minutes are enough for the network to learn both structures; in three they are not.
@@ -61,9 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", type=Path, default=Path("nnunet_ssl_demo"), metavar="FOLDER", help="folder (default: nnunet_ssl_demo)"
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "-tr", "--trainer", default="CrossMatchTrainer", metavar="NAME", help="trainer (default: CrossMatchTrainer)"
     )
+    which.add_argument("--all", action="store_true", help="compare all trainers, which takes longer")
     parser.add_argument("--raw", type=Path, metavar="FOLDER", help="a raw nnU-Net dataset to use instead of phantoms")
     parser.add_argument("--seed", type=int, default=0, help="seed of the phantoms (default: 0)")
     parser.add_argument("-np", type=int, default=None, metavar="N", help="worker processes (default: cores, at most 8)")
@@ -75,19 +77,21 @@ def run(args: argparse.Namespace) -> int:
     """Run the steps that are not done yet, then print the table and the paths of the pictures."""
     import torch
 
+    from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
+
     start = time.monotonic()
     folder = args.o.resolve()
     raw = args.raw.resolve() if args.raw is not None else None
     if raw is not None and not (raw / "dataset.json").is_file():
         raise UserError(f"{raw} is no raw nnU-Net dataset: it has no dataset.json.")
-    _prepare_folder(
-        folder, {"trainer": args.trainer, "raw": str(raw) if raw else None, "seed": args.seed}, overwrite=args.overwrite
-    )
+    settings = {"trainer": "all" if args.all else args.trainer, "raw": str(raw) if raw else None, "seed": args.seed}
+    _prepare_folder(folder, settings, overwrite=args.overwrite)
     processes = args.np if args.np is not None else min(os.cpu_count() or 1, 8)
     if processes < 1:
         raise UserError(f"-np is {processes}; give 1 or more.")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    trainers = {"nnUNetTrainer": "nnUNetTrainer_demo", args.trainer: f"{args.trainer}_demo"}
+    compared = trainer_descriptions(trainers_folder()) if args.all else [args.trainer]
+    trainers = {name: f"{name}_demo" for name in ("nnUNetTrainer", *compared)}
     environment = _environment(folder, processes)
     _write_trainers(folder / "trainers", trainers)
 

@@ -22,6 +22,7 @@ from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from torch import Tensor, nn
 
 HELP = "check the installation and, with -d and -c, a dataset; every line says ok or what to do"
 
@@ -40,6 +41,7 @@ REQUIRED = {
     "matplotlib": "3.6",
     "tqdm": "4.64",
     "threadpoolctl": "3.1",
+    "edt": "2.4.1",
 }
 
 # What nnU-Net's planner takes for its own reference: elements of all feature maps of one patch that, at this batch
@@ -387,77 +389,138 @@ def check_memory(
     trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
 ) -> Iterator[Finding]:
     """An estimate of the GPU memory of a step, and the GPUs' free memory against it."""
-    from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
-
-    if not issubclass(trainer, CrossMatchTrainer):
+    if not hasattr(trainer, "settings_class"):
         return
-    manager = plans.get_configuration(configuration)
-    settings = trainer.settings_class.from_plans(manager.configuration)
-    unlabeled = settings.unlabeled_batch_size or max(2, manager.batch_size)
-    estimate = estimate_memory(plans, configuration, dataset_json, unlabeled)
+    name = trainer.__name__
+    try:
+        estimate = estimate_memory(trainer, plans, configuration, dataset_json)
+    except Exception as error:
+        yield warn(f"no estimate of the GPU memory of {name} ({_describe(error)}): watch its first steps")
+        return
     yield ok(
-        f"estimate of a step's GPU memory: nnUNetTrainer {estimate.supervised:.1f} GB, CrossMatch split "
-        f"{estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB (batches of {manager.batch_size} + {unlabeled})"
+        f"estimate of a step's GPU memory: nnUNetTrainer {estimate.supervised:.1f} GB, {name} split "
+        f"{estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB (batches of {estimate.labeled} + "
+        f"{estimate.unlabeled})"
     )
-    for name, free, _ in gpus():
-        yield judge_memory(name, free, settings.memory_mode, estimate)
+    mode = trainer.settings_class.from_plans(plans.get_configuration(configuration).configuration).memory_mode
+    for gpu, free, _ in gpus():
+        yield judge_memory(gpu, free, mode, estimate)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """GPU memory of a training step in GB (10⁹ bytes), as a multiple of nnU-Net's own reference."""
+    """GPU memory of a training step in GB (10⁹ bytes), as a multiple of nnU-Net's own reference.
+
+    Attributes:
+        supervised: nnUNetTrainer.
+        stacked: all streams in one pass.
+        split: one stream at a time.
+        labeled: the plan's batch size B.
+        unlabeled: unlabeled patches per step U.
+    """
 
     supervised: float
     stacked: float
     split: float
-
-
-def crossmatch_memory(encoder: int, decoder: int, *, dim: int, labeled: int, unlabeled: int) -> MemoryEstimate:
-    """Estimate the memory of a CrossMatch step.
-
-    Stacked, the graphs of B + 3U encoder and B + 6U decoder samples are held at once (the teacher's pass has none);
-    split, one stream's encoder and decoder and the features with their gradients, at most about 1.6 times the
-    supervised step of the same batch size.
-
-    Args:
-        encoder: elements of the encoder's feature maps for one patch, as nnU-Net's planner counts them.
-        decoder: elements of the decoder's.
-        dim: 2 or 3.
-        labeled: the plan's batch size B.
-        unlabeled: unlabeled patches per step U.
-    """
-    per_element = _REFERENCE_GB / (_REFERENCE_ELEMENTS[dim] * _REFERENCE_BATCH[dim])
-    return MemoryEstimate(
-        supervised=per_element * labeled * (encoder + decoder),
-        stacked=per_element * (encoder * (labeled + 3 * unlabeled) + decoder * (labeled + 6 * unlabeled)),
-        split=1.6 * per_element * max(labeled, unlabeled) * (encoder + decoder),
-    )
+    labeled: int = 0
+    unlabeled: int = 0
 
 
 def estimate_memory(
-    plans: PlansManager, configuration: str, dataset_json: dict[str, Any], unlabeled: int
+    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
 ) -> MemoryEstimate:
-    """Estimate the memory of a CrossMatch step of a configuration; its network is built without allocating weights."""
+    """Estimate the memory of a trainer's step; its networks and streams are run without allocating anything.
+
+    What counts are the feature maps that wait for a backward pass, as nnU-Net's planner counts them. Stacked, they are
+    those of all streams; split, those of the largest stream and its image's encoder, and about 0.6 times as much again
+    for features with their gradients. Losses, weights and a teacher without gradient do not count.
+    """
     import torch
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    method = _without_constructor(trainer, plans, configuration, dataset_json)
+    manager = method.configuration_manager
+    with torch.device("meta"):
+        network = trainer.build_network_architecture(
+            plans,
+            manager,
+            method.num_input_channels,
+            method.label_manager.num_segmentation_heads,
+            method.enable_deep_supervision,
+        )
+        streams = method.streams()
+        shape = (method.num_input_channels, *manager.patch_size)
+        # By the methods' convention x is the labeled image.
+        images = {
+            name: torch.empty(method.batch_size if name == "x" else method.unlabeled_batch_size, *shape)
+            for name in ("x", *(stream.image for stream in streams.values()))
+        }
+        supervised = feature_maps(network, images["x"])
+        training_network = method.build_training_network(network)
+        stacked = feature_maps(training_network, images, streams, {})
+        split = max(
+            feature_maps(training_network, images, {name: stream}, {})
+            for name, stream in streams.items()
+            if stream.gradient
+        )
+    dim = len(manager.patch_size)
+    per_element = _REFERENCE_GB / (_REFERENCE_ELEMENTS[dim] * _REFERENCE_BATCH[dim])
+    return MemoryEstimate(
+        supervised=per_element * supervised,
+        stacked=per_element * stacked,
+        split=per_element * split * 1.6,
+        labeled=method.batch_size,
+        unlabeled=method.unlabeled_batch_size,
+    )
+
+
+def _without_constructor(
+    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
+) -> Any:
+    """A trainer with what its network and streams depend on.
+
+    nnU-Net's constructor would make folders in nnUNet_results and may report to a tracking service.
+    """
+    import torch
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    manager = plans.get_configuration(configuration)
-    with torch.device("meta"):
-        network = get_network_from_plans(
-            manager.network_arch_class_name,
-            manager.network_arch_init_kwargs,
-            manager.network_arch_init_kwargs_req_import,
-            determine_num_input_channels(plans, manager, dataset_json),
-            plans.get_label_manager(dataset_json).num_segmentation_heads,
-            allow_init=False,
-        )
-    encoder, decoder = (
-        part.compute_conv_feature_map_size(manager.patch_size) for part in (network.encoder, network.decoder)
-    )
-    return crossmatch_memory(
-        int(encoder), int(decoder), dim=len(manager.patch_size), labeled=manager.batch_size, unlabeled=unlabeled
-    )
+    method: Any = object.__new__(trainer)
+    method.plans_manager = plans
+    method.configuration_manager = plans.get_configuration(configuration)
+    method.configuration_name = configuration
+    method.dataset_json = dataset_json
+    method.label_manager = plans.get_label_manager(dataset_json)
+    method.settings = trainer.settings_class.from_plans(method.configuration_manager.configuration)
+    method.batch_size = method.configuration_manager.batch_size
+    method.num_input_channels = determine_num_input_channels(plans, method.configuration_manager, dataset_json)
+    method.enable_deep_supervision = True
+    method.device = torch.device("meta")
+    return method
+
+
+def feature_maps(network: nn.Module, *arguments: Any) -> int:
+    """Elements of the feature maps that a forward pass keeps for its backward pass.
+
+    As nnU-Net's planner counts them, the outputs of convolutions; and half of what interpolations put out, which is
+    kept once, where of a convolution and its normalization both are.
+    """
+    from torch import nn
+
+    elements = 0
+
+    def count(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal elements
+        if output.requires_grad:
+            elements += output.numel() // (2 if isinstance(module, nn.Upsample) else 1)
+
+    kinds = (nn.modules.conv._ConvNd, nn.Upsample)
+    counted = [module for module in network.modules() if isinstance(module, kinds)]
+    hooks = [module.register_forward_hook(count) for module in counted]
+    try:
+        network(*arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return elements
 
 
 def gpus() -> list[tuple[str, float, float]]:

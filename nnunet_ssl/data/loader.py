@@ -56,7 +56,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         dataset: the unlabeled cases.
         batch_size: U, at least 2.
         views: makes the views of a patch.
-        cutmix: how boxes are drawn.
+        cutmix: how boxes are drawn; None where there is no strong view.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         batch_size: int,
         *,
         views: UnlabeledViews,
-        cutmix: CutMix,
+        cutmix: CutMix | None,
     ) -> None:
         # Not nnUNetDataLoader's: it wants a label manager, whose only use is to find labels.
         super(nnUNetDataLoader, self).__init__(dataset, batch_size, 1, None, True, False, True, None)
@@ -89,7 +89,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         weak = torch.stack([weak for weak, _ in patches])
         strong = [torch.stack(view) for view in zip(*(strong for _, strong in patches), strict=True)]
         patch_size = weak.shape[2:]
-        boxes = [torch.from_numpy(self.cutmix.draw(len(keys), patch_size)) for _ in strong]
+        boxes = [torch.from_numpy(self.cutmix.draw(len(keys), patch_size)) for _ in strong] if self.cutmix else []
         partner = (torch.arange(len(keys)) + np.random.randint(1, len(keys))) % len(keys)
         return {"weak": weak, "strong": strong, "boxes": boxes, "partner": partner, "keys": keys}
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 PREFIX = "ssl/"
-_PANELS = ("loss", "weight", "coverage", "seconds", "other")
+_FIRST, _LAST = ("loss", "weight", "coverage"), ("seconds", "other")
 _TITLES = {
     "loss": "loss: terms without their weights, and the total",
     "weight": "weights of the terms",
@@ -28,20 +28,21 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
     """Draw what was logged under keys that start with ``ssl/``; the file is replaced atomically.
 
     One panel each for ``ssl/loss/<term>``, ``ssl/weight/<term>``, ``ssl/coverage`` with ``ssl/coverage_per_class``
-    (a list per epoch), and ``ssl/seconds/<what>``. Values that are not finite leave a gap. Nothing is
-    written while nothing has been logged.
+    (a list per epoch), ``ssl/seconds/<what>``, and every other ``ssl/<group>/<name>``, under the group's name. Values
+    that are not finite leave a gap. Nothing is written while nothing has been logged.
 
     Args:
         path: the picture, a PNG file.
         logging: one value per epoch by key, as nnU-Net's LocalLogger holds them.
         title: shown above the first panel.
     """
-    panels: dict[str, dict[str, np.ndarray]] = {name: {} for name in _PANELS}
+    panels: dict[str, dict[str, np.ndarray]] = {name: {} for name in (*_FIRST, *_LAST)}
     for key, values in logging.items():
         if key.startswith(PREFIX) and len(values) > 0:
             panel, name = _place(key[len(PREFIX) :])
-            panels[panel].update(_series(name, values))
-    drawn = [name for name in _PANELS if panels[name]]
+            panels.setdefault(panel, {}).update(_series(name, values))
+    groups = [name for name in panels if name not in (*_FIRST, *_LAST)]
+    drawn = [name for name in (*_FIRST, *groups, *_LAST) if panels[name]]
     if not drawn:
         return
 
@@ -64,10 +65,10 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
                     marker="o" if epochs <= 20 else None,
                     markersize=3.5,
                 )
-            axis.set_title(_TITLES[panel], fontsize=10, loc="left")
+            axis.set_title(_TITLES.get(panel, panel), fontsize=10, loc="left")
             axis.grid(alpha=0.3)
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-            if panel == "coverage":
+            if panel in ("coverage", *groups) and axis.dataLim.ymin >= 0 and axis.dataLim.ymax <= 1:
                 axis.set_ylim(-0.03, 1.03)
             elif panel == "weight":
                 axis.set_ylim(-0.03, max(1.03, axis.get_ylim()[1]))
@@ -90,13 +91,13 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
 def _place(key: str) -> tuple[str, str]:
     """The panel of a key and the name of its line."""
     group, _, term = key.partition("/")
-    if group in ("loss", "weight", "seconds") and term:
-        return group, term.replace("_", " ") if group == "seconds" else term
     if key == "coverage":
         return "coverage", "overall"
     if group.startswith("coverage"):
         return "coverage", "class" if key == "coverage_per_class" else key
-    return "other", key
+    if not term:
+        return "other", key
+    return group, term.replace("_", " ") if group == "seconds" else term
 
 
 def _series(name: str, values: Sequence[Any]) -> dict[str, np.ndarray]:

@@ -105,24 +105,24 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
         """
         mix1, mix2 = unlabeled.boxes
 
-        yield {"supervised": self.supervised_loss(outputs["x_dn"], labeled.target)}
+        yield {"supervised": self.supervised_loss(outputs["x_dn"].logits, labeled.target)}
 
-        teacher = self._pseudo_label(outputs["u_dn"])
+        teacher = self._pseudo_label(outputs["u_dn"].logits)
         self.record("coverage", *coverage(teacher, self.settings.confidence_threshold))
 
-        weak = self._pseudo_label(outputs["u_dw"])
-        yield {"tkd": self._dice(outputs["u_dw"], teacher) / 4}
-        strong = self._pseudo_label(outputs["u_ds"])
-        yield {"tkd": self._dice(outputs["u_ds"], teacher) / 4}
+        weak = self._pseudo_label(outputs["u_dw"].logits)
+        yield {"tkd": self._dice(outputs["u_dw"].logits, teacher) / 4}
+        strong = self._pseudo_label(outputs["u_ds"].logits)
+        yield {"tkd": self._dice(outputs["u_ds"].logits, teacher) / 4}
 
-        yield {"ip": self._dice(outputs["s1_dn"], self._mix(teacher, mix1, unlabeled)) / 2}
+        yield {"ip": self._dice(outputs["s1_dn"].logits, self._mix(teacher, mix1, unlabeled)) / 2}
 
         teacher = self._mix(teacher, mix2, unlabeled)
-        yield {"ip": self._dice(outputs["s2_dn"], teacher) / 2}
+        yield {"ip": self._dice(outputs["s2_dn"].logits, teacher) / 2}
         for decoder, own in (("s2_dw", weak), ("s2_ds", strong)):
             yield {
-                "tkd": self._dice(outputs[decoder], teacher) / 4,
-                "dkd": self._dice(outputs[decoder], self._mix(own, mix2, unlabeled)) / 2,
+                "tkd": self._dice(outputs[decoder].logits, teacher) / 4,
+                "dkd": self._dice(outputs[decoder].logits, self._mix(own, mix2, unlabeled)) / 2,
             }
 
     def loss_weights(self, progress: float) -> dict[str, float]:

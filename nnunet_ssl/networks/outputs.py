@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.networks.training_network import Masks, Output, Stream, TrainingNetwork, drop_channels
+from nnunet_ssl.networks.training_network import Masks, Stream, StreamOutput, TrainingNetwork
 
 
-class Outputs(Mapping[str, Output]):
-    """What the streams of one step put out, by name.
+class Outputs(Mapping[str, StreamOutput]):
+    """What the streams of one step return, by name.
 
     A method asks for outputs and makes a loss of them; the trainer hands each loss to :meth:`backward` as soon as the
     method has it, and calls :meth:`finish` after the last one.
@@ -25,6 +25,14 @@ class Outputs(Mapping[str, Output]):
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    def peek(self, name: str) -> StreamOutput:
+        """What a stream will return, without gradient, before it has its turn.
+
+        With little memory this is a pass of its own: two streams that learn from each other then never hold their
+        graphs at once.
+        """
+        raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:
         """Take in a loss of the outputs that were asked for since the last call."""
@@ -52,8 +60,12 @@ class StackedOutputs(Outputs):
         self._outputs = network(images, streams, masks)
         self._losses: list[Tensor] = []
 
-    def __getitem__(self, name: str) -> Output:
+    def __getitem__(self, name: str) -> StreamOutput:
         return self._outputs[name]
+
+    def peek(self, name: str) -> StreamOutput:
+        """The output, which is there already."""
+        return self._outputs[name].detach()
 
     def backward(self, loss: Tensor) -> None:
         """Keep the loss for the one backward pass."""
@@ -68,8 +80,8 @@ class SplitOutputs(Outputs):
     """One stream at a time, when it is asked for: the least memory, and the fastest on a CPU.
 
     Each image is encoded once. Its streams decode detached features, whose gradients gather until the last stream of
-    the image had its backward pass; then the encoder has its own, once. So no pass is done twice, and at any time
-    there are the graphs of one decoder pass and of one encoder pass.
+    the image had its backward pass; then the encoder has its own, once. At any time there are the graphs of one
+    decoder pass and of one encoder pass, and no pass is done twice but for those that a method peeks at.
 
     Args:
         network: the training network itself, since encoder and decoder are called apart.
@@ -85,34 +97,47 @@ class SplitOutputs(Outputs):
         self._network = network
         self._images = images
         self._masks = masks
-        self._outputs: dict[str, Output] = {}
+        self._outputs: dict[str, StreamOutput] = {}
         self._features: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._pending = {
             image: {name for name, stream in streams.items() if stream.gradient and stream.image == image}
             for image in images
         }
 
-    def __getitem__(self, name: str) -> Output:
+    def __getitem__(self, name: str) -> StreamOutput:
         if name not in self._outputs:
-            self._outputs[name] = self._run(name)
+            stream = self._streams[name]
+            if stream.gradient and name not in self._pending[stream.image]:
+                raise RuntimeError(f"The output of stream {name} was asked for after its backward pass.")
+            self._outputs[name] = self._run(name, gradient=stream.gradient)
         return self._outputs[name]
 
-    def _run(self, name: str) -> Output:
+    def peek(self, name: str) -> StreamOutput:
+        """The output of a pass without gradient, or of the stream's own if it had its turn."""
+        if name in self._outputs:
+            return self._outputs[name].detach()
+        return self._run(name, gradient=False)
+
+    def _run(self, name: str, *, gradient: bool) -> StreamOutput:
         stream = self._streams[name]
-        if stream.gradient and name not in self._pending[stream.image]:
-            raise RuntimeError(f"The output of stream {name} was asked for after its backward pass.")
-        if stream.image not in self._features:
-            with torch.set_grad_enabled(bool(self._pending[stream.image])):
-                skips = self._network.encoder(self._images[stream.image])
-            self._features[stream.image] = skips, [skip.detach().requires_grad_() for skip in skips]
-        _, detached = self._features[stream.image]
-        with torch.set_grad_enabled(stream.gradient):
-            features = drop_channels(detached, self._masks.get(name))
-            output = self._network.decode(features, deep_supervision=stream.deep_supervision)
-        if not stream.gradient:
+        skips = self._teachers_features(stream.image) if stream.teacher else self._students_features(stream.image)
+        with torch.set_grad_enabled(gradient):
+            output = self._network.decode({name: stream}, self._images, {stream.image: skips}, self._masks)[name]
+        if not gradient:
             # Autocast keeps the weights it casts. Older PyTorch keeps them without gradient, for the next stream too.
             torch.clear_autocast_cache()
         return output
+
+    def _students_features(self, image: str) -> list[Tensor]:
+        if image not in self._features:
+            with torch.set_grad_enabled(bool(self._pending[image])):
+                skips = self._network.encoder(self._images[image])
+            self._features[image] = skips, [skip.detach().requires_grad_() for skip in skips]
+        return self._features[image][1]
+
+    @torch.no_grad()
+    def _teachers_features(self, image: str) -> list[Tensor]:
+        return self._network.teacher.encoder(self._images[image])
 
     def backward(self, loss: Tensor) -> None:
         """Backward through the decoder of the streams asked for, and through each encoder that is then complete."""

@@ -328,19 +328,6 @@ def test_required_versions_are_those_of_the_metadata() -> None:
     assert block.count('"') == 2 * len(doctor.REQUIRED)
 
 
-@pytest.mark.parametrize(("dim", "elements", "batch"), [(3, 560e6, 2), (2, 85e6, 12)])
-def test_the_reference_of_nnunets_planner_needs_its_memory(dim: int, elements: float, batch: int) -> None:
-    encoder, decoder = int(elements * 0.6), int(elements * 0.4)
-    estimate = doctor.crossmatch_memory(encoder, decoder, dim=dim, labeled=batch, unlabeled=batch)
-    assert estimate.supervised == pytest.approx(8.0)
-    # 4 encoder and 7 decoder passes: 8 GB x (0.6 x 4 + 0.4 x 7).
-    assert estimate.stacked == pytest.approx(41.6)
-    assert estimate.split == pytest.approx(12.8)
-    more = doctor.crossmatch_memory(encoder, decoder, dim=dim, labeled=batch, unlabeled=2 * batch)
-    assert more.supervised == estimate.supervised
-    assert more.stacked == pytest.approx(8.0 * (0.6 * 7 + 0.4 * 13))
-
-
 def test_the_references_are_nnunets() -> None:
     from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
 
@@ -353,20 +340,124 @@ def test_the_references_are_nnunets() -> None:
     assert re.findall(r"UNet_reference_val_corresp_GB = (\d+)", source) == ["8"]
 
 
-def test_feature_maps_are_counted_as_nnunets_planner_counts_them(dataset: Dataset) -> None:
-    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+def _network(class_name: str, dim: int) -> Any:
+    """A U-Net of nnU-Net's on the meta device, where tensors have no memory."""
+    import torch
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    options: dict[str, Any] = json.loads(json.dumps(ARCHITECTURE["arch_kwargs"]).replace("2d", f"{dim}d"))
+    options |= {"kernel_sizes": [[3] * dim] * 3, "strides": [[1] * dim, [2] * dim, [1, *[2] * (dim - 1)]]}
+    if class_name == "ResidualEncoderUNet":
+        options["n_blocks_per_stage"] = options.pop("n_conv_per_stage")
+    with torch.device("meta"):
+        return get_network_from_plans(
+            f"dynamic_network_architectures.architectures.unet.{class_name}",
+            options,
+            ARCHITECTURE["_kw_requires_import"],
+            1,
+            2,
+        )
+
+
+@pytest.mark.parametrize("class_name", ["PlainConvUNet", "ResidualEncoderUNet"])
+@pytest.mark.parametrize("patch_size", [(32, 48), (8, 16, 24)])
+def test_feature_maps_are_counted_as_nnunets_planner_counts_them(class_name: str, patch_size: tuple[int, ...]) -> None:
+    import torch
+
+    network = _network(class_name, len(patch_size))
+    image = torch.empty(3, 1, *patch_size, device="meta")
+    assert doctor.feature_maps(network, image) == 3 * network.compute_conv_feature_map_size(patch_size)
+    with torch.no_grad():
+        assert doctor.feature_maps(network, image) == 0
+
+
+def _estimate(dataset: Dataset, trainer: str, **settings: Any) -> doctor.MemoryEstimate:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    counted = ExperimentPlanner.static_estimate_VRAM_usage(
-        (32, 48),
-        1,
-        2,
-        ARCHITECTURE["network_class_name"],
-        ARCHITECTURE["arch_kwargs"],
-        ARCHITECTURE["_kw_requires_import"],
+    dataset.plans["configurations"]["2d"]["semi_supervised"] = settings
+    return doctor.estimate_memory(doctor.find_trainer(trainer), PlansManager(dataset.plans), "2d", dataset.dataset_json)
+
+
+# Of the test's network, in elements of feature maps: one encoder pass; one decoder pass; its heads of lower
+# resolutions; half of what decoder b interpolates; the head for distance maps (1 class) with its projector, of 3 layers
+# of 128 channels on 16 x 24 positions.
+ENCODER = 4 * 32 * 48 + 8 * 16 * 24 + 16 * 8 * 12
+DECODER = 2 * 4 * 32 * 48 + 2 * 8 * 16 * 24 + 2 * 32 * 48
+HEADS = 2 * 16 * 24
+INTERPOLATION = (8 * 32 * 48 + 16 * 16 * 24) // 2
+BOUNDARY = 32 * 48 + 3 * 128 * 16 * 24
+
+
+@pytest.mark.parametrize(
+    ("trainer", "unlabeled", "stacked", "split"),
+    [
+        # u's teacher pass has no gradient: 4 encoder and 7 decoder passes.
+        ("CrossMatchTrainer", 4, 4 * (4 * ENCODER + 7 * DECODER + HEADS), 4 * (ENCODER + DECODER + HEADS)),
+        (
+            "CrossMatchTrainer",
+            6,
+            4 * (ENCODER + DECODER + HEADS) + 6 * (3 * ENCODER + 6 * DECODER),
+            6 * (ENCODER + DECODER),
+        ),
+        # Two encoder and four decoder passes.
+        (
+            "MutualReliableTrainer",
+            4,
+            4 * (2 * ENCODER + 4 * DECODER + 2 * HEADS + 2 * INTERPOLATION),
+            4 * (ENCODER + DECODER + HEADS + INTERPOLATION),
+        ),
+        # The teacher's pass has no gradient: two encoder and two decoder passes.
+        (
+            "SimCVDTrainer",
+            4,
+            4 * (2 * ENCODER + 2 * DECODER + HEADS + 2 * BOUNDARY),
+            4 * (ENCODER + DECODER + HEADS + BOUNDARY),
+        ),
+    ],
+)
+def test_memory_is_estimated_from_what_a_method_declares(
+    dataset: Dataset, trainer: str, unlabeled: int, stacked: int, split: int
+) -> None:
+    settings: dict[str, Any] = {"unlabeled_batch_size": unlabeled}
+    if trainer == "SimCVDTrainer":
+        settings |= {"contrast_positions": 16 * 24, "contrast_positions_in_batch": 4 * 16 * 24}
+    estimate = _estimate(dataset, trainer, **settings)
+    gigabyte_per_element = 8 / 85e6 / 12
+    assert (estimate.labeled, estimate.unlabeled) == (4, unlabeled)
+    assert estimate.supervised == pytest.approx(gigabyte_per_element * 4 * (ENCODER + DECODER + HEADS))
+    assert estimate.stacked == pytest.approx(gigabyte_per_element * stacked)
+    assert estimate.split == pytest.approx(gigabyte_per_element * split * 1.6)
+
+
+def test_settings_that_change_the_passes_change_the_estimate(dataset: Dataset) -> None:
+    two, three = (_estimate(dataset, "MutualReliableTrainer", decoders=count) for count in (2, 3))
+    assert three.stacked > 1.3 * two.stacked
+    assert three.split == two.split
+
+
+@pytest.mark.parametrize("trainer", ["CrossMatchTrainer", "MutualReliableTrainer", "SimCVDTrainer"])
+def test_the_estimate_of_every_trainer_changes_nothing(
+    dataset: Dataset, trainer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(dataset.home.rglob("*"))
+    assert main(["doctor", "-d", "7", "-c", "2d", "-tr", trainer]) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"ok    estimate of .*: nnUNetTrainer \d\.\d GB, {trainer} split .*\(batches of 4 \+ 4\)", text)
+    assert sorted(dataset.home.rglob("*")) == before, "no folder either"
+
+
+def test_a_trainer_without_an_estimate_is_no_failure(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "trainers"
+    folder.mkdir()
+    (folder / "Unfinished.py").write_text(
+        "from nnunet_ssl.trainer import SemiSupervisedTrainer\nclass Unfinished(SemiSupervisedTrainer):\n    pass\n"
     )
-    estimate = doctor.estimate_memory(PlansManager(dataset.plans), "2d", dataset.dataset_json, unlabeled=4)
-    assert estimate.supervised == pytest.approx(8 * 4 / 12 * counted / 85e6)
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(trainers_folder()), str(folder)]))
+    lines = report("-d", "7", "-c", "2d", "-tr", "Unfinished")
+    assert [line for line in lines if line.startswith("warn  no estimate of the GPU memory of Unfinished")]
+    assert not [line for line in lines if line.startswith("FAIL")]
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ import SimpleITK as sitk
 import torch
 
 TRAINER = "CrossMatchTrainer_short"
+TRAINERS = (TRAINER, "MutualReliableTrainer_short", "SimCVDTrainer_short")
 
 
-def train(planned, *options: object, **kwargs):
+def train(planned, *options: object, trainer: str = TRAINER, **kwargs):
     return planned.run(
-        "nnUNetv2_train", planned.dataset_id, "tiny", 0, "-tr", TRAINER, "-device", "cpu", *options, **kwargs
+        "nnUNetv2_train", planned.dataset_id, "tiny", 0, "-tr", trainer, "-device", "cpu", *options, **kwargs
     )
 
 
@@ -40,9 +41,10 @@ def check_prediction(planned, output: Path) -> None:
     assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= {0, 1, 2}
 
 
-def test_training_to_prediction_3d(planned_3d, tmp_path):
-    folder = planned_3d.results(TRAINER)
-    output = train(planned_3d, "--npz").stdout
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_training_to_prediction_3d(trainer, planned_3d, tmp_path):
+    folder = planned_3d.results(trainer)
+    output = train(planned_3d, "--npz", trainer=trainer).stdout
     assert "4 unlabeled cases" in output and "Mean Validation Dice" in output
     unlabeled = planned_3d.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
     assert {p.name for p in unlabeled.glob("*.pkl")} == {f"{case}.pkl" for case in planned_3d.phantoms.unlabeled}
@@ -53,12 +55,12 @@ def test_training_to_prediction_3d(planned_3d, tmp_path):
     assert {p.stem for p in validation.glob("*.npz")} == set(planned_3d.phantoms.validation)
     assert 0 <= json.loads((validation / "summary.json").read_text())["foreground_mean"]["Dice"] <= 1
 
-    predict(planned_3d, tmp_path / "predicted")
+    predict(planned_3d, tmp_path / "predicted", trainer)
     check_prediction(planned_3d, tmp_path / "predicted")
 
     # Stock nnU-Net, without this package's trainers, predicts the same from the renamed checkpoint.
     exported = planned_3d.results("nnUNetTrainer")
-    exported.mkdir(parents=True)
+    exported.mkdir(parents=True, exist_ok=True)
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=True)
     torch.save({**checkpoint, "trainer_name": "nnUNetTrainer"}, exported / "checkpoint_final.pth")
     for name in ("plans.json", "dataset.json"):
@@ -71,22 +73,34 @@ def test_training_to_prediction_3d(planned_3d, tmp_path):
     assert np.array_equal(ours, stock)
 
 
-def test_training_to_prediction_2d(planned_2d, tmp_path):
-    assert "4 unlabeled cases" in train(planned_2d).stdout
-    predict(planned_2d, tmp_path)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_training_through_resume_to_prediction_2d(trainer, planned_2d, tmp_path):
+    stopped = train(planned_2d, trainer=trainer, check=False, STOP_AFTER_EPOCHS="1")
+    assert (
+        stopped.returncode != 0 and "4 unlabeled cases" in stopped.stdout and "stopped for the test" in stopped.stdout
+    )
+    resumed = train(planned_2d, "--c", trainer=trainer).stdout
+    assert "Epoch 1" in resumed and "Epoch 0" not in resumed
+    predict(planned_2d, tmp_path, trainer)
     check_prediction(planned_2d, tmp_path)
 
 
-def test_real_scans(planned_left_atrium, tmp_path):
+@pytest.mark.parametrize(
+    "trainer", [TRAINER, *(pytest.param(trainer, marks=pytest.mark.slow) for trainer in TRAINERS[1:])]
+)
+def test_real_scans(trainer, planned_left_atrium, tmp_path):
     planned = planned_left_atrium
-    output = train(planned).stdout
-    assert "56 unlabeled cases, 8 labeled cases" in output and "56 ready (56 preprocessed now)" in output
-    validated = planned.results(TRAINER) / "validation"
+    stopped = train(planned, trainer=trainer, check=False, STOP_AFTER_EPOCHS="1").stdout
+    assert "56 unlabeled cases, 8 labeled cases" in stopped and "stopped for the test" in stopped
+    assert (planned.results(trainer) / "checkpoint_latest.pth").is_file()
+    resumed = train(planned, "--c", trainer=trainer).stdout
+    assert "Epoch 1" in resumed and "Epoch 0" not in resumed and "Mean Validation Dice" in resumed
+    validated = planned.results(trainer) / "validation"
     assert {p.name for p in validated.glob("*.nii.gz")} == {f"{case}.nii.gz" for case in planned.phantoms.validation}
     held_back = tmp_path / "in"
     held_back.mkdir()
     (held_back / "LA_064_0000.nii.gz").symlink_to(planned.raw / "imagesTr" / "LA_064_0000.nii.gz")
-    predict(planned, tmp_path / "out", images=held_back)
+    predict(planned, tmp_path / "out", trainer, images=held_back)
     image = sitk.ReadImage(held_back / "LA_064_0000.nii.gz")
     prediction = sitk.ReadImage(tmp_path / "out" / "LA_064.nii.gz")
     assert prediction.GetSize() == image.GetSize()
@@ -97,32 +111,32 @@ def test_real_scans(planned_left_atrium, tmp_path):
 
 
 @pytest.mark.slow
-def test_validation_options_and_pretrained_weights(planned_3d, tmp_path):
-    folder = planned_3d.results(TRAINER)
-    train(planned_3d)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_validation_options_and_pretrained_weights(trainer, planned_3d, tmp_path):
+    folder = planned_3d.results(trainer)
+    train(planned_3d, trainer=trainer)
     before = (folder / "checkpoint_final.pth").read_bytes()
     for options in (["--val"], ["--val", "--val_best"]):
-        assert "Mean Validation Dice" in train(planned_3d, *options).stdout
+        assert "Mean Validation Dice" in train(planned_3d, *options, trainer=trainer).stdout
     assert (folder / "checkpoint_final.pth").read_bytes() == before
     pretrained = tmp_path / "pretrained.pth"
     pretrained.write_bytes(before)
-    assert (
-        "Loading pretrained weights"
-        in train(planned_3d, "-pretrained_weights", pretrained, "--disable_checkpointing").stdout
-    )
+    options = ["-pretrained_weights", pretrained, "--disable_checkpointing"]
+    assert "Loading pretrained weights" in train(planned_3d, *options, trainer=trainer).stdout
     assert (folder / "checkpoint_final.pth").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_a_killed_training_continues(planned_2d):
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_killed_training_continues(trainer, planned_2d):
     (planned_2d.root / "trainers" / "short.py").write_text(
         (planned_2d.root / "trainers" / "short.py").read_text().replace("= 2, 3, 2", "= 40, 3, 2")
     )
-    folder = planned_2d.results(TRAINER)
+    folder = planned_2d.results(trainer)
     for file in folder.glob("checkpoint_*"):
         file.unlink()
     command = [Path(sysconfig.get_path("scripts")) / "nnUNetv2_train", planned_2d.dataset_id, "tiny", 0]
-    command += ["-tr", TRAINER, "-device", "cpu"]
+    command += ["-tr", trainer, "-device", "cpu"]
     process = subprocess.Popen(
         list(map(str, command)), env=planned_2d.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -135,7 +149,7 @@ def test_a_killed_training_continues(planned_2d):
     process.wait()
     epoch = torch.load(latest, weights_only=True)["current_epoch"]
     assert 0 < epoch < 40
-    assert f"Epoch {epoch}" in train(planned_2d, "--c").stdout
+    assert f"Epoch {epoch}" in train(planned_2d, "--c", trainer=trainer).stdout
     final = torch.load(folder / "checkpoint_final.pth", weights_only=True)
     assert final["current_epoch"] == 40
     assert {len(values) for values in final["logging"].values()} == {40}
@@ -155,4 +169,6 @@ def test_a_validation_image_among_the_unlabeled_stops_training(planned_2d, tmp_p
 
 def test_python_module_form_of_the_command_prints_the_trainers_folder():
     done = subprocess.run([sys.executable, "-m", "nnunet_ssl.cli.main", "trainers"], capture_output=True, text=True)
-    assert (Path(done.stdout.strip()) / "CrossMatchTrainer.py").is_file()
+    assert {path.stem for path in Path(done.stdout.strip()).glob("*.py")} == {
+        trainer.removesuffix("_short") for trainer in TRAINERS
+    }

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from nnunet_ssl.cli import demo
+from nnunet_ssl.cli.main import main
+from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
 from nnunet_ssl.errors import UserError
 
 
@@ -77,6 +79,55 @@ def test_refuses_to_continue_a_demo_with_other_settings(tmp_path):
     finished = run_demo("-o", "out", "--seed", "2", cwd=tmp_path)
     assert finished.returncode == 2
     assert "other settings" in finished.stderr and "--overwrite" in finished.stderr
+
+
+def test_refuses_to_compare_all_in_the_folder_of_one(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo.json").write_text(json.dumps({"trainer": "CrossMatchTrainer", "raw": None, "seed": 0}))
+    finished = run_demo("-o", "out", "--all", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "other settings" in finished.stderr and "--overwrite" in finished.stderr
+
+
+def test_one_trainer_or_all(tmp_path):
+    finished = run_demo("--all", "--trainer", "SimCVDTrainer", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "not allowed with argument" in finished.stderr
+    assert not (tmp_path / "nnunet_ssl_demo").exists()
+
+
+METHODS = ["CrossMatchTrainer", "MutualReliableTrainer", "SimCVDTrainer"]
+
+
+@pytest.mark.parametrize(("option", "methods"), [("--all", METHODS), *((f"-tr={name}", [name]) for name in METHODS)])
+def test_steps(tmp_path, monkeypatch, capsys, option, methods):
+    """The demo without its steps."""
+    evaluated = []
+    monkeypatch.setattr(demo._Steps, "_once", lambda steps, name, what, action: steps.announce(name))
+    monkeypatch.setattr(
+        demo,
+        "_evaluate",
+        lambda folder, dataset, trainers, tested: evaluated.extend(trainers) or ("table", folder / "overlay.png"),
+    )
+    assert main(["demo", option, "-o", str(tmp_path / "out")]) == 0
+    announced = re.findall(r"\[(\d+)/(\d+)\] (\S+)", capsys.readouterr().out)
+    trainings = [f"{step}_{name}_demo" for name in ["nnUNetTrainer", *methods] for step in ("train", "predict")]
+    names = ["phantoms", "plan", "configuration", "preprocess", *trainings, "evaluate"]
+    assert announced == [(str(index + 1), str(len(names)), name) for index, name in enumerate(names)]
+    assert evaluated == ["nnUNetTrainer", *methods]
+    modules = {path.stem: path.read_text() for path in (tmp_path / "out" / "trainers").glob("*.py")}
+    assert set(modules) == {f"{name}_demo" for name in ["nnUNetTrainer", *methods]}
+    assert all(f"import {name.removesuffix('_demo')}\n" in text for name, text in modules.items())
+
+
+def test_all_is_every_trainer_of_the_folder():
+    assert list(trainer_descriptions(trainers_folder())) == METHODS
+
+
+def test_an_unknown_trainer_is_refused_with_the_known_ones(tmp_path):
+    finished = run_demo("--trainer", "NoSuchTrainer", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "no trainer NoSuchTrainer" in finished.stderr and ", ".join(METHODS) in finished.stderr
 
 
 def test_a_raw_folder_must_be_a_dataset(tmp_path):

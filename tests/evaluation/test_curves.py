@@ -78,6 +78,28 @@ def test_odd_values(tmp_path, figures):
     assert set(drawn["other"]) == {"queue"}
 
 
+def test_every_other_group_has_its_own_panel(tmp_path, figures):
+    logging = {
+        "ssl/learned/a_from_b": [0.25, 0.5],
+        "ssl/seconds/unlabeled_wait": [3.0, 4.0],
+        "ssl/learned/b_from_a": [0.5, float("nan")],
+        "ssl/norm/gradient": [0.5, 12.0],
+        "ssl/loss/a_from_b": [2.0, 1.0],
+    }
+    save_training_curves(tmp_path / "a.png", logging)
+    drawn = lines(figures[0])
+    assert {title: set(names) for title, names in drawn.items()} == {
+        "loss: terms without their weights, and the total": {"a_from_b"},
+        "learned": {"a_from_b", "b_from_a"},
+        "norm": {"gradient"},
+        "seconds per epoch": {"unlabeled wait"},
+    }
+    _, learned, norm, _ = figures[0].axes
+    assert learned.get_ylim() == (-0.03, 1.03), "shares"
+    assert norm.get_ylim()[1] > 12
+    assert list(drawn) == ["loss: terms without their weights, and the total", "learned", "norm", "seconds per epoch"]
+
+
 def test_nothing_logged_nothing_written(tmp_path):
     save_training_curves(tmp_path / "a.png", {"train_losses": [1.0], "ssl/loss/term": []})
     assert list(tmp_path.iterdir()) == []

@@ -1,59 +1,23 @@
-"""CrossMatch: its loss against a naive transcription of the paper, its gradients, its memory modes."""
+"""CrossMatch: its loss against a naive transcription of the paper, its gradients."""
 
 from __future__ import annotations
-
-import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
+from method_steps import Given, make_batches, summed_terms
+from method_steps import make_trainer as make_method_trainer
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
-from nnunet_ssl.networks import outputs as outputs_module
-from nnunet_ssl.networks.training_network import Stream, draw_dropout_masks
-from nnunet_ssl.trainer import LabeledBatch, UnlabeledBatch, training_length_variants
+from nnunet_ssl.networks.training_network import Stream, StreamOutput, draw_dropout_masks
 
 
 def make_trainer(planned, monkeypatch, tmp_path, regions=False, **settings) -> CrossMatchTrainer:
-    monkeypatch.setenv("nnUNet_preprocessed", planned.environment["nnUNet_preprocessed"])
-    monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    plans = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
-    plans["continue_training"] = False
-    plans["configurations"]["tiny"]["semi_supervised"] = settings
-    dataset_json = json.loads((planned.preprocessed / "dataset.json").read_text())
-    if regions:
-        dataset_json["labels"] = {"background": 0, "both": [1, 2], "second": 2}
-        dataset_json["regions_class_order"] = [1, 2]
-    trainer = CrossMatchTrainer(plans, "tiny", 0, dataset_json, torch.device("cpu"))
-    torch.manual_seed(0)
-    trainer.initialize()
-    trainer.network.train()
-    return trainer
+    return make_method_trainer(CrossMatchTrainer, planned, monkeypatch, tmp_path, regions=regions, **settings)
 
 
-def make_batches(trainer, u=3, seed=0) -> tuple[LabeledBatch, UnlabeledBatch, dict]:
-    generator = torch.Generator().manual_seed(seed)
-    np.random.seed(seed)
-    patch = tuple(trainer.configuration_manager.patch_size)
-    scales = trainer._get_deep_supervision_scales()
-    channels = trainer.label_manager.num_segmentation_heads
-    target = torch.randint(
-        0, 2 if trainer.label_manager.has_regions else 3, (2, 1, *patch), generator=generator
-    ).float()
-    if trainer.label_manager.has_regions:
-        target = target.expand(2, channels, *patch)
-    targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, s))) for s in scales]
-    labeled = {"data": torch.randn(2, 1, *patch, generator=generator), "target": targets, "keys": ["l0", "l1"]}
-    unlabeled = {
-        "weak": torch.randn(u, 1, *patch, generator=generator),
-        "strong": [torch.randn(u, 1, *patch, generator=generator) for _ in range(2)],
-        "boxes": [torch.from_numpy(trainer.unlabeled_views().cutmix.draw(u, patch)) for _ in range(2)],
-        "partner": (torch.arange(u) + 1) % u,
-        "keys": [f"u{i}" for i in range(u)],
-    }
-    trainer.dataloader_unlabeled = itertools.repeat(unlabeled)
-    return LabeledBatch(labeled["data"], targets, labeled["keys"]), UnlabeledBatch(**unlabeled), labeled
+def given(logits: dict) -> Given:
+    return Given({name: StreamOutput(value) for name, value in logits.items()})
 
 
 def random_logits(trainer, labeled, unlabeled) -> dict:
@@ -113,14 +77,6 @@ def naive_crossmatch(logits: dict, boxes, partner, threshold: float, regions: bo
     }
 
 
-def summed_terms(trainer, logits, labeled, unlabeled) -> dict[str, torch.Tensor]:
-    terms: dict[str, torch.Tensor] = {}
-    for part in trainer.loss_terms(logits, labeled, unlabeled):
-        for name, value in part.items():
-            terms[name] = terms.get(name, 0) + value
-    return terms
-
-
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])
 def test_terms_are_the_papers(dim, regions, request, monkeypatch, tmp_path):
@@ -129,7 +85,7 @@ def test_terms_are_the_papers(dim, regions, request, monkeypatch, tmp_path):
     )
     labeled, unlabeled, _ = make_batches(trainer)
     logits = random_logits(trainer, labeled, unlabeled)
-    terms = summed_terms(trainer, logits, labeled, unlabeled)
+    terms = summed_terms(trainer, given(logits), labeled, unlabeled)
     expected = naive_crossmatch(logits, unlabeled.boxes, unlabeled.partner.tolist(), 0.7, regions)
     assert set(terms) == {"supervised", *expected} == set(trainer.loss_weights(0.0))
     for name, value in expected.items():
@@ -157,7 +113,7 @@ def test_pseudo_labels_carry_no_gradient(planned_3d, monkeypatch, tmp_path):
     for value in logits.values():
         for tensor in value if isinstance(value, list) else [value]:
             tensor.requires_grad_()
-    terms = summed_terms(trainer, logits, labeled, unlabeled)
+    terms = summed_terms(trainer, given(logits), labeled, unlabeled)
 
     def reached(term: str) -> set[str]:
         leaves = {n: v[0] if isinstance(v, list) else v for n, v in logits.items()}
@@ -168,30 +124,6 @@ def test_pseudo_labels_carry_no_gradient(planned_3d, monkeypatch, tmp_path):
     assert reached("ip") == {"s1_dn", "s2_dn"}
     assert reached("tkd") == {"u_dw", "u_ds", "s2_dw", "s2_ds"}
     assert reached("dkd") == {"s2_dw", "s2_ds"}
-
-
-@pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])
-def test_split_gives_the_terms_and_gradients_of_stacked(dim, request, monkeypatch, tmp_path):
-    trainer = make_trainer(
-        request.getfixturevalue(dim), monkeypatch, tmp_path, ramp_length=0.0, confidence_threshold=0.4
-    )
-    labeled, unlabeled, _ = make_batches(trainer)
-    found = {}
-    for mode in ("stacked", "split"):
-        trainer.memory_mode = mode
-        torch.manual_seed(11)
-        terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(trainer.progress))
-        found[mode] = terms, {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
-    terms, gradients = found["stacked"]
-    for name, value in found["split"][0].items():
-        torch.testing.assert_close(value, terms[name], rtol=1e-4, atol=1e-6)
-    assert set(gradients) == set(found["split"][1])
-    scale = max(g.abs().max() for g in gradients.values()).item()
-    for name, gradient in found["split"][1].items():
-        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
-    # Every parameter has one but the head that nnU-Net's deep supervision leaves out.
-    missing = {n for n, _ in trainer.network.named_parameters()} - set(gradients)
-    assert all("seg_layers.0." in name for name in missing)
 
 
 def test_the_unsupervised_terms_reach_every_parameter(planned_3d, monkeypatch, tmp_path):
@@ -221,8 +153,27 @@ def test_streams_are_the_papers(planned_3d, monkeypatch, tmp_path):
     }
 
 
+def test_loss_weights_follow_the_ramp(planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
+    start, end = trainer.loss_weights(0.0), trainer.loss_weights(0.3)
+    assert start["supervised"] == end["supervised"] == 1
+    assert start["ip"] == pytest.approx(np.exp(-5)) and end["ip"] == 1
+    assert end["tkd"] == pytest.approx(0.7) and end["dkd"] == pytest.approx(0.3)
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, ramp_length=0.0)
+    assert trainer.loss_weights(0.0)["ip"] == 1
+
+
+def test_a_step_moves_the_weights_and_lowers_the_loss(planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path, ramp_length=0.0, confidence_threshold=0.4)
+    _, _, batch = make_batches(trainer)
+    first = trainer.train_step(batch)
+    for _ in range(15):
+        last = trainer.train_step(batch)
+    assert last["loss"] < first["loss"] and last["loss/ip"] < first["loss/ip"]
+
+
 @pytest.mark.parametrize("mode", ["split", "stacked"])
-def test_a_step_takes_the_gradient_of_the_weighted_sum(mode, planned_2d, monkeypatch, tmp_path):
+def test_a_step_is_what_the_passes_by_hand_give(mode, planned_2d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path, confidence_threshold=0.4)
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer._steps_in_epoch = 10, 10, 15
     labeled, unlabeled, _ = make_batches(trainer)
@@ -239,10 +190,10 @@ def test_a_step_takes_the_gradient_of_the_weighted_sum(mode, planned_2d, monkeyp
     for name, stream in trainer.streams().items():
         skips = network.encoder(images[stream.image])
         if name in masks:
-            skips = [skip * mask for skip, mask in zip(skips, masks[name], strict=True)]
+            skips = [skip * mask for skip, mask in zip(skips, masks[name].levels, strict=True)]
         network.decoder.deep_supervision = stream.deep_supervision
         logits[name] = network.decoder(skips)
-    terms = summed_terms(trainer, logits, labeled, unlabeled)
+    terms = summed_terms(trainer, given(logits), labeled, unlabeled)
     w = np.exp(-5 * (1 - 0.15 / 0.3) ** 2)
     loss = terms["supervised"] + w * (terms["ip"] + 0.7 * terms["tkd"] + 0.3 * terms["dkd"])
     expected = torch.autograd.grad(loss, list(trainer.network.parameters()), allow_unused=True)
@@ -250,91 +201,3 @@ def test_a_step_takes_the_gradient_of_the_weighted_sum(mode, planned_2d, monkeyp
     for (name, _), gradient in zip(trainer.network.named_parameters(), expected, strict=True):
         if gradient is not None:
             torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
-
-
-def test_a_step_counts_calls_the_hook_and_clips(planned_2d, monkeypatch, tmp_path):
-    trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
-    _, _, batch = make_batches(trainer)
-    calls = []
-    monkeypatch.setattr(trainer, "after_optimizer_step", lambda: calls.append(trainer.optimizer.state_dict()["state"]))
-    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].square().sum() * 1e4)
-    trainer.train_step(batch)
-    assert len(calls) == 1 and calls[0]
-    assert trainer.progress == pytest.approx(1 / (250 * 1000))
-    norm = torch.stack([p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]).norm()
-    assert norm.item() == pytest.approx(12, rel=1e-3)
-    trainer.logger.log("train_losses", 0.0, 0)
-    trainer.record("coverage", torch.tensor([1]), torch.tensor([2]))
-    trainer.on_train_epoch_start()
-    assert trainer._steps_in_epoch == 0 and trainer._recorded == {}
-
-
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(planned_2d, monkeypatch, tmp_path):
-    trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
-    _, _, batch = make_batches(trainer)
-    before = {n: p.clone() for n, p in trainer.network.named_parameters()}
-    # The square root of zero: 0 with an infinite gradient.
-    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: (output[0] * 0).sum().sqrt())
-    with pytest.raises(RuntimeError, match="not finite: the gradient"):
-        trainer.train_step(batch)
-    assert all(torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
-
-
-def test_the_unlabeled_batch_size_is_the_settings(planned_2d, monkeypatch, tmp_path):
-    assert make_trainer(planned_2d, monkeypatch, tmp_path).unlabeled_batch_size == 2
-    assert make_trainer(planned_2d, monkeypatch, tmp_path, unlabeled_batch_size=5).unlabeled_batch_size == 5
-
-
-def test_loss_weights_follow_the_ramp(planned_3d, monkeypatch, tmp_path):
-    trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
-    start, end = trainer.loss_weights(0.0), trainer.loss_weights(0.3)
-    assert start["supervised"] == end["supervised"] == 1
-    assert start["ip"] == pytest.approx(np.exp(-5)) and end["ip"] == 1
-    assert end["tkd"] == pytest.approx(0.7) and end["dkd"] == pytest.approx(0.3)
-    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, ramp_length=0.0)
-    assert trainer.loss_weights(0.0)["ip"] == 1
-
-
-def test_a_term_that_is_not_finite_stops_with_its_name_and_cases(planned_3d, monkeypatch, tmp_path):
-    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, ramp_length=0.0)
-    _, unlabeled, batch = make_batches(trainer)
-    before = {n: p.clone() for n, p in trainer.network.named_parameters()}
-    unlabeled.weak[1] = float("nan")
-    with pytest.raises(RuntimeError, match=r"not finite: .*tkd.*l0, l1.*u0, u1, u2"):
-        trainer.train_step(batch)
-    assert all(torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
-
-
-def test_out_of_memory_in_the_first_step_goes_on_in_split_mode(planned_3d, monkeypatch, tmp_path):
-    trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
-    _, _, batch = make_batches(trainer)
-    trainer.memory_mode = "stacked"  # as auto chooses on a GPU
-
-    def out_of_memory(self, loss):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(outputs_module.StackedOutputs, "backward", out_of_memory)
-    result = trainer.train_step(batch)
-    assert trainer.memory_mode == "split" and np.isfinite(result["loss"])
-    # Counted once, not once per attempt.
-    assert trainer._recorded["coverage"][1][0] == 3 * np.prod(trainer.configuration_manager.patch_size)
-    trainer.memory_mode = "stacked"
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        trainer.train_step(batch)
-
-
-def test_variants_of_other_lengths():
-    variants = training_length_variants(CrossMatchTrainer)
-    assert {"CrossMatchTrainer", *(f"CrossMatchTrainer_{n}epochs" for n in (5, 20, 50, 100, 250, 500))} <= set(variants)
-    assert all(
-        variant.__name__ == name and issubclass(variant, CrossMatchTrainer) for name, variant in variants.items()
-    )
-
-
-def test_a_step_moves_the_weights_and_lowers_the_loss(planned_2d, monkeypatch, tmp_path):
-    trainer = make_trainer(planned_2d, monkeypatch, tmp_path, ramp_length=0.0, confidence_threshold=0.4)
-    _, _, batch = make_batches(trainer)
-    first = trainer.train_step(batch)
-    for _ in range(15):
-        last = trainer.train_step(batch)
-    assert last["loss"] < first["loss"] and last["loss/ip"] < first["loss/ip"]

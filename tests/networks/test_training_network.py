@@ -52,11 +52,11 @@ def step_images(dim: int) -> dict[str, torch.Tensor]:
 
 def parts(outputs):
     """A loss of every kind of output, in parts, as a method yields them."""
-    yield sum(level.square().mean() for level in outputs["x"])
-    teacher = outputs["u"].detach()
-    yield (outputs["u_weak"] - teacher).square().mean()
-    yield (outputs["u_strong"] - teacher).abs().mean() + outputs["u_strong"].mean()
-    yield (outputs["s"].softmax(1)[:, 1] - teacher[:, 1]).square().mean()
+    yield sum(level.square().mean() for level in outputs["x"].logits)
+    teacher = outputs["u"].logits.detach()
+    yield (outputs["u_weak"].logits - teacher).square().mean()
+    yield (outputs["u_strong"].logits - teacher).abs().mean() + outputs["u_strong"].logits.mean()
+    yield (outputs["s"].logits.softmax(1)[:, 1] - teacher[:, 1]).square().mean()
 
 
 def gradients(network, outputs) -> dict[str, torch.Tensor]:
@@ -101,10 +101,10 @@ def test_outputs_without_dropout_are_the_stock_networks(outputs_class):
     network = TrainingNetwork(stock)
     images = step_images(3)
     outputs = outputs_class(network, images, STREAMS, draw_dropout_masks(network, STREAMS, images))
-    for ours, theirs in zip(outputs["x"], stock(images["x"]), strict=True):
+    for ours, theirs in zip(outputs["x"].logits, stock(images["x"]), strict=True):
         torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(outputs["u"], stock(images["u"])[0])
-    assert not outputs["u"].requires_grad
+    torch.testing.assert_close(outputs["u"].logits, stock(images["u"])[0])
+    assert not outputs["u"].logits.requires_grad
 
 
 @pytest.mark.parametrize("outputs_class", [StackedOutputs, SplitOutputs])
@@ -113,7 +113,7 @@ def test_the_teacher_stream_has_no_gradient_and_the_encoder_gets_one(outputs_cla
     images = {"u": step_images(2)["u"]}
     streams = {"u": Stream("u", gradient=False), "student": Stream("u", dropout=0.5)}
     outputs = outputs_class(network, images, streams, draw_dropout_masks(network, streams, images))
-    outputs.backward((outputs["student"] - outputs["u"]).square().mean())
+    outputs.backward((outputs["student"].logits - outputs["u"].logits).square().mean())
     outputs.finish()
     assert all(p.grad is not None for p in network.encoder.parameters())
 
@@ -125,7 +125,7 @@ def test_autocast_casts_kept_by_a_pass_without_gradient_are_not_used_by_the_next
     outputs = SplitOutputs(network, images, STREAMS, masks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _ = outputs["u"]
-        loss = outputs["u_weak"].float().square().mean()
+        loss = outputs["u_weak"].logits.float().square().mean()
     network.zero_grad()
     outputs.backward(loss)
     outputs.finish()
@@ -137,7 +137,7 @@ def test_asking_for_an_output_after_its_backward_pass_is_an_error():
     network = TrainingNetwork(unet(2))
     images = step_images(2)
     outputs = SplitOutputs(network, images, STREAMS, draw_dropout_masks(network, STREAMS, images))
-    outputs.backward(outputs["s"].mean())
+    outputs.backward(outputs["s"].logits.mean())
     with pytest.raises(RuntimeError, match="stream s "):
         outputs["s"]
 
@@ -156,9 +156,10 @@ def test_dropout_drops_whole_channels_and_keeps_the_mean():
     images = {"x": torch.zeros(2000, 1, 2, 2, 2)}
     masks = draw_dropout_masks(network, {"a": Stream("x", dropout=0.75), "b": Stream("x")}, images)
     assert set(masks) == {"a"}
-    assert [m.shape for m in masks["a"]] == [(2000, c, 1, 1, 1) for c in (4, 6, 8)]
-    assert set(masks["a"][0].unique().tolist()) == {0.0, 4.0}
-    assert torch.cat([m.flatten() for m in masks["a"]]).mean().item() == pytest.approx(1, abs=0.05)
+    assert masks["a"].features is None
+    assert [m.shape for m in masks["a"].levels] == [(2000, c, 1, 1, 1) for c in (4, 6, 8)]
+    assert set(masks["a"].levels[0].unique().tolist()) == {0.0, 4.0}
+    assert torch.cat([m.flatten() for m in masks["a"].levels]).mean().item() == pytest.approx(1, abs=0.05)
 
 
 def test_masks_differ_between_streams_and_reach_every_level():
@@ -166,9 +167,9 @@ def test_masks_differ_between_streams_and_reach_every_level():
     images = {"x": torch.randn(64, 1, 8, 12)}
     streams = {"a": Stream("x", dropout=0.5), "b": Stream("x", dropout=0.5)}
     masks = draw_dropout_masks(network, streams, images)
-    assert all(not torch.equal(*pair) for pair in zip(masks["a"], masks["b"], strict=True))
+    assert all(not torch.equal(*pair) for pair in zip(masks["a"].levels, masks["b"].levels, strict=True))
     skips = network.encoder(images["x"])
-    for skip, mask, dropped in zip(skips, masks["a"], drop_channels(skips, masks["a"]), strict=True):
+    for skip, mask, dropped in zip(skips, masks["a"].levels, drop_channels(skips, masks["a"]), strict=True):
         assert torch.equal(dropped, skip * mask) and (dropped.flatten(2).abs().sum(2) == 0).any()
 
 

@@ -1,0 +1,29 @@
+"""InfoNCE between two lists of features of which equal positions belong together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def info_nce(queries: Tensor, keys: Tensor, *, temperature: float) -> Tensor:
+    """Mean over positions i of -log( exp(q_i·k_i/τ) / Σ_j exp(q_i·k_j/τ) ), j over all positions of the same list.
+
+    Source: van den Oord, Li, Vinyals, Representation learning with contrastive predictive coding, arXiv 1807.03748,
+    equation 4.
+
+    Args:
+        queries: (..., P, D), of unit length.
+        keys: like ``queries``.
+        temperature: τ.
+
+    Returns:
+        A scalar, float32; log P where all similarities are equal.
+    """
+    # Float32: under autocast the product would be rounded to half precision.
+    with torch.autocast(queries.device.type, enabled=False):
+        similarities = queries.float() @ keys.float().transpose(-1, -2) / temperature
+    rows = similarities.flatten(0, -2)
+    own = torch.arange(similarities.shape[-2], device=rows.device).expand(similarities.shape[:-1]).flatten()
+    return functional.cross_entropy(rows, own)

@@ -1,0 +1,282 @@
+"""Mutual learning with reliable pseudo labels: decoders of one encoder teach each other where they can be trusted.
+
+Source: Su, Luo, Lian, Lin, Li, Mutual learning with reliable pseudo label for semi-supervised medical image
+segmentation, Medical Image Analysis 94, 2024, 103111, doi 10.1016/j.media.2024.103111.
+
+Decoder a is nnU-Net's, with transposed convolutions; decoder b has its stages, weights of its own, and interpolation.
+Both see labeled and unlabeled images. Decoder a predicts, so the network that predicts is nnU-Net's own.
+
+Where this differs from the paper, **[choice]** says so; docs/explanation/mutual_reliable.md lists the differences from
+the authors' released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnunet_ssl.losses.ramps import gaussian_ramp_up
+from nnunet_ssl.networks.interpolating_decoder import interpolating_decoder
+from nnunet_ssl.networks.outputs import Outputs
+from nnunet_ssl.networks.training_network import Stream, StreamOutput, TrainingNetwork, UNet
+from nnunet_ssl.settings import SemiSupervisedSettings, setting
+from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
+
+
+@dataclass(frozen=True)
+class MutualReliableSettings(SemiSupervisedSettings):
+    """The paper's values; the ramp-up is 40 % of the training."""
+
+    ramp_length: float = setting(
+        0.4,
+        "fraction of the training over which the unsupervised weight rises; 0: full weight from the first step",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    supervised_weight: float = setting(0.5, "γ: weight of each decoder's supervised loss", minimum=0.0)
+    mutual_weight: float = setting(1.0, "β: weight of what decoders learn from each other, after the ramp", minimum=0.0)
+    decoders: int = setting(
+        2, "2: a and b; 3: also c, which interpolates in the way that b does not", choices=(2, 3), integer=True
+    )
+    upsampling: str = setting("linear", "how decoder b interpolates", choices=("linear", "nearest"))
+    certainty_weight: bool = setting(
+        True, "λ_wr: learn only where the other decoder is the more certain one", choices=(True, False)
+    )
+    similarity_weight: bool = setting(
+        True, "λ_hr: learn less where the other decoder's features contradict its probabilities", choices=(True, False)
+    )
+    validate_with: str = setting(
+        "decoder_a",
+        "what the validation after the training evaluates: the decoder that predicts, or for comparison the mean "
+        "probability of all decoders",
+        choices=("decoder_a", "mean"),
+    )
+
+
+class Lesson(NamedTuple):
+    """What a decoder teaches the others about a batch of images. Nothing of it carries a gradient.
+
+    One channel, K = 1, for classes that exclude each other; K = R channels for regions that may overlap.
+
+    Attributes:
+        label: pseudo-label ŷ: (B, *spatial) int64, the class; or (B, R, *spatial) bool.
+        entropy: H(p), (B, K, *spatial), float32, in nats.
+        reliability: λ_hr, (B, K, *spatial), float32, in [0, 1].
+    """
+
+    label: Tensor
+    entropy: Tensor
+    reliability: Tensor
+
+
+class MutualReliableTrainer(SemiSupervisedTrainer):
+    """Train nnU-Net's network by mutual learning on labeled and unlabeled scans."""
+
+    settings_class = MutualReliableSettings
+    settings: MutualReliableSettings
+
+    @property
+    def decoders(self) -> dict[str, str | None]:
+        """The decoders' names in the equations and in the training network: a is nnU-Net's own."""
+        return {"a": None, "b": "b", "c": "c"} if self.settings.decoders == 3 else {"a": None, "b": "b"}
+
+    def build_training_network(self, network: UNet) -> TrainingNetwork:
+        """Decoder b interpolates linearly or from the nearest voxel. **[choice]** Decoder c does the other."""
+        ways = [self.settings.upsampling, "nearest" if self.settings.upsampling == "linear" else "linear"]
+        others = {
+            name: interpolating_decoder(network.decoder, upsampling=way)
+            for name, way in zip(list(self.decoders)[1:], ways, strict=False)
+        }
+        return MutualNetwork(network, others, regions=self.label_manager.has_regions)
+
+    def streams(self) -> dict[str, Stream]:
+        """Every decoder on labeled and unlabeled images."""
+        return {
+            f"{image}_{name}": Stream(
+                image,
+                decoder=decoder,
+                deep_supervision=image == "x" and self.enable_deep_supervision,
+                features=True,
+            )
+            for image in ("x", "u")
+            for name, decoder in self.decoders.items()
+        }
+
+    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+        """Labeled images with nnU-Net's augmentation, unlabeled ones in their weak view."""
+        return {"x": labeled.image, "u": unlabeled.weak}
+
+    def loss_terms(
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch
+    ) -> Iterator[dict[str, Tensor]]:
+        """Each decoder's L_sup, and L_i←j for each student i and teacher j.
+
+        **[choice]** The paper's sums run over labeled and unlabeled voxels together. Here L_i←j is the mean of one over
+        the labeled and one over the unlabeled images, weighted by their number, so that in memory mode split the
+        graphs of one decoder on one of them suffice.
+        """
+        samples = {"x": len(labeled.image), "u": len(unlabeled.weak)}
+        for image, count in samples.items():
+            share = count / sum(samples.values())
+            # Those whose turn comes later teach already.
+            lessons = {j: self._lesson(outputs.peek(f"{image}_{j}")) for j in list(self.decoders)[1:]}
+            for i in self.decoders:
+                output = outputs[f"{image}_{i}"]
+                if i not in lessons:
+                    lessons[i] = self._lesson(output.detach())
+                terms = {}
+                if image == "x":
+                    terms[_supervised(i)] = self.supervised_loss(output.logits, labeled.target)
+                for j in self.decoders:
+                    if j != i:
+                        terms[f"{i}_from_{j}"] = share * self._learn(f"{i}_from_{j}", output, lessons[i], lessons[j])
+                yield terms
+
+    def loss_weights(self, progress: float) -> dict[str, float]:
+        """L = γ Σ_i L_sup^i + β(t) Σ_i Σ_j≠i L_i←j / (n - 1), n decoders; the paper's for n = 2.
+
+        **[choice]** β(t) is a Gaussian ramp-up; with three decoders, each student learns from the mean of its teachers.
+        """
+        beta = self.settings.mutual_weight * gaussian_ramp_up(progress, length=self.settings.ramp_length)
+        names = list(self.decoders)
+        weights = {_supervised(name): self.settings.supervised_weight for name in names}
+        return weights | {f"{i}_from_{j}": beta / (len(names) - 1) for i in names for j in names if j != i}
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """As nnU-Net; with the setting ``validate_with: mean``, of all decoders' mean probability."""
+        network = self.training_network
+        assert isinstance(network, MutualNetwork)
+        network.average = self.settings.validate_with == "mean"
+        if network.average:
+            self.print_to_log_file(
+                "Validation of the decoders' mean probability (validate_with): nnUNetv2_predict uses decoder a alone."
+            )
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            network.average = False
+
+    def _lesson(self, output: StreamOutput) -> Lesson:
+        logits = output.logits[0] if isinstance(output.logits, list) else output.logits
+        assert output.features is not None
+        return lesson(logits, output.features, regions=self.label_manager.has_regions)
+
+    def _learn(self, name: str, output: StreamOutput, student: Lesson, teacher: Lesson) -> Tensor:
+        s = self.settings
+        certain = (student.entropy > teacher.entropy) if s.certainty_weight else torch.ones_like(student.entropy) > 0
+        reliable = teacher.reliability if s.similarity_weight else torch.ones_like(teacher.reliability)
+        learned = certain.sum()
+        self.record(f"learned/{name}", learned, learned.new_full((), certain.numel()))
+        self.record(f"reliability/{name}", (certain * reliable).sum(), learned.float())
+        logits = output.logits[0] if isinstance(output.logits, list) else output.logits
+        return mutual_loss(logits, teacher.label, certain, reliable)
+
+
+class MutualNetwork(TrainingNetwork):
+    """A network that can also predict the mean probability of all its decoders, for comparison.
+
+    Attributes:
+        average: whether it does.
+    """
+
+    def __init__(self, network: nn.Module, decoders: Mapping[str, nn.Module], *, regions: bool) -> None:
+        super().__init__(network, decoders=decoders)
+        self.regions = regions
+        self.average = False
+
+    def predict(self, image: Tensor) -> Tensor | list[Tensor]:
+        """nnU-Net's logits; with ``average``, of the full resolution, logits of the decoders' mean probabilities."""
+        if not self.average:
+            return super().predict(image)
+        skips = {"image": self.encoder(image)}
+        streams = [Stream("image"), *(Stream("image", decoder=name) for name in self.decoder_names)]
+        passes = [self.decode({"": stream}, {"image": image}, skips, {})[""].logits for stream in streams]
+        logits = torch.stack(passes).float()
+        if self.regions:
+            return torch.logit(torch.sigmoid(logits).mean(0), eps=1e-6)
+        return torch.logsumexp(torch.log_softmax(logits, 2), 0)
+
+
+def _supervised(decoder: str) -> str:
+    # The supervised term of decoder a is the one that nnU-Net's log shows beside the validation loss.
+    return "supervised" if decoder == "a" else f"supervised_{decoder}"
+
+
+@torch.no_grad()
+def lesson(logits: Tensor, features: Tensor, *, regions: bool) -> Lesson:
+    """A decoder's pseudo-label ŷ, its entropy H(p) and its reliability λ_hr.
+
+    H(p) = -Σ_k p_k log p_k; of a region -p log p - (1 - p) log(1 - p).
+
+    λ_hr = mean_k [1 - (s_k - p_k)²], clamped to [0, 1], s_k the cosine of a voxel's features to class k's prototype.
+    **[choice]** nnU-Net's features come from a LeakyReLU, so a cosine may be negative and the mean with it; hence the
+    clamp. **[choice]** Regions have a λ_hr each, without the mean.
+
+    Args:
+        logits: (B, C, *spatial).
+        features: (B, F, *spatial).
+    """
+    # A sum over a volume ends beyond half precision.
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, features = logits.float(), features.float()
+        if regions:
+            p = torch.sigmoid(logits)
+            label = p > 0.5
+            members = label
+            entropy = functional.softplus(logits) - logits * p
+        else:
+            log_p = torch.log_softmax(logits, 1)
+            p = log_p.exp()
+            label = logits.argmax(1)
+            members = label[:, None] == torch.arange(logits.shape[1], device=logits.device).view(
+                1, -1, *[1] * (logits.ndim - 2)
+            )
+            entropy = -(p * log_p).sum(1, keepdim=True)
+        agreement = 1 - (cosine_to_prototypes(features, members) - p).square()
+        if not regions:
+            agreement = agreement.mean(1, keepdim=True)
+    return Lesson(label, entropy, agreement.clamp(0, 1))
+
+
+def cosine_to_prototypes(features: Tensor, members: Tensor) -> Tensor:
+    """Cosine between each voxel's features and the mean features of each class's voxels, sample by sample.
+
+    Args:
+        features: (B, F, *spatial), float32.
+        members: (B, K, *spatial), bool, the voxels that are predicted as class or region k.
+
+    Returns:
+        (B, K, *spatial); **[choice]** 0 for a class without voxels, whose prototype is 0.
+    """
+    f = features.flatten(2)
+    # A prototype's length does not matter to the cosine, so the sum does for the mean.
+    prototypes = torch.bmm(members.flatten(2).to(f.dtype), f.transpose(1, 2))
+    similarity = torch.bmm(functional.normalize(prototypes, dim=2), f)
+    return (similarity / f.norm(dim=1, keepdim=True).clamp(min=1e-8)).unflatten(2, features.shape[2:])
+
+
+def mutual_loss(logits: Tensor, label: Tensor, certain: Tensor, reliable: Tensor) -> Tensor:
+    """L_i←j = Σ λ_wr λ_hr CE(z_i, ŷ_j) / (Σ λ_wr + 1e-6); of regions, binary cross-entropy channel by channel.
+
+    Cross-entropy takes logits.
+
+    Args:
+        logits: z_i, (B, C, *spatial).
+        label: ŷ_j: (B, *spatial) int64, or (B, C, *spatial) bool for regions.
+        certain: λ_wr, (B, 1, *spatial), or (B, C, *spatial) for regions; bool.
+        reliable: λ_hr, like ``certain``; float.
+
+    Returns:
+        A scalar, float32; 0 where nothing is certain.
+    """
+    logits = logits.float()
+    if label.dtype == torch.bool:
+        loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
+    else:
+        loss = functional.cross_entropy(logits, label, reduction="none")[:, None]
+    return (certain * reliable * loss).sum() / (certain.sum() + 1e-6)

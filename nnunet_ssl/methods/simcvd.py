@@ -1,0 +1,215 @@
+"""SimCVD: a student learns from its own moving average, on boundary-aware features under dropout.
+
+Source: You, Zhou, Zhao, Staib, Duncan, SimCVD: Simple Contrastive Voxel-Wise Representation Distillation for
+Semi-Supervised Medical Image Segmentation, IEEE TMI 41(9), 2022, arXiv 2108.06227.
+
+Student and teacher are nnU-Net's network, each with a head for signed distance maps and a projector, each under
+dropout of its own. Heads, projector and teacher are needed in training only: nnU-Net's network predicts.
+
+Where this differs from the paper, **[choice]** says so; docs/explanation/simcvd.md lists the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nnunet_ssl.data.signed_distance import SignedDistanceTransform
+from nnunet_ssl.losses.contrastive import info_nce
+from nnunet_ssl.losses.ramps import gaussian_ramp_up
+from nnunet_ssl.networks.boundary_head import BoundaryHead, coarse_grid
+from nnunet_ssl.networks.outputs import Outputs
+from nnunet_ssl.networks.training_network import Stream, StreamOutput, TrainingNetwork, UNet
+from nnunet_ssl.settings import SemiSupervisedSettings, setting
+from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
+
+
+@dataclass(frozen=True)
+class SimCVDSettings(SemiSupervisedSettings):
+    """The paper's values. ``ramp_length`` is that of the consistency weight."""
+
+    distance_weight: float = setting(0.1, "α: weight of the signed distance maps' error", minimum=0.0)
+    contrast_weight: float = setting(0.5, "λ: weight of the contrast of boundary-aware features", minimum=0.0)
+    structure_weight: float = setting(0.1, "β: weight of the pairwise distillation of bottleneck features", minimum=0.0)
+    consistency_weight: float = setting(
+        0.1, "γ: weight of the consistency with the teacher, after the ramp", minimum=0.0
+    )
+    temperature: float = setting(0.5, "τ of the contrast", minimum=0.01)
+    dropout: float = setting(
+        0.5, "channel dropout on the bottleneck and on the decoder's last features", minimum=0.0, maximum=0.95
+    )
+    noise: float = setting(
+        0.1, "standard deviation of the noise on the student's images, clipped at twice that", minimum=0.0
+    )
+    ema_decay: float = setting(0.999, "largest decay of the teacher's moving average", minimum=0.0, maximum=1.0)
+    projection_channels: int = setting(128, "channels of the boundary-aware features", minimum=1, integer=True)
+    contrast_positions: int = setting(512, "most positions of a patch in the contrast", minimum=8, integer=True)
+    contrast_positions_in_batch: int = setting(
+        1024,
+        "most positions of all patches of a batch in the contrast, kept by a coarser grid of at least 8 for each",
+        minimum=8,
+        integer=True,
+    )
+    structure_voxels: int = setting(
+        1024,
+        "most bottleneck voxels of a patch in the pairwise distillation, drawn anew each step",
+        minimum=2,
+        integer=True,
+    )
+    predict_with: str = setting(
+        "student",
+        "whose weights a checkpoint's network_weights are, to validate and predict with",
+        choices=("student", "teacher"),
+    )
+
+
+class SimCVDTrainer(SemiSupervisedTrainer):
+    """Train nnU-Net's network with SimCVD on labeled and unlabeled scans."""
+
+    settings_class = SimCVDSettings
+    settings: SimCVDSettings
+
+    def build_training_network(self, network: UNet) -> TrainingNetwork:
+        """nnU-Net's network, with a head for distance maps and projection, and a teacher with both."""
+        s = self.settings
+        positions = min(s.contrast_positions, max(8, s.contrast_positions_in_batch // self.unlabeled_batch_size))
+        head = BoundaryHead(
+            image_channels=self.num_input_channels,
+            features=network.encoder.output_channels[0],
+            maps=self._structures,
+            projection=s.projection_channels,
+            grid=coarse_grid(self.configuration_manager.patch_size, positions=positions),
+        )
+        return TrainingNetwork(network, head=head, teacher=True, predict_with_teacher=s.predict_with == "teacher")
+
+    @property
+    def _structures(self) -> int:
+        # As many distance maps as foreground classes or regions.
+        return self.label_manager.num_segmentation_heads - (0 if self.label_manager.has_regions else 1)
+
+    def labeled_targets(self) -> dict[str, SignedDistanceTransform]:
+        """Signed distance maps, made by the workers that augment."""
+        labels = self.label_manager
+        transform = SignedDistanceTransform(
+            self.configuration_manager.spacing,
+            labels=None if labels.has_regions else labels.foreground_labels,
+            regions=self._structures,
+        )
+        return {"distance": transform}
+
+    def streams(self) -> dict[str, Stream]:
+        """The student on labeled and noisy unlabeled images, the teacher on the unlabeled ones as they are."""
+        p, places = self.settings.dropout, ("bottleneck", "features")
+        return {
+            "x": Stream("x", dropout=p, dropout_on=places, deep_supervision=self.enable_deep_supervision, head=True),
+            "u_teacher": Stream(
+                "u", dropout=p, dropout_on=places, head=True, bottleneck=True, gradient=False, teacher=True
+            ),
+            "u_student": Stream("u_noisy", dropout=p, dropout_on=places, head=True, bottleneck=True),
+        }
+
+    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+        """Noise clip(N(0, σ²), ±2σ) on what the student sees of the unlabeled images."""
+        sigma = self.settings.noise
+        noise = (torch.randn_like(unlabeled.weak) * sigma).clamp(-2 * sigma, 2 * sigma)
+        return {"x": labeled.image, "u": unlabeled.weak, "u_noisy": unlabeled.weak + noise}
+
+    def loss_terms(
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch
+    ) -> Iterator[dict[str, Tensor]]:
+        """L_sup and the distance maps' error on the labeled batch; on the unlabeled one
+
+        L_contrast = mean_j -log( exp(h_s,j·h_t,j/τ) / Σ_k exp(h_s,j·h_t,k/τ) ), j, k over all positions of all patches
+        L_pd       = mean_i -log( exp(v_t,i·v_s,i) / Σ_j exp(v_t,i·v_s,j) ), i, j over the voxels of one bottleneck
+        L_con      = MSE(p_s(u + noise), p_t(u))
+        """
+        output = outputs["x"]
+        yield {
+            "supervised": self.supervised_loss(output.logits, labeled.target),
+            "distance": distance_error(_head(output, "distance"), labeled.extra["distance"], self._known(labeled)),
+        }
+
+        teacher, student = outputs["u_teacher"], outputs["u_student"]
+        yield {
+            "contrast": info_nce(
+                _head(student, "projection").flatten(0, 1),
+                _head(teacher, "projection").flatten(0, 1),
+                temperature=self.settings.temperature,
+            ),
+            "structure": structure_distillation(student, teacher, voxels=self.settings.structure_voxels),
+            "consistency": consistency(student.logits, teacher.logits, regions=self.label_manager.has_regions),
+        }
+
+    def loss_weights(self, progress: float) -> dict[str, float]:
+        """L = L_sup + α MSE(sdm, target) + λ L_contrast + β L_pd + γ ramp L_con."""
+        s = self.settings
+        return {
+            "supervised": 1.0,
+            "distance": s.distance_weight,
+            "contrast": s.contrast_weight,
+            "structure": s.structure_weight,
+            "consistency": s.consistency_weight * gaussian_ramp_up(progress, length=s.ramp_length),
+        }
+
+    def after_optimizer_step(self) -> None:
+        """The teacher follows the student."""
+        self.training_network.update_teacher(self.settings.ema_decay)
+
+    def _known(self, labeled: LabeledBatch) -> Tensor | None:
+        # Where the label is not the ignore label.
+        labels = self.label_manager
+        if not labels.has_ignore_label:
+            return None
+        target = labeled.target[0] if isinstance(labeled.target, list) else labeled.target
+        return target[:, -1:] == 0 if labels.has_regions else target != labels.ignore_label
+
+
+def _head(output: StreamOutput, name: str) -> Tensor:
+    assert output.head is not None
+    return output.head[name]
+
+
+def distance_error(predicted: Tensor, target: Tensor, known: Tensor | None) -> Tensor:
+    """MSE(sdm, target), over the voxels whose label is known.
+
+    Args:
+        predicted: (B, K, *spatial), in (-1, 1).
+        target: like ``predicted``.
+        known: (B, 1, *spatial), bool, or None for all voxels. **[choice]** Voxels with the ignore label do not count;
+            for the distances of others they lie outside of all structures.
+    """
+    squared = (predicted.float() - target).square()
+    if known is None:
+        return squared.mean()
+    return (squared * known).sum() / (known.sum() * squared.shape[1]).clamp(min=1)
+
+
+def structure_distillation(student: StreamOutput, teacher: StreamOutput, *, voxels: int) -> Tensor:
+    """L_pd between the bottlenecks (N, G, *coarse) of student and teacher, each voxel's features of unit length.
+
+    Args:
+        student: of the noisy images.
+        teacher: of the images as they are.
+        voxels: the most that are compared within a patch; where there are more, as many are drawn.
+    """
+    assert student.bottleneck is not None and teacher.bottleneck is not None
+    v_s, v_t = (tensor.flatten(2).transpose(1, 2).float() for tensor in (student.bottleneck, teacher.bottleneck))
+    if v_s.shape[1] > voxels:
+        drawn = torch.randperm(v_s.shape[1], device=v_s.device)[:voxels]
+        v_s, v_t = v_s[:, drawn], v_t[:, drawn]
+    return info_nce(functional.normalize(v_t, dim=-1), functional.normalize(v_s, dim=-1), temperature=1.0)
+
+
+def consistency(student: Tensor, teacher: Tensor, *, regions: bool) -> Tensor:
+    """L_con: mean squared difference of the probabilities.
+
+    Args:
+        student: logits (N, C, *spatial).
+        teacher: like ``student``.
+    """
+    p_s, p_t = (z.float().sigmoid() if regions else z.float().softmax(1) for z in (student, teacher))
+    return functional.mse_loss(p_s, p_t)

@@ -1,0 +1,65 @@
+"""SimCVD's two heads: signed distance maps, and from them boundary-aware features for the contrast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
+_NORMALIZATION = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+_POOLING = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+
+class BoundaryHead(nn.Module):
+    """Signed distance maps of the decoder's last features, and a projection of image and maps.
+
+    Args:
+        image_channels: C.
+        features: F, channels of the decoder's last features.
+        maps: K, one distance map per foreground class or region.
+        projection: D, channels of the projection.
+        grid: size of the coarse grid, of :func:`coarse_grid`.
+    """
+
+    def __init__(self, *, image_channels: int, features: int, maps: int, projection: int, grid: Sequence[int]) -> None:
+        super().__init__()
+        dim = len(grid)
+        self.pool = _POOLING[dim](tuple(grid))
+        convolution, normalization = _CONVOLUTION[dim], _NORMALIZATION[dim]
+        self.distance = convolution(features, maps, 1)
+        layers: list[nn.Module] = []
+        for channels in (image_channels + maps, projection):
+            layers += [convolution(channels, projection, 1), normalization(projection, affine=True), nn.LeakyReLU()]
+        self.projector = nn.Sequential(*layers, convolution(projection, projection, 1))
+
+    def forward(self, image: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """Distance maps and projection.
+
+        Args:
+            image: (N, C, *spatial).
+            features: (N, F, *spatial).
+
+        Returns:
+            ``distance``: (N, K, *spatial) in (-1, 1), negative inside; ``projection``: (N, P, D), of unit length, one
+            row per position of the grid.
+        """
+        distance = torch.tanh(self.distance(features))
+        view = torch.cat((image.to(distance.dtype), distance), 1)
+        projected = self.projector(self.pool(view)).flatten(2).transpose(1, 2)
+        return {"distance": distance, "projection": functional.normalize(projected.float(), dim=-1)}
+
+
+def coarse_grid(patch_size: Sequence[int], *, positions: int) -> tuple[int, ...]:
+    """Size of the finest grid of one stride for all axes with at most ``positions`` positions.
+
+    An axis that is shorter than the stride keeps one position.
+    """
+    for stride in range(1, max(patch_size) + 1):
+        grid = tuple(max(1, size // stride) for size in patch_size)
+        if math.prod(grid) <= positions:
+            return grid
+    raise ValueError(f"positions is {positions}, must be at least 1")

@@ -1,0 +1,46 @@
+"""A second decoder that upsamples by interpolation where nnU-Net's has transposed convolutions."""
+
+from __future__ import annotations
+
+import copy
+
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import nn
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def interpolating_decoder(decoder: UNetDecoder, *, upsampling: str) -> UNetDecoder:
+    """A decoder with the stages of another, weights drawn anew, and interpolation for its transposed convolutions.
+
+    Each transposed convolution becomes interpolation by its stride, whatever that is along each axis, and a 3×3(×3)
+    convolution to the same number of channels. **[choice]** Corners are not aligned, so that a voxel's center keeps its
+    place.
+
+    Args:
+        decoder: nnU-Net's decoder, which stays as it is.
+        upsampling: ``linear`` or ``nearest``.
+    """
+    mode = {"linear": _LINEAR[len(decoder.transpconvs[0].kernel_size)], "nearest": "nearest"}[upsampling]  # type: ignore[arg-type]
+    encoder = decoder.encoder
+    decoder.encoder = None
+    other = copy.deepcopy(decoder)
+    decoder.encoder = encoder
+    convolution = encoder.conv_op
+    for level, transposed in enumerate(decoder.transpconvs):
+        other.transpconvs[level] = nn.Sequential(
+            nn.Upsample(scale_factor=tuple(map(float, transposed.stride)), mode=mode),  # type: ignore[arg-type]
+            convolution(
+                transposed.in_channels,
+                transposed.out_channels,
+                kernel_size=3,
+                padding=1,
+                bias=transposed.bias is not None,
+            ),
+        )
+    # Only its parts are run, the heads of lower resolutions where a loss wants them.
+    other.deep_supervision = False
+    # As nnU-Net draws the weights of its own decoder.
+    other.apply(InitWeights_He(1e-2))
+    return other

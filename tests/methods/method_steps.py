@@ -1,0 +1,104 @@
+"""Trainers of every method on the tiny datasets, with batches made by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import torch
+
+from nnunet_ssl.data.signed_distance import signed_distance_map
+from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
+from nnunet_ssl.methods.simcvd import SimCVDTrainer
+from nnunet_ssl.networks.training_network import StreamOutput
+from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
+
+TRAINERS = (CrossMatchTrainer, MutualReliableTrainer, SimCVDTrainer)
+
+
+def make_trainer(
+    method, planned, monkeypatch, tmp_path, *, regions=False, ignore=False, residual=False, **settings
+) -> SemiSupervisedTrainer:
+    monkeypatch.setenv("nnUNet_preprocessed", planned.environment["nnUNet_preprocessed"])
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    plans = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
+    plans["continue_training"] = False
+    tiny = plans["configurations"]["tiny"]
+    tiny["semi_supervised"] = settings
+    if residual:
+        tiny["architecture"]["network_class_name"] = (
+            "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        )
+        arch = tiny["architecture"]["arch_kwargs"]
+        arch["n_blocks_per_stage"] = arch.pop("n_conv_per_stage")
+    dataset_json = json.loads((planned.preprocessed / "dataset.json").read_text())
+    if regions:
+        dataset_json["labels"] = {"background": 0, "both": [1, 2], "second": 2}
+        dataset_json["regions_class_order"] = [1, 2]
+    if ignore:
+        dataset_json["labels"]["ignore"] = 3
+    trainer = method(plans, "tiny", 0, dataset_json, torch.device("cpu"))
+    torch.manual_seed(0)
+    trainer.initialize()
+    trainer.network.train()
+    return trainer
+
+
+def make_batches(trainer, u=3, seed=0) -> tuple[LabeledBatch, UnlabeledBatch, dict]:
+    """A labeled and an unlabeled batch, and the labeled one as nnU-Net's loader gives it to ``train_step``."""
+    generator = torch.Generator().manual_seed(seed)
+    np.random.seed(seed)
+    patch = tuple(trainer.configuration_manager.patch_size)
+    labels = trainer.label_manager
+    highest = 3 + labels.has_ignore_label
+    target = torch.randint(0, highest, (2, 1, *[n // 4 for n in patch]), generator=generator).float()
+    target = torch.nn.functional.interpolate(target, size=patch, mode="nearest")
+    if labels.has_regions:
+        channels = [(target == 1) | (target == 2), target == 2]
+        target = torch.cat(channels + ([target == 3] if labels.has_ignore_label else []), 1).float()
+    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
+    targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, s))) for s in scales]
+    extra = {
+        name: torch.stack([distance_maps(trainer, sample) for sample in target]) for name in trainer._labeled_targets
+    }
+    image = torch.randn(2, 1, *patch, generator=generator)
+    batch = {"data": image, "target": [*targets, *extra.values()], "keys": ["l0", "l1"]}
+    views = trainer.unlabeled_views()
+    unlabeled = {
+        "weak": torch.randn(u, 1, *patch, generator=generator),
+        "strong": [torch.randn(u, 1, *patch, generator=generator) for _ in range(views.strong)],
+        "boxes": [torch.from_numpy(views.cutmix.draw(u, patch)) for _ in range(views.strong)],
+        "partner": (torch.arange(u) + 1) % u,
+        "keys": [f"u{i}" for i in range(u)],
+    }
+    trainer.dataloader_unlabeled = itertools.repeat(unlabeled)
+    labeled = LabeledBatch(image, targets if trainer.enable_deep_supervision else targets[0], batch["keys"], extra)
+    return labeled, UnlabeledBatch(**unlabeled), batch
+
+
+def distance_maps(trainer, target: torch.Tensor) -> torch.Tensor:
+    """Signed distance maps of a segmentation (1, *spatial), or of regions (R, *spatial)."""
+    labels = trainer.label_manager
+    masks = target[: labels.num_segmentation_heads] > 0 if labels.has_regions else [
+        target[0] == label for label in labels.foreground_labels
+    ]  # fmt: skip
+    spacing = trainer.configuration_manager.spacing
+    return torch.stack([torch.from_numpy(signed_distance_map(mask.numpy(), spacing)) for mask in masks])
+
+
+class Given(dict):
+    """Outputs of streams that were not run, for the loss terms alone."""
+
+    def peek(self, name: str) -> StreamOutput:
+        return self[name].detach()
+
+
+def summed_terms(trainer, outputs, labeled, unlabeled) -> dict[str, torch.Tensor]:
+    """The terms, their parts added up."""
+    terms: dict[str, torch.Tensor] = {}
+    for part in trainer.loss_terms(outputs, labeled, unlabeled):
+        for name, value in part.items():
+            terms[name] = terms.get(name, 0) + value
+    return terms

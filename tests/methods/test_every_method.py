@@ -1,0 +1,323 @@
+"""What holds for every method: memory modes, gradients, the step, checkpoints, label kinds and architectures."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from method_steps import TRAINERS, Given, make_batches, make_trainer, summed_terms
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.networks import outputs as outputs_module
+from nnunet_ssl.networks.outputs import StackedOutputs
+from nnunet_ssl.networks.training_network import draw_dropout_masks
+from nnunet_ssl.trainer import TRAINING_LENGTHS, training_length_variants
+
+SETTINGS = {"CrossMatchTrainer": {"confidence_threshold": 0.4}, "MutualReliableTrainer": {}, "SimCVDTrainer": {}}
+
+
+@pytest.fixture(params=TRAINERS, ids=lambda method: method.__name__)
+def make(request, monkeypatch, tmp_path):
+    def factory(planned, **options):
+        return make_trainer(
+            request.param, planned, monkeypatch, tmp_path, **(SETTINGS[request.param.__name__] | options)
+        )
+
+    factory.method = request.param
+    return factory
+
+
+def gradients_of(trainer, labeled, unlabeled, *, mode: str) -> tuple[dict, dict]:
+    trainer.memory_mode = mode
+    torch.manual_seed(11)
+    terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(trainer.progress))
+    return terms, {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("dim", "options"),
+    [
+        ("planned_2d", {}),
+        ("planned_3d", {}),
+        ("planned_3d", {"regions": True}),
+        ("planned_2d", {"ignore": True}),
+        ("planned_2d", {"regions": True, "ignore": True}),
+        ("planned_2d", {"residual": True}),
+    ],
+    ids=str,
+)
+def test_split_gives_the_terms_and_gradients_of_stacked(make, dim, options, request):
+    trainer = make(request.getfixturevalue(dim), ramp_length=0.0, **options)
+    if hasattr(trainer.training_network.training_only, "teacher"):
+        with torch.no_grad():  # a teacher that is not the student
+            for parameter in trainer.training_network.teacher.parameters():
+                parameter.mul_(0.7)
+    labeled, unlabeled, _ = make_batches(trainer)
+    terms, gradients = gradients_of(trainer, labeled, unlabeled, mode="stacked")
+    split_terms, split_gradients = gradients_of(trainer, labeled, unlabeled, mode="split")
+    assert set(terms) == set(split_terms) == set(trainer.loss_weights(0.0))
+    for name, value in split_terms.items():
+        assert torch.isfinite(value)
+        torch.testing.assert_close(value, terms[name], rtol=1e-4, atol=1e-6)
+    assert set(gradients) == set(split_gradients)
+    scale = max(g.abs().max() for g in gradients.values()).item()
+    for name, gradient in split_gradients.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+    # Every parameter has one but the head that nnU-Net's deep supervision leaves out, and the teacher's.
+    missing = {n for n, _ in trainer.network.named_parameters()} - set(gradients)
+    assert all("seg_layers.0." in name or "training_only.teacher." in name for name in missing)
+
+
+@pytest.mark.parametrize("mode", ["split", "stacked"])
+def test_a_step_takes_the_gradient_of_the_weighted_sum(make, mode, planned_2d):
+    trainer = make(planned_2d)
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer._steps_in_epoch = 10, 10, 15
+    labeled, unlabeled, _ = make_batches(trainer)
+    _, found = gradients_of(trainer, labeled, unlabeled, mode=mode)
+
+    # All terms of outputs with one graph, one weighted sum, one backward pass.
+    torch.manual_seed(11)
+    streams, images = trainer.streams(), trainer.images(labeled, unlabeled)
+    masks = draw_dropout_masks(trainer.training_network, streams, images)
+    outputs = Given(StackedOutputs(trainer.network, images, streams, masks))
+    terms = summed_terms(trainer, outputs, labeled, unlabeled)
+    weights = trainer.loss_weights(0.15)
+    loss = sum(weights[name] * value for name, value in terms.items())
+    parameters = {n: p for n, p in trainer.network.named_parameters() if p.requires_grad}
+    expected = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    scale = max(g.abs().max() for g in expected if g is not None).item()
+    for name, gradient in zip(parameters, expected, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
+def test_the_step_is_counted_clipped_and_followed_by_the_hook(make, planned_2d, monkeypatch):
+    trainer = make(planned_2d)
+    _, _, batch = make_batches(trainer)
+    calls, hook = [], trainer.after_optimizer_step
+    monkeypatch.setattr(
+        trainer, "after_optimizer_step", lambda: (calls.append(trainer.optimizer.state_dict()["state"]), hook())
+    )
+    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].square().sum() * 1e4)
+    trainer.train_step(batch)
+    assert len(calls) == 1 and calls[0]
+    assert trainer.progress == pytest.approx(1 / (250 * 1000))
+    norm = torch.stack([p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(12, rel=1e-3)
+    trainer.logger.log("train_losses", 0.0, 0)
+    trainer.record("share", torch.tensor([1]), torch.tensor([2]))
+    trainer.on_train_epoch_start()
+    assert trainer._steps_in_epoch == 0 and trainer._recorded == {}
+
+
+class OverflowingScaler:
+    """A gradient scaler that skips the first step, as after an overflow."""
+
+    def __init__(self) -> None:
+        self.scale_now, self.calls = 4.0, 0
+
+    def scale(self, loss):
+        return loss
+
+    def unscale_(self, optimizer):
+        pass
+
+    def get_scale(self):
+        return self.scale_now
+
+    def step(self, optimizer):
+        self.calls += 1
+        if self.calls > 1:
+            optimizer.step()
+
+    def update(self):
+        if self.calls == 1:
+            self.scale_now /= 2
+
+
+def test_a_step_that_the_gradient_scaler_skipped_moves_nothing(make, planned_2d):
+    trainer = make(planned_2d)
+    _, _, batch = make_batches(trainer)
+    trainer.grad_scaler = OverflowingScaler()
+    before = {n: t.clone() for n, t in [*trainer.network.named_parameters(), *trainer.network.named_buffers()]}
+    trainer.train_step(batch)
+    after = dict([*trainer.network.named_parameters(), *trainer.network.named_buffers()])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    trainer.train_step(batch)
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make, planned_2d, monkeypatch):
+    trainer = make(planned_2d)
+    _, _, batch = make_batches(trainer)
+    before = {n: p.clone() for n, p in trainer.network.named_parameters()}
+    # The square root of zero: 0 with an infinite gradient.
+    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: (output[0] * 0).sum().sqrt())
+    with pytest.raises(RuntimeError, match="not finite: the gradient"):
+        trainer.train_step(batch)
+    assert all(torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
+
+
+def test_a_term_that_is_not_finite_stops_with_its_cases(make, planned_3d):
+    trainer = make(planned_3d, ramp_length=0.0)
+    _, unlabeled, batch = make_batches(trainer)
+    before = {n: p.clone() for n, p in trainer.network.named_parameters()}
+    unlabeled.weak[1] = float("nan")
+    with pytest.raises(RuntimeError, match=r"not finite: .*l0, l1.*u0, u1, u2"):
+        trainer.train_step(batch)
+    assert all(torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
+
+
+def test_out_of_memory_in_the_first_step_goes_on_in_split_mode(make, planned_3d, monkeypatch):
+    trainer = make(planned_3d)
+    _, _, batch = make_batches(trainer)
+    trainer.memory_mode = "stacked"  # as auto chooses on a GPU
+    recorded = {}
+
+    def out_of_memory(self, loss):
+        recorded.update(copy.deepcopy(trainer._recorded))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(outputs_module.StackedOutputs, "backward", out_of_memory)
+    monkeypatch.setattr(outputs_module.StackedOutputs, "finish", out_of_memory)
+    result = trainer.train_step(batch)
+    assert trainer.memory_mode == "split" and np.isfinite(result["loss"])
+    trainer.memory_mode = "stacked"
+    before = copy.deepcopy(trainer._recorded)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        trainer.train_step(batch)
+    # What the attempt of the first step recorded is not counted beside what the step did.
+    for name, counts in recorded.items():
+        if name in before:
+            assert torch.all(before[name][1] >= counts[1] - before[name][1])
+
+
+@pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])
+def test_training_lowers_the_loss(make, dim, request):
+    trainer = make(request.getfixturevalue(dim))
+    _, _, batch = make_batches(trainer)
+    first = trainer.train_step(batch)
+    for _ in range(15):
+        last = trainer.train_step(batch)
+    assert last["loss"] < first["loss"] - 0.02
+    assert all(math.isfinite(value) for value in last.values())
+
+
+def test_without_deep_supervision(make, planned_2d):
+    trainer = make(planned_2d)
+    trainer.enable_deep_supervision = False
+    trainer.was_initialized = False
+    trainer.initialize()
+    _, _, batch = make_batches(trainer)
+    if len(batch["target"]) == 1:
+        (batch["target"],) = batch["target"]
+    assert math.isfinite(trainer.train_step(batch)["loss"])
+
+
+@pytest.mark.parametrize("options", [{}, {"predict_with": "teacher"}, {"decoders": 3}], ids=str)
+def test_resume_is_bit_for_bit(make, options, planned_2d, tmp_path):
+    if not set(options) <= set(vars(make.method.settings_class())):
+        pytest.skip(f"{make.method.__name__} has no setting {', '.join(options)}")
+    first = make(planned_2d, **options)
+    _, _, batch = make_batches(first)
+    for _ in range(3):
+        first.train_step(batch)
+    first.logger.log("ema_fg_dice", 0.5, 0)
+    file = str(tmp_path / "checkpoint_latest.pth")
+    first.save_checkpoint(file)
+    second = make(planned_2d, **options)
+    make_batches(second)
+    second.load_checkpoint(file)
+    for trainer in (first, second):
+        torch.manual_seed(5)
+        trainer._steps_in_epoch = 0
+        trainer.current_epoch = 1
+        trainer.train_step(batch)
+        trainer.train_step(batch)
+    one, two = (
+        dict([*t.training_network.named_parameters(), *t.training_network.named_buffers()]) for t in (first, second)
+    )
+    assert list(one) == list(two)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_the_checkpoint_predicts_with_nnunets_own_network(make, planned_3d, tmp_path):
+    trainer = make(planned_3d)
+    _, _, batch = make_batches(trainer)
+    trainer.train_step(batch)
+    trainer.logger.log("ema_fg_dice", 0.5, 0)
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
+    weights = torch.load(tmp_path / "checkpoint_final.pth", weights_only=True)["network_weights"]
+    stock = make.method.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
+    )
+    assert list(stock.state_dict()) == list(weights)
+    stock.load_state_dict(weights, strict=True)
+    trainer.set_deep_supervision_enabled(False)
+    with torch.no_grad():
+        assert torch.equal(stock(batch["data"]), trainer.network(batch["data"]))
+
+
+def test_another_methods_checkpoint_is_refused(make, planned_2d, tmp_path):
+    trainer = make(planned_2d)
+    trainer.logger.log("ema_fg_dice", 0.5, 0)
+    trainer.save_checkpoint(str(tmp_path / "c.pth"))
+    checkpoint = torch.load(tmp_path / "c.pth", weights_only=True)
+    checkpoint["ssl"]["network"]["training_only.other"] = torch.zeros(1)
+    with pytest.raises(UserError, match=r"does not hold what .* trains with .*training_only\.other"):
+        trainer.load_checkpoint(checkpoint)
+
+
+def test_stock_weights_are_enough_to_start_from(make, planned_2d):
+    trainer = make(planned_2d)
+    stock = make.method.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=True
+    )
+    trainer.training_network.load_state_dict(stock.state_dict())
+    for name, tensor in trainer.training_network.state_dict().items():
+        assert torch.equal(tensor, stock.state_dict()[name]), name
+    if hasattr(trainer.training_network.training_only, "teacher"):
+        for name, tensor in trainer.training_network.teacher.state_dict().items():
+            assert torch.equal(tensor, stock.state_dict()[name]), name
+
+
+def test_variants_of_other_lengths(make):
+    name = make.method.__name__
+    variants = training_length_variants(make.method)
+    assert set(variants) == {name, *(f"{name}_{n}epoch{'s' if n > 1 else ''}" for n in TRAINING_LENGTHS)}
+    assert all(v.__name__ == key and issubclass(v, make.method) for key, v in variants.items())
+
+
+def test_the_unlabeled_batch_size_is_the_settings(make, planned_2d):
+    assert make(planned_2d).unlabeled_batch_size == 2
+    assert make(planned_2d, unlabeled_batch_size=5).unlabeled_batch_size == 5
+
+
+def test_bfloat16_autocast_gives_finite_losses_close_to_float32(make, planned_2d, monkeypatch):
+    trainer = make(planned_2d, ramp_length=0.0)
+    labeled, unlabeled, _ = make_batches(trainer)
+    expected, _ = gradients_of(trainer, labeled, unlabeled, mode="stacked")
+    monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    for mode in ("stacked", "split"):
+        terms, gradients = gradients_of(trainer, labeled, unlabeled, mode=mode)
+        for name, value in terms.items():
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, expected[name], rtol=0.1, atol=0.05, msg=name)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_compile_takes_all_streams_in_one_graph_and_never_again(make, planned_2d):
+    trainer = make(planned_2d)
+    _, _, batch = make_batches(trainer)
+    torch._dynamo.reset()
+    trainer.network = torch.compile(trainer.network, backend="aot_eager", fullgraph=True)
+    trainer.memory_mode = "stacked"
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for _ in range(3):
+        assert math.isfinite(trainer.train_step(batch)["loss"])
+    assert graphs["unique_graphs"] == before + 1
