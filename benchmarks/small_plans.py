@@ -3,7 +3,8 @@
     python benchmarks/small_plans.py -d 901 --labeled 2
 
 Run it after nnUNetv2_plan_and_preprocess -c 3d_fullres 2d. Both plans share the preprocessed data of the configurations
-they inherit from. The fold is fold 0 with all but the first N labeled cases moved to its ``unlabeled`` list; its number
+they inherit from. Beside them come configurations that inherit from 2d_small and leave out one part of a method. The
+fold is fold 0 with all but the first N labeled cases moved to its ``unlabeled`` list; its number
 is printed. Running it again changes nothing.
 """
 
@@ -20,6 +21,11 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 SMALL = {
     "3d_small": ("3d_fullres", [40, 56, 64], 2, [8, 16, 32, 64]),
     "2d_small": ("2d", [80, 96], 12, [16, 32, 64, 128, 128]),
+}
+ABLATIONS = {
+    "2d_small_no_dkd": {"self_distillation": 0.0},  # CrossMatch without L_dkd
+    "2d_small_no_weights": {"certainty_weight": False, "similarity_weight": False},  # mutual learning, λ_wr = λ_hr = 1
+    "2d_small_no_contrast": {"contrast_weight": 0.0},  # SimCVD without L_contrast
 }
 
 
@@ -51,6 +57,8 @@ def main() -> None:
             "batch_size": batch_size,
             "architecture": architecture,
         }
+    for name, settings in ABLATIONS.items():
+        plans["configurations"][name] = {"inherits_from": "2d_small", "semi_supervised": settings}
     save_json(plans, plans_file, sort_keys=False)
 
     splits_file = str(folder / "splits_final.json")
@@ -60,7 +68,7 @@ def main() -> None:
     if fold not in splits:
         splits.append(fold)
         save_json(splits, splits_file)
-    print(f"plans {', '.join(SMALL)}; fold {splits.index(fold)} has {args.labeled} labeled cases")
+    print(f"plans {', '.join([*SMALL, *ABLATIONS])}; fold {splits.index(fold)} has {args.labeled} labeled cases")
 
 
 if __name__ == "__main__":

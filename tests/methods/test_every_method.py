@@ -11,6 +11,8 @@ import torch
 from method_steps import TRAINERS, Given, make_batches, make_trainer, summed_terms
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
+from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks import outputs as outputs_module
 from nnunet_ssl.networks.outputs import StackedOutputs
 from nnunet_ssl.networks.training_network import draw_dropout_masks
@@ -217,10 +219,19 @@ def test_without_deep_supervision(make, planned_2d):
     assert math.isfinite(trainer.train_step(batch)["loss"])
 
 
-@pytest.mark.parametrize("options", [{}, {"predict_with": "teacher"}, {"decoders": 3}], ids=str)
-def test_resume_is_bit_for_bit(make, options, planned_2d, tmp_path):
-    if not set(options) <= set(vars(make.method.settings_class())):
-        pytest.skip(f"{make.method.__name__} has no setting {', '.join(options)}")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *((method, {}) for method in TRAINERS),
+        (MutualReliableTrainer, {"decoders": 3}),
+        (SimCVDTrainer, {"predict_with": "teacher"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_resume_is_bit_for_bit(method, options, planned_2d, monkeypatch, tmp_path):
+    def make(planned, **options):
+        return make_trainer(method, planned, monkeypatch, tmp_path, **options)
+
     first = make(planned_2d, **options)
     _, _, batch = make_batches(first)
     for _ in range(3):
