@@ -123,10 +123,11 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
         samples = {"x": len(labeled.image), "u": len(unlabeled.weak)}
         for image, count in samples.items():
             share = count / sum(samples.values())
-            # Those whose turn comes later teach already. Decoder a comes last: its pass costs less than the others'.
-            *_, first = self.decoders
-            lessons = {j: self._lesson(outputs.peek(f"{image}_{j}")) for j in self.decoders if j != first}
-            for i in reversed(self.decoders):
+            # Those whose turn comes later teach already, by a pass of their own in memory mode split. Decoder a, whose
+            # pass costs least, comes last.
+            first, *later = reversed(self.decoders)
+            lessons = {j: self._lesson(outputs.peek(f"{image}_{j}")) for j in later}
+            for i in (first, *later):
                 output = outputs[f"{image}_{i}"]
                 if i not in lessons:
                     lessons[i] = self._lesson(output.detach())
@@ -137,6 +138,8 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
                     if j != i:
                         terms[f"{i}_from_{j}"] = share * self._learn(f"{i}_from_{j}", output, lessons[i], lessons[j])
                 yield terms
+                # The next pass needs their memory.
+                del output, terms
 
     def loss_weights(self, progress: float) -> dict[str, float]:
         """L = γ Σ_i L_sup^i + β(t) Σ_i Σ_j≠i L_i←j / (n - 1), n decoders; the paper's for n = 2.
@@ -163,19 +166,19 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
             network.average = False
 
     def _lesson(self, output: StreamOutput) -> Lesson:
-        logits = output.logits[0] if isinstance(output.logits, list) else output.logits
         assert output.features is not None
-        return lesson(logits, output.features, regions=self.label_manager.has_regions)
+        return lesson(output.full_resolution, output.features, regions=self.label_manager.has_regions)
 
     def _learn(self, name: str, output: StreamOutput, student: Lesson, teacher: Lesson) -> Tensor:
         s = self.settings
-        certain = (student.entropy > teacher.entropy) if s.certainty_weight else torch.ones_like(student.entropy) > 0
+        certain = student.entropy > teacher.entropy
+        if not s.certainty_weight:
+            certain = torch.ones_like(certain)
         reliable = teacher.reliability if s.similarity_weight else torch.ones_like(teacher.reliability)
         learned = certain.sum()
         self.record(f"learned/{name}", learned, learned.new_full((), certain.numel()))
         self.record(f"reliability/{name}", (certain * reliable).sum(), learned.float())
-        logits = output.logits[0] if isinstance(output.logits, list) else output.logits
-        return mutual_loss(logits, teacher.label, certain, reliable)
+        return mutual_loss(output.full_resolution, teacher.label, certain, reliable)
 
 
 class MutualNetwork(TrainingNetwork):
@@ -194,10 +197,8 @@ class MutualNetwork(TrainingNetwork):
         """nnU-Net's logits; with ``average``, of the full resolution, logits of the decoders' mean probabilities."""
         if not self.average:
             return super().predict(image)
-        skips = {"image": self.encoder(image)}
-        streams = [Stream("image"), *(Stream("image", decoder=name) for name in self.decoder_names)]
-        passes = [self.decode({"": stream}, {"image": image}, skips, {})[""].logits for stream in streams]
-        logits = torch.stack(passes).float()
+        skips = self.encoder(image)
+        logits = torch.stack([decoder(skips).float() for decoder in (self.decoder, *self.training_only.values())])
         if self.regions:
             return torch.logit(torch.sigmoid(logits).mean(0), eps=1e-6)
         return torch.logsumexp(torch.log_softmax(logits, 2), 0)
@@ -258,9 +259,11 @@ def cosine_to_prototypes(features: Tensor, members: Tensor) -> Tensor:
     # A prototype's length does not matter to the cosine, so the sum does for the mean.
     prototypes = torch.bmm(members.flatten(2).to(f.dtype), f.transpose(1, 2))
     similarity = torch.bmm(functional.normalize(prototypes, dim=2), f)
-    # On a CPU the norm over an axis that is not the last one is many times slower.
-    lengths = f.square().sum(1, keepdim=True).sqrt()
-    return (similarity / lengths.clamp(min=1e-8)).unflatten(2, features.shape[2:])
+    # Channel by channel: a norm over them is many times slower on a CPU, and their squares are as large as they are.
+    squares = torch.zeros_like(f[:, 0])
+    for channel in f.unbind(1):
+        squares.addcmul_(channel, channel)
+    return (similarity / squares.sqrt().clamp(min=1e-8)[:, None]).unflatten(2, features.shape[2:])
 
 
 def mutual_loss(logits: Tensor, label: Tensor, certain: Tensor, reliable: Tensor) -> Tensor:

@@ -132,6 +132,7 @@ class SimCVDTrainer(SemiSupervisedTrainer):
             "supervised": self.supervised_loss(output.logits, labeled.target),
             "distance": distance_error(_head(output, "distance"), labeled.extra["distance"], self._known(labeled)),
         }
+        del output  # the next pass needs its memory
 
         teacher, student = outputs["u_teacher"], outputs["u_student"]
         yield {

@@ -31,7 +31,7 @@ class Stream:
         deep_supervision: whether it puts out all of nnU-Net's resolutions or the full one alone.
         decoder: which of the training network's ``decoders``; nnU-Net's own by default.
         head: whether the training network's ``head`` runs on the decoder's last features.
-        features: whether the decoder's last features are returned.
+        features: whether the decoder's last features are returned, without gradient.
         bottleneck: whether the encoder's last features are returned, as the decoder got them.
         teacher: run by the teacher: its encoder, its decoder, its head. A teacher's stream has no gradient.
     """
@@ -57,7 +57,8 @@ class StreamOutput(NamedTuple):
 
     Attributes:
         logits: (N, C, *spatial), or with deep supervision nnU-Net's list of them, full resolution first.
-        features: (N, F, *spatial), the decoder's last features, where the stream asks for them.
+        features: (N, F, *spatial), the decoder's last features, where the stream asks for them. Without gradient: a
+            compiled forward would otherwise make one of zeros for each, as large as they are.
         bottleneck: (N, G, *coarse), the encoder's last features, where the stream asks for them.
         head: the head's outputs by name, where the stream asks for them.
     """
@@ -66,6 +67,11 @@ class StreamOutput(NamedTuple):
     features: Tensor | None = None
     bottleneck: Tensor | None = None
     head: Mapping[str, Tensor] | None = None
+
+    @property
+    def full_resolution(self) -> Tensor:
+        """The logits (N, C, *spatial), with deep supervision or without."""
+        return self.logits[0] if isinstance(self.logits, list) else self.logits
 
     def detach(self) -> StreamOutput:
         """The same values without gradient."""
@@ -124,7 +130,6 @@ class TrainingNetwork(nn.Module):
         unet = check_supported(network)
         self.encoder = unet.encoder
         self.decoder = unet.decoder
-        self.decoder_names = tuple(decoders or {})
         self.predict_with_teacher = predict_with_teacher
         self.training_only = nn.ModuleDict({f"decoder_{name}": decoder for name, decoder in (decoders or {}).items()})
         if head is not None:
@@ -230,7 +235,7 @@ class TrainingNetwork(nn.Module):
             first = rows.stop
             outputs[name] = StreamOutput(
                 [logits, *(level[rows] for level in reversed(coarse))] if stream.deep_supervision else logits,
-                part if stream.features else None,
+                part.detach() if stream.features else None,
                 dropped[name][-1] if stream.bottleneck else None,
                 branch.training_only["head"](images[stream.image], part) if stream.head else None,
             )

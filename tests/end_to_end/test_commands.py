@@ -127,6 +127,20 @@ def test_validation_options_and_pretrained_weights(trainer, planned_3d, tmp_path
 
 
 @pytest.mark.slow
+def test_the_validation_of_all_decoders_says_so(planned_3d):
+    file = planned_3d.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["tiny_mean"] = {"inherits_from": "tiny", "semi_supervised": {"validate_with": "mean"}}
+    file.write_text(json.dumps(plans))
+    trainer = "MutualReliableTrainer_short"
+    output = planned_3d.run(
+        "nnUNetv2_train", planned_3d.dataset_id, "tiny_mean", 0, "-tr", trainer, "-device", "cpu"
+    ).stdout
+    assert "mean probability (validate_with): nnUNetv2_predict uses decoder a alone" in output
+    assert "Mean Validation Dice" in output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_killed_training_continues(trainer, planned_2d):
     (planned_2d.root / "trainers" / "short.py").write_text(

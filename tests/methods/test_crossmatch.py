@@ -139,6 +139,16 @@ def test_the_unsupervised_terms_reach_every_parameter(planned_3d, monkeypatch, t
     assert trainer.network.encoder.stages[0][0].convs[0].conv.weight.grad.abs().max() > 0
 
 
+def test_a_checkpoint_of_the_first_version_is_continued(planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
+    trainer.logger.log("ema_fg_dice", 0.5, 0)
+    trainer.save_checkpoint(str(tmp_path / "c.pth"))
+    checkpoint = torch.load(tmp_path / "c.pth", weights_only=True)
+    del checkpoint["ssl"]["network"]
+    trainer.load_checkpoint(checkpoint)
+    assert trainer.current_epoch == 1
+
+
 def test_streams_are_the_papers(planned_3d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
     assert trainer.streams() == {

@@ -269,7 +269,8 @@ def test_prototypes_are_per_sample_and_the_cosine_is_one_where_features_agree():
 
 def test_features_of_half_precision_are_summed_in_single():
     features = torch.full((1, 2, 300, 300), 3.0, dtype=torch.float16)  # their sum is beyond 65504
-    found = lesson(torch.zeros(1, 2, 300, 300, dtype=torch.float16), features, regions=False)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = lesson(torch.zeros(1, 2, 300, 300, dtype=torch.float16), features, regions=False)
     assert torch.isfinite(found.reliability).all()
 
 

@@ -8,6 +8,7 @@ import torch
 from method_steps import Given, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
 
+from nnunet_ssl.data.signed_distance import signed_distance_map
 from nnunet_ssl.methods.simcvd import SimCVDTrainer, consistency, distance_error, structure_distillation
 from nnunet_ssl.networks.training_network import Stream, StreamOutput, draw_dropout_masks
 
@@ -79,12 +80,11 @@ def test_terms_are_the_papers(regions, planned_2d, monkeypatch, tmp_path):
     torch.testing.assert_close(terms["supervised"], trainer.loss(outputs["x"].logits, labeled.target))
 
 
-def test_gradients_reach_the_student_alone(planned_2d, monkeypatch, tmp_path):
+def test_each_term_reaches_its_own_outputs_of_the_student(planned_2d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
     labeled, unlabeled, _ = make_batches(trainer)
     outputs = random_outputs(trainer, labeled, unlabeled)
-    for name in ("u_teacher",):
-        outputs[name] = outputs[name].detach()
+    outputs["u_teacher"] = outputs["u_teacher"].detach()
     terms = summed_terms(trainer, outputs, labeled, unlabeled)
     leaves = {}
     for name in ("x", "u_student"):
@@ -222,6 +222,32 @@ def test_bottleneck_voxels_are_drawn_where_there_are_many():
     torch.manual_seed(0)
     drawn = [structure_distillation(student, same, voxels=10).item() for _ in range(2)]
     assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_labeled_loaders_targets_are_the_distance_maps_in_mm(regions, ignore, planned_3d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, regions=regions, ignore=ignore)
+    trainer.configuration_manager.configuration["spacing"] = [4.0, 1.0, 0.5]
+    rotation, _, _, mirroring = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    patch = trainer.configuration_manager.patch_size
+    labels = trainer.label_manager
+    trainer._labeled_targets = trainer.labeled_targets()
+    transforms = trainer.get_training_transforms(
+        patch, rotation, trainer._get_deep_supervision_scales(), mirroring, False, use_mask_for_norm=None,
+        is_cascaded=False, foreground_labels=labels.foreground_labels,
+        regions=labels.foreground_regions if labels.has_regions else None, ignore_label=labels.ignore_label,
+    )  # fmt: skip
+    segmentation = torch.zeros(1, *patch, dtype=torch.int16)
+    segmentation[0, 2:8, 3:9, 4:12] = 1
+    segmentation[0, 4:7, 5:12, 6:14] = 2
+    segmentation[0, :, :, -2:] = 3 if ignore else 0
+    *levels, maps = transforms(image=torch.randn(1, *patch), segmentation=segmentation)["segmentation"]
+    full = levels[0]
+    masks = full[:2] if regions else torch.stack([full[0] == 1, full[0] == 2])
+    assert len(levels) == len(trainer._get_deep_supervision_scales()) and masks.any()
+    expected = np.stack([signed_distance_map(mask.numpy(), (4.0, 1.0, 0.5)) for mask in masks])
+    np.testing.assert_array_equal(maps.numpy(), expected)
 
 
 def test_voxels_with_the_ignore_label_have_no_distance_error(planned_2d, monkeypatch, tmp_path):

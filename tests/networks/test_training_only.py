@@ -55,7 +55,10 @@ def losses(outputs):
     yield sum(level.square().mean() for level in x.logits) + (x.logits[0] - peeked).abs().mean() + x.head["map"].mean()
     x = x.detach()
     x_b = outputs["x_b"]
-    yield sum(level.abs().mean() for level in x_b.logits) + (x_b.features - x.features).square().mean()
+    yield (
+        sum(level.abs().mean() for level in x_b.logits)
+        + (x_b.logits[0].mean(1) * (x_b.features - x.features).mean(1)).mean()
+    )
     u_b = outputs["u_b"]
     yield u_b.logits.square().mean() + u_b.bottleneck.square().mean()
     u = outputs["u"]
@@ -114,6 +117,7 @@ def test_each_stream_returns_what_it_asks_for_of_the_right_network(outputs_class
         assert (output.features is not None) == stream.features
         if stream.features:
             torch.testing.assert_close(output.features, x)
+            assert not output.features.requires_grad
         assert (output.bottleneck is not None) == stream.bottleneck
         if stream.bottleneck:
             torch.testing.assert_close(output.bottleneck, skips[-1])
@@ -155,6 +159,7 @@ def test_the_interpolating_decoder_takes_every_stride_and_its_own_weights(dim, u
     for sequence, transposed in zip(other.transpconvs, stock.decoder.transpconvs, strict=True):
         upsample, convolution = sequence
         assert upsample.mode == mode and tuple(upsample.scale_factor) == tuple(map(float, transposed.stride))
+        assert not upsample.align_corners
         assert convolution.kernel_size == (3,) * dim
         assert (convolution.in_channels, convolution.out_channels) == (transposed.in_channels, transposed.out_channels)
     # nnU-Net's own is as it was, none of its weights is shared or copied, and the encoder is not part of the other.
@@ -203,7 +208,7 @@ def test_a_training_state_of_another_network_is_refused_by_name():
         network.load_training_state(wrong)
 
 
-def test_the_teacher_moves_without_waiting_and_takes_no_gradient():
+def test_the_teacher_moves_and_takes_no_gradient():
     network = network_of(2)
     student, before = dict(network.named_parameters()), {n: p.clone() for n, p in network.teacher.named_parameters()}
     network.update_teacher(0.9)  # copies
