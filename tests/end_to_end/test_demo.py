@@ -27,14 +27,13 @@ def run_demo(*arguments, cwd):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
-    finished = run_demo("-o", "out", cwd=tmp_path)
+def test_demo_of_all_trainers(tmp_path):
+    trainers = ("nnUNetTrainer", "CrossMatchTrainer", "MutualReliableTrainer", "SimCVDTrainer")
+    finished = run_demo("-o", "out", "--all", cwd=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     rows = re.findall(r"^(chamber|neighbor) +(\S+) +(\d\.\d+) ± \d\.\d+ +(.*?) +4$", finished.stdout, re.MULTILINE)
     assert [row[:2] for row in rows] == [
-        (structure, trainer)
-        for structure in ("chamber", "neighbor")
-        for trainer in ("nnUNetTrainer", "CrossMatchTrainer")
+        (structure, trainer) for structure in ("chamber", "neighbor") for trainer in trainers
     ]
     assert all(0 < float(dice) <= 1 for _, _, dice, _ in rows)
     assert all(float(dice) > 0.5 for structure, _, dice, _ in rows if structure == "chamber")
@@ -45,20 +44,19 @@ def test_demo(tmp_path):
     assert [path.name for path in shown] == [
         "overlay.png",
         "progress.png",
-        "progress.png",
-        "progress_ssl.png",
+        *["progress.png", "progress_ssl.png"] * 3,
         "summary.md",
     ]
     assert all(path.is_file() for path in shown)
-    for trainer in ("nnUNetTrainer_demo", "CrossMatchTrainer_demo"):
+    for trainer in (f"{name}_demo" for name in trainers):
         assert len(list((out / "predictions" / trainer).glob("*.nii.gz"))) == 4
         checkpoint = out / "nnUNet_results" / "Dataset001_Phantom" / f"{trainer}__nnUNetPlans__demo" / "fold_0"
         assert (checkpoint / "checkpoint_final.pth").is_file()
     assert all(list(folder.iterdir()) == [] for folder in (tmp_path / "user").iterdir()), "the user's folders"
 
-    again = run_demo("-o", "out", cwd=tmp_path)
+    again = run_demo("-o", "out", "--all", cwd=tmp_path)
     assert again.returncode == 0
-    assert again.stdout.count("already done") == 8, "everything but the evaluation"
+    assert again.stdout.count("already done") == 12, "everything but the evaluation"
     assert all(
         line in again.stdout for line in finished.stdout.splitlines() if line.startswith(("chamber", "neighbor"))
     )
