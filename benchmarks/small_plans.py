@@ -4,8 +4,8 @@
 
 Run it after nnUNetv2_plan_and_preprocess -c 3d_fullres 2d. Both plans share the preprocessed data of the configurations
 they inherit from. Beside them come configurations that inherit from 2d_small and leave out one part of a method. The
-fold is fold 0 with all but the first N labeled cases moved to its ``unlabeled`` list; its number
-is printed. Running it again changes nothing.
+fold is fold 0 with all but the first N labeled cases moved to its ``unlabeled`` list; its number is printed. Running it
+again changes nothing.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from common import add_trainer_arguments, give_unlabeled_batches, labeled_batch,
 
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.networks.training_network import Stream, StreamOutput
-from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
+from nnunet_ssl.trainer import SemiSupervisedTrainer
 
 
 def bare_passes(trainer: SemiSupervisedTrainer, *, stacked: bool) -> tuple[str, Callable[[], None]]:
@@ -87,14 +87,14 @@ class _Detached(dict[str, StreamOutput]):
 def loss_terms_alone(trainer: SemiSupervisedTrainer, batch: dict[str, Any]) -> Callable[[], None]:
     """All loss terms of a step on outputs that are there already, and the gradients of these outputs."""
     labeled = trainer._labeled_batch(batch)
-    unlabeled: UnlabeledBatch = trainer._next_unlabeled()
+    unlabeled = trainer._next_unlabeled()
     streams, images = trainer.streams(), trainer.images(labeled, unlabeled)
     with torch.no_grad():
         found = trainer.training_network(images, streams, {})
     outputs = _Detached({name: _leaves(output.detach()) for name, output in found.items()})
     weights = trainer.loss_weights(1.0)
 
-    def run(labeled: LabeledBatch = labeled) -> None:
+    def run() -> None:
         for part in trainer.loss_terms(outputs, labeled, unlabeled):  # type: ignore[arg-type]
             torch.stack([weights[name] * value for name, value in part.items()]).sum().backward()
 

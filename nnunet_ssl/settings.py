@@ -50,6 +50,16 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def ramp_length_setting(default: float) -> Any:
+    """The setting ``ramp_length``; a method whose paper has another length than the base gives its own default."""
+    return setting(
+        default,
+        "fraction of the training over which the unsupervised weight rises; 0: full weight from the first step",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+
 @dataclass(frozen=True)
 class SemiSupervisedSettings:
     """Settings that every method has. A method's own settings derive from this class.
@@ -65,12 +75,7 @@ class SemiSupervisedSettings:
         integer=True,
         optional=True,
     )
-    ramp_length: float = setting(
-        0.3,
-        "fraction of the training over which the unsupervised weight rises; 0: full weight from the first step",
-        minimum=0.0,
-        maximum=1.0,
-    )
+    ramp_length: float = ramp_length_setting(0.3)
     memory_mode: str = setting(
         "auto",
         "stacked: all streams in one pass; split: one stream at a time, less memory; auto: split on a CPU, stacked "

@@ -24,7 +24,7 @@ from nnunet_ssl.losses.ramps import gaussian_ramp_up
 from nnunet_ssl.networks.interpolating_decoder import interpolating_decoder
 from nnunet_ssl.networks.outputs import Outputs
 from nnunet_ssl.networks.training_network import Stream, StreamOutput, TrainingNetwork, UNet
-from nnunet_ssl.settings import SemiSupervisedSettings, setting
+from nnunet_ssl.settings import SemiSupervisedSettings, ramp_length_setting, setting
 from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
 
 
@@ -32,12 +32,7 @@ from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBat
 class MutualReliableSettings(SemiSupervisedSettings):
     """The paper's values; the ramp-up is 40 % of the training."""
 
-    ramp_length: float = setting(
-        0.4,
-        "fraction of the training over which the unsupervised weight rises; 0: full weight from the first step",
-        minimum=0.0,
-        maximum=1.0,
-    )
+    ramp_length: float = ramp_length_setting(0.4)
     supervised_weight: float = setting(0.5, "γ: weight of each decoder's supervised loss", minimum=0.0)
     mutual_weight: float = setting(1.0, "β: weight of what decoders learn from each other, after the ramp", minimum=0.0)
     decoders: int = setting(
