@@ -82,6 +82,12 @@ class SemiSupervisedSettings:
         "on a GPU with a fall-back to split when its memory does not suffice",
         choices=("auto", "stacked", "split"),
     )
+    activation_checkpointing: bool = setting(
+        False,
+        "compute activations again for the backward pass instead of keeping them: less memory, more time, the same "
+        "gradients",
+        choices=(True, False),
+    )
     allow_transductive: bool = setting(
         False,
         "allow validation cases among the unlabeled cases; their validation scores are then optimistic",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -27,10 +27,12 @@ from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 import nnunet_ssl
 from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases, no_unlabeled_cases_message
@@ -38,9 +40,12 @@ from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.leak_guard import check_leaks
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
+from nnunet_ssl.data.previous_stage import check_labeled_cases, previous_stage_folder, segment_by_previous_stage
 from nnunet_ssl.data.views import UnlabeledViews
+from nnunet_ssl.distributed import alone, average_gradients, device_of_this_process, on_all_ranks, patient_group
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.curves import save_training_curves
+from nnunet_ssl.memory import log_memory
 from nnunet_ssl.networks.outputs import Outputs, SplitOutputs, StackedOutputs
 from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, UNet, check_supported, draw_dropout_masks
 from nnunet_ssl.settings import SemiSupervisedSettings
@@ -112,11 +117,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     Raises:
         UserError: the plans hold a setting that is unknown or out of range.
-        NotImplementedError: the configuration is a cascade.
     """
 
     settings_class: ClassVar[type[SemiSupervisedSettings]] = SemiSupervisedSettings
     training_epochs: ClassVar[int | None] = None
+
+    # nnU-Net's own, which are not annotated there.
+    is_ddp: bool
+    device: torch.device
+    grad_scaler: Any
+    network: Any
 
     def __init__(
         self,
@@ -127,11 +137,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.is_cascaded:
-            raise NotImplementedError(
-                f"{type(self).__name__} does not support cascades yet: configuration {configuration} has a previous "
-                f"stage. Train 3d_fullres or 3d_lowres instead."
-            )
+        if self.is_ddp:
+            # nnU-Net takes the GPU whose number is the rank, which on a second machine is none.
+            self.device = device_of_this_process(device)
+            self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
         self.settings = self.settings_class.from_plans(self.configuration_manager.configuration)
         if self.training_epochs is not None:
             self.num_epochs = self.training_epochs
@@ -149,6 +158,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._steps_in_epoch = 0
         self._first_step = True
         self._overflows = 0
+        self._scale: float | None = None
+        self._skipped_steps = 0
         self._recorded: dict[str, Tensor] = {}
         self._seconds_waiting = 0.0
 
@@ -220,6 +231,24 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     # ---- network ----------------------------------------------------------------------------------------------------
 
+    def initialize(self) -> None:
+        """As nnU-Net; of several processes, each with its share of the batch and with the device it was given."""
+        distributed, self.is_ddp = self.is_ddp, False
+        try:
+            super().initialize()
+        finally:
+            self.is_ddp = distributed
+        if not distributed:
+            return
+        self._patient_group = patient_group()
+        self._set_batch_size_and_oversample()
+        self.loss = self._build_loss()
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network) if self.device.type == "cuda" else self.network
+        # Buffers are the same on all ranks by what they are made of. Broadcast in every forward, they would make ranks
+        # wait for each other that validate unlike numbers of patches.
+        devices = [self.device] if self.device.type == "cuda" else None
+        self.network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
     def _build_for_training(
         self,
         plans_manager: PlansManager,
@@ -238,7 +267,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         network = stock_network(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        return self.build_training_network(check_supported(network))
+        training_network = self.build_training_network(check_supported(network))
+        training_network.activation_checkpointing = self.settings.activation_checkpointing
+        return training_network
 
     @property
     def training_network(self) -> TrainingNetwork:
@@ -252,8 +283,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @property
     def unlabeled_batch_size(self) -> int:
-        """U, the unlabeled patches of a step: the plan's batch size, at least 2 since CutMix needs a partner."""
-        return self.settings.unlabeled_batch_size or max(2, self.batch_size)
+        """U, the unlabeled patches of a step: the plan's batch size, at least 2 since CutMix needs a partner.
+
+        Several processes share them equally, each with at least 2.
+        """
+        return self.settings.unlabeled_batch_size or max(2, self.configuration_manager.batch_size)
+
+    @property
+    def _unlabeled_share(self) -> int:
+        world_size = dist.get_world_size() if self.is_ddp else 1
+        return max(2, -(-self.unlabeled_batch_size // world_size))
 
     def on_train_start(self) -> None:
         """Preprocess and check the unlabeled cases, then start as nnU-Net does."""
@@ -261,42 +300,111 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.initialize()
         self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
         self.print_to_log_file(f"Memory mode: {self.memory_mode}")
-        self._unlabeled_dataset = UnlabeledDataset(self._prepare_unlabeled_cases())
+        if self.is_ddp:
+            # All processes start with PyTorch's default seed, and would draw the same dropout and noise.
+            torch.manual_seed(torch.initial_seed() + dist.get_rank())
+        log_memory(self)
+        cases = self._prepare_unlabeled_cases()
+        previous_stage = self._segment_by_previous_stage(cases) if self.is_cascaded else None
+        self._unlabeled_dataset = UnlabeledDataset(cases, previous_stage)
         super().on_train_start()
 
     def _prepare_unlabeled_cases(self) -> list[UnlabeledCase]:
         preprocessed = Path(self.preprocessed_dataset_folder_base)
-        # A machine that only trains may have the preprocessed data alone.
-        raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
+        raw = self._raw_dataset_folder
+        data_identifier = self.configuration_manager.data_identifier
         if self.local_rank == 0:
-            report = preprocess_unlabeled(
-                raw_dataset_folder=raw,
-                preprocessed_dataset_folder=preprocessed,
-                plans_manager=self.plans_manager,
-                configuration=self.configuration_name,
-                dataset_json=self.dataset_json,
-                num_processes=min(default_num_processes, os.cpu_count() or 1),
+            self._preprocess_unlabeled(self.configuration_name, raw)
+            cases = collect_unlabeled_cases(preprocessed, data_identifier, self.fold)
+            if not cases:
+                raise UserError(no_unlabeled_cases_message(raw or Path("nnUNet_raw"), preprocessed, self.fold))
+            train, val = self.do_split()
+            check_leaks(
+                unlabeled=cases,
+                labeled_folder=Path(self.preprocessed_dataset_folder),
+                train=train,
+                val=val,
+                allow_transductive=self.settings.allow_transductive,
                 log=self.print_to_log_file,
             )
-            if report.done or report.removed or report.failed or report.warnings:
-                self.print_to_log_file(report.table(), add_timestamp=False)
-        if self.is_ddp:
-            dist.barrier()
-        data_identifier = self.configuration_manager.data_identifier
-        cases = collect_unlabeled_cases(preprocessed, data_identifier, self.fold)
-        if not cases:
-            raise UserError(no_unlabeled_cases_message(raw or Path("nnUNet_raw"), preprocessed, self.fold))
+            self.print_to_log_file(f"{len(cases)} unlabeled cases, {len(train)} labeled cases")
+        self._wait_for_all_ranks()
+        return collect_unlabeled_cases(preprocessed, data_identifier, self.fold)
+
+    def _segment_by_previous_stage(self, cases: list[UnlabeledCase]) -> Path:
+        """In a cascade: what the previous stage makes of the unlabeled cases, predicted where it is missing.
+
+        Raises:
+            UserError: the previous stage is not trained, or has not validated all labeled cases.
+        """
+        labeled = Path(self.folder_with_segs_from_previous_stage)
+        results = labeled.parents[1]
+        previous = self.configuration_manager.previous_stage_name
+        to_do = (
+            f"Train all folds of the previous stage: nnUNetv2_train {self.plans_manager.dataset_name} {previous} FOLD "
+            f"-tr {type(self).__name__}"
+        )
+        checkpoint_file = results / f"fold_{self.fold}" / "checkpoint_final.pth"
+        if not checkpoint_file.is_file():
+            raise UserError(f"{self.configuration_name} needs {checkpoint_file}, which does not exist. {to_do}")
         train, val = self.do_split()
-        check_leaks(
-            unlabeled=cases,
-            labeled_folder=Path(self.preprocessed_dataset_folder),
-            train=train,
-            val=val,
-            allow_transductive=self.settings.allow_transductive,
+        check_labeled_cases(labeled, [*train, *val], to_do=to_do)
+        if self.local_rank == 0:
+            self._preprocess_unlabeled(previous, self._raw_dataset_folder)
+        self._wait_for_all_ranks()
+
+        manager = self.plans_manager.get_configuration(previous)
+        images = collect_unlabeled_cases(
+            Path(self.preprocessed_dataset_folder_base), manager.data_identifier, self.fold
+        )
+        build = getattr(type(self), "build_network_architecture")  # noqa: B009 - shadowed on the instance
+        network = build(
+            self.plans_manager,
+            manager,
+            determine_num_input_channels(self.plans_manager, manager, self.dataset_json),
+            self.label_manager.num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
+        checkpoint = _read_checkpoint(checkpoint_file, torch.device("cpu"))
+        network.load_state_dict(checkpoint["network_weights"])
+        folder = previous_stage_folder(results, self.configuration_name, self.fold)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.is_ddp else (0, 1)
+        segment_by_previous_stage(
+            cases[rank::world_size],
+            images,
+            folder=folder,
+            checkpoint=checkpoint_file,
+            network=network.to(self.device).eval(),
+            mirroring_axes=checkpoint["inference_allowed_mirroring_axes"],
+            plans_manager=self.plans_manager,
+            configuration=previous,
+            dataset_json=self.dataset_json,
             log=self.print_to_log_file,
         )
-        self.print_to_log_file(f"{len(cases)} unlabeled cases, {len(train)} labeled cases")
-        return cases
+        self._wait_for_all_ranks()
+        return folder
+
+    @property
+    def _raw_dataset_folder(self) -> Path | None:
+        # A machine that only trains may have the preprocessed data alone.
+        return Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
+
+    def _preprocess_unlabeled(self, configuration: str, raw: Path | None) -> None:
+        report = preprocess_unlabeled(
+            raw_dataset_folder=raw,
+            preprocessed_dataset_folder=Path(self.preprocessed_dataset_folder_base),
+            plans_manager=self.plans_manager,
+            configuration=configuration,
+            dataset_json=self.dataset_json,
+            num_processes=min(default_num_processes, os.cpu_count() or 1),
+            log=self.print_to_log_file,
+        )
+        if report.done or report.removed or report.failed or report.warnings:
+            self.print_to_log_file(report.table(), add_timestamp=False)
+
+    def _wait_for_all_ranks(self) -> None:
+        if self.is_ddp:
+            dist.barrier(group=self._patient_group)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's two loaders; the unlabeled loader is started beside them."""
@@ -308,8 +416,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         loader = UnlabeledDataLoader(
             labeled,
             self._unlabeled_dataset,
-            self.unlabeled_batch_size,
-            views=UnlabeledViews(labeled.transforms, strong=views.strong),
+            self._unlabeled_share,
+            views=UnlabeledViews(
+                labeled.transforms,
+                strong=views.strong,
+                normalization_schemes=self.configuration_manager.normalization_schemes,
+                intensity_properties=self.plans_manager.foreground_intensity_properties_per_channel,
+            ),
             cutmix=views.cutmix,
         )
         workers = get_allowed_n_proc_DA()
@@ -380,19 +493,27 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         weights = self.loss_weights(self.progress)
         terms = self._gradients_or_split(labeled, unlabeled, weights)
+        means = torch.stack(list(terms.values()))
+        if self.is_ddp:
+            # Then all ranks stop at a term that is not finite on one.
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
         # One transfer, as nnU-Net makes one for its loss.
-        values = dict(zip(terms, torch.stack(list(terms.values())).cpu().numpy(), strict=True))
+        values = dict(zip(terms, means.cpu().numpy(), strict=True))
         self._check_finite(values, labeled, unlabeled)
 
         parameters = self.network.parameters()
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 12)
-            scale = self.grad_scaler.get_scale()
+            before = self._scale if self._scale is not None else self.grad_scaler.get_scale()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-            # The scaler lowers its scale when it skipped the step, and only then.
-            stepped = self.grad_scaler.get_scale() >= scale
+            # The scaler lowers its scale when it skipped the step, and only then. Read once a step, since it waits for
+            # the GPU.
+            self._scale = self.grad_scaler.get_scale()
+            stepped = self._scale >= before
+            self._skipped_steps += not stepped
         else:
             norm = torch.nn.utils.clip_grad_norm_(parameters, 12)
             # Terms may be finite where their gradient is not, and no scaler would skip the step.
@@ -430,21 +551,40 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not (self._first_step and self.memory_mode == "stacked" and self.settings.memory_mode == "auto"):
             return self._gradients(labeled, unlabeled, weights)
         recorded = dict(self._recorded)
+        fits = True
         try:
-            return self._gradients(labeled, unlabeled, weights)
+            with self._without_other_ranks():
+                terms = self._gradients(labeled, unlabeled, weights)
         except torch.cuda.OutOfMemoryError:
-            if self.is_ddp:
-                # The other ranks wait in the collective of a backward pass that this one will never enter.
-                raise
-        # Outside the except clause: its exception holds the frames, and they the tensors.
-        self.memory_mode = "split"
+            # Nothing more here: the exception holds the frames, and they the tensors.
+            fits = False
+        if fits and not self.is_ddp:
+            return terms
         self._recorded = recorded
-        torch.cuda.empty_cache()
-        self.print_to_log_file(
-            "The GPU's memory does not suffice for all streams in one pass: going on in memory mode split, one stream "
-            'at a time. Set "memory_mode": "split" in the plans\' "semi_supervised" to skip this attempt.'
-        )
+        if not on_all_ranks(fits, self.device):
+            self.memory_mode = "split"
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.print_to_log_file(
+                "The GPU's memory does not suffice for all streams in one pass: going on in memory mode split, one "
+                'stream at a time. Set "memory_mode": "split" in the plans\' "semi_supervised" to skip this attempt.'
+            )
         return self._gradients(labeled, unlabeled, weights)
+
+    @contextmanager
+    def _without_other_ranks(self) -> Iterator[None]:
+        """Within, steps have no collective: a rank that runs out of memory would leave the others waiting in it."""
+        if not self.is_ddp:
+            yield
+            return
+        loss, self.is_ddp = self.loss, False
+        try:
+            self.loss = self._build_loss()
+            self.is_ddp = True
+            with alone(), self.network.no_sync():
+                yield
+        finally:
+            self.is_ddp, self.loss = True, loss
 
     def _gradients(
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, weights: Mapping[str, float]
@@ -469,16 +609,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             for name, value in part.items():
                 terms[name] = terms.get(name, 0) + value.detach().float()
         outputs.finish()
+        if self.is_ddp and self.memory_mode == "split":
+            # Encoder and decoders are called apart, and no wrapper sees it.
+            average_gradients(self.training_network.parameters())
         return terms
 
     def _outputs(self, images: Mapping[str, Tensor], streams: Mapping[str, Stream], masks: Any) -> Outputs:
         if self.memory_mode == "stacked":
             return StackedOutputs(self.network, images, streams, masks)
-        if self.is_ddp:
-            raise NotImplementedError(
-                'Memory mode split does not support several GPUs yet. Set "memory_mode": "stacked" in the plans\' '
-                '"semi_supervised", or train on one GPU.'
-            )
         return SplitOutputs(self.training_network, images, streams, masks)
 
     def _autocast(self) -> AbstractContextManager:
@@ -503,13 +641,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._steps_in_epoch = 0
         self._recorded = {}
         self._seconds_waiting = 0.0
+        self._skipped_steps = 0
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the epoch's means of all terms and their weights, and what the method recorded."""
         super().on_train_epoch_end(train_outputs)
         names = [name for name in train_outputs[0] if name != "loss"]
-        means = self._mean_over_ranks([float(np.mean([output[name] for output in train_outputs])) for name in names])
-        values: dict[str, Any] = dict(zip(names, means, strict=True))
+        values: dict[str, Any] = {name: float(np.mean([output[name] for output in train_outputs])) for name in names}
         for name, counts in self._recorded.items():
             if self.is_ddp:
                 dist.all_reduce(counts)
@@ -519,14 +657,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             if len(ratio) > 1:
                 values[f"{name}_per_class"] = ratio[1:]
         values["seconds/unlabeled_wait"] = self._seconds_waiting
+        if self.grad_scaler is not None:
+            values["skipped_steps"] = self._skipped_steps
         self._log_ssl(values)
-
-    def _mean_over_ranks(self, values: list[float]) -> list[float]:
-        if not self.is_ddp:
-            return values
-        tensor = torch.tensor(values, device=self.device)
-        dist.all_reduce(tensor)
-        return (tensor / dist.get_world_size()).tolist()
 
     def _log_ssl(self, values: Mapping[str, Any]) -> None:
         # nnU-Net's logger wants known keys and one value per epoch for each; its picture is as long as the shortest
@@ -544,6 +677,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             per_class = ", ".join(f"{share:.3f}" for share in values.get(f"{name}_per_class", []))
             self.print_to_log_file(f"{name} {values[name]:.3f}" + (f", per class {per_class}" if per_class else ""))
         self.print_to_log_file(f"Waited {self._seconds_waiting:.1f} s for unlabeled batches")
+        if self._skipped_steps:
+            self.print_to_log_file(f"The gradient scaler skipped {self._skipped_steps} steps")
 
     def on_epoch_end(self) -> None:
         """As nnU-Net, and draw progress_ssl.png beside its progress.png."""
@@ -631,6 +766,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+            self._scale = None
         self.logger.load_checkpoint(checkpoint["logging"])
         self._best_ema = checkpoint["_best_ema"]
         self.current_epoch = checkpoint["current_epoch"]

@@ -209,9 +209,17 @@ def test_training_without_unlabeled_cases_says_how_to_add_some(make, monkeypatch
         make().run_training()
 
 
-def test_cascades_are_refused(make, planned_3d):
+def test_a_cascade_names_what_it_needs_of_the_previous_stage(make, tmp_path):
     trainer = make()
     plans = {**trainer.plans_manager.plans, "continue_training": False}
-    plans["configurations"]["tiny"] |= {"previous_stage": "3d_lowres"}
-    with pytest.raises(NotImplementedError, match="cascade"):
-        CrossMatchTrainer(plans, "tiny", 0, trainer.dataset_json, torch.device("cpu"))
+    plans["configurations"]["cascade"] = {"inherits_from": "tiny", "previous_stage": "tiny"}
+    trainer = CrossMatchTrainer(plans, "cascade", 0, trainer.dataset_json, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"tiny.fold_0.checkpoint_final\.pth.*nnUNetv2_train .* tiny FOLD"):
+        trainer.run_training()
+    previous = (
+        tmp_path / Path(trainer.output_folder_base).parent.name / "CrossMatchTrainer__nnUNetPlans__tiny" / "fold_0"
+    )
+    previous.mkdir(parents=True, exist_ok=True)
+    (previous / "checkpoint_final.pth").touch()
+    with pytest.raises(UserError, match=r"have no segmentation of the previous stage in .*Train all folds"):
+        trainer.run_training()

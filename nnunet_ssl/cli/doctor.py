@@ -22,7 +22,6 @@ from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-    from torch import Tensor, nn
 
 HELP = "check the installation and, with -d and -c, a dataset; every line says ok or what to do"
 
@@ -43,15 +42,6 @@ REQUIRED = {
     "threadpoolctl": "3.1",
     "edt": "2.4.1",
 }
-
-# What nnU-Net's planner takes for its own reference: elements of all feature maps of one patch that, at this batch
-# size, need 8 GB in training (UNet_reference_val_* of its ExperimentPlanner).
-_REFERENCE_ELEMENTS = {2: 85_000_000, 3: 560_000_000}
-_REFERENCE_BATCH = {2: 12, 3: 2}
-_REFERENCE_GB = 8.0
-# In split mode, features with their gradients and what losses hold come to this. On a CPU 1.2 to 1.3 were measured
-# (benchmarks/results), and the rest is for what a GPU's libraries take.
-_SPLIT = 1.4
 
 
 @dataclass(frozen=True)
@@ -273,7 +263,8 @@ def check_dataset(
         return  # check_trainer has reported it
     yield from _safely(check_settings(trainer, manager.configuration))
     yield from _safely(check_fold(preprocessed, manager.data_identifier, fold, trainer, manager.configuration))
-    yield from _safely(check_memory(trainer, plans_manager, configuration, description))
+    unsupported = [*_safely(check_network(trainer, plans_manager, configuration, description))]
+    yield from unsupported or _safely(check_memory(trainer, plans_manager, configuration, description))
 
 
 def _read_json(file: Path, *, otherwise: str) -> dict[str, Any]:
@@ -388,142 +379,56 @@ def check_settings(trainer: type[Any], configuration: dict[str, Any]) -> Iterato
     yield ok(f"settings of {trainer.__name__}: {given or 'defaults'}; memory_mode is {settings.memory_mode}")
 
 
-def check_memory(
+def check_network(
     trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
 ) -> Iterator[Finding]:
-    """An estimate of the GPU memory of a step, and the GPUs' free memory against it."""
+    """A finding if trainer and plans make a network that cannot be trained with unlabeled cases."""
     if not hasattr(trainer, "settings_class"):
         return
-    name = trainer.__name__
-    try:
-        estimate = estimate_memory(trainer, plans, configuration, dataset_json)
-    except Exception as error:
-        yield warn(f"no estimate of the GPU memory of {name} ({_describe(error)}): watch its first steps")
-        return
-    yield ok(
-        f"estimate of a step's GPU memory: nnUNetTrainer {estimate.supervised:.1f} GB, {name} split "
-        f"{estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB (batches of {estimate.labeled} + "
-        f"{estimate.unlabeled})"
-    )
-    mode = trainer.settings_class.from_plans(plans.get_configuration(configuration).configuration).memory_mode
-    for gpu, free, _ in gpus():
-        yield judge_memory(gpu, free, mode, estimate)
 
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """GPU memory of a training step in GB (10⁹ bytes), as a multiple of nnU-Net's own reference.
-
-    Attributes:
-        supervised: nnUNetTrainer.
-        stacked: all streams in one pass.
-        split: one stream at a time.
-        labeled: the plan's batch size B.
-        unlabeled: unlabeled patches per step U.
-    """
-
-    supervised: float
-    stacked: float
-    split: float
-    labeled: int = 0
-    unlabeled: int = 0
-
-
-def estimate_memory(
-    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
-) -> MemoryEstimate:
-    """Estimate the memory of a trainer's step; its networks and streams are run without allocating anything.
-
-    What counts are the feature maps that wait for a backward pass, as nnU-Net's planner counts them. Stacked, they are
-    those of all streams; split, those of the largest stream and its image's encoder, and about 0.4 times as much again
-    for features with their gradients. Losses, weights and a teacher without gradient do not count.
-    """
-    import torch
-
-    method = _without_constructor(trainer, plans, configuration, dataset_json)
-    manager = method.configuration_manager
-    with torch.device("meta"):
-        network = trainer.build_network_architecture(
-            plans,
-            manager,
-            method.num_input_channels,
-            method.label_manager.num_segmentation_heads,
-            method.enable_deep_supervision,
-        )
-        streams = method.streams()
-        shape = (method.num_input_channels, *manager.patch_size)
-        # By the methods' convention x is the labeled image.
-        images = {
-            name: torch.empty(method.batch_size if name == "x" else method.unlabeled_batch_size, *shape)
-            for name in ("x", *(stream.image for stream in streams.values()))
-        }
-        supervised = feature_maps(network, images["x"])
-        training_network = method.build_training_network(network)
-        stacked = feature_maps(training_network, images, streams, {})
-        split = max(
-            feature_maps(training_network, images, {name: stream}, {})
-            for name, stream in streams.items()
-            if stream.gradient
-        )
-    dim = len(manager.patch_size)
-    per_element = _REFERENCE_GB / (_REFERENCE_ELEMENTS[dim] * _REFERENCE_BATCH[dim])
-    return MemoryEstimate(
-        supervised=per_element * supervised,
-        stacked=per_element * stacked,
-        split=per_element * split * _SPLIT,
-        labeled=method.batch_size,
-        unlabeled=method.unlabeled_batch_size,
-    )
-
-
-def _without_constructor(
-    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
-) -> Any:
-    """A trainer with what its network and streams depend on.
-
-    nnU-Net's constructor would make folders in nnUNet_results and may report to a tracking service.
-    """
     import torch
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    method: Any = object.__new__(trainer)
-    method.plans_manager = plans
-    method.configuration_manager = plans.get_configuration(configuration)
-    method.configuration_name = configuration
-    method.dataset_json = dataset_json
-    method.label_manager = plans.get_label_manager(dataset_json)
-    method.settings = trainer.settings_class.from_plans(method.configuration_manager.configuration)
-    method.batch_size = method.configuration_manager.batch_size
-    method.num_input_channels = determine_num_input_channels(plans, method.configuration_manager, dataset_json)
-    method.enable_deep_supervision = True
-    method.device = torch.device("meta")
-    return method
+    from nnunet_ssl.networks.training_network import check_supported
 
-
-def feature_maps(network: nn.Module, *arguments: Any) -> int:
-    """Elements of the feature maps that a forward pass keeps for its backward pass.
-
-    As nnU-Net's planner counts them, the outputs of convolutions; and half of what interpolations put out, which is
-    kept once, where of a convolution and its normalization both are.
-    """
-    from torch import nn
-
-    elements = 0
-
-    def count(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        nonlocal elements
-        if output.requires_grad:
-            elements += output.numel() // (2 if isinstance(module, nn.Upsample) else 1)
-
-    kinds = (nn.modules.conv._ConvNd, nn.Upsample)
-    counted = [module for module in network.modules() if isinstance(module, kinds)]
-    hooks = [module.register_forward_hook(count) for module in counted]
+    manager = plans.get_configuration(configuration)
+    channels = determine_num_input_channels(plans, manager, dataset_json)
+    heads = plans.get_label_manager(dataset_json).num_segmentation_heads
     try:
-        network(*arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return elements
+        with torch.device("meta"):
+            network = trainer.build_network_architecture(plans, manager, channels, heads, True)
+    except Exception:
+        return  # it may be one that needs memory to be built; check_memory will say what went wrong
+    try:
+        check_supported(network)
+    except NotImplementedError as error:
+        yield fail(str(error))
+
+
+def check_memory(
+    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
+) -> Iterator[Finding]:
+    """The GPU memory of a step, computed without allocating it, and the GPUs' free memory against it."""
+    if not hasattr(trainer, "settings_class"):
+        return
+
+    from nnunet_ssl.memory import MemoryEstimate, judge, trainer_of_plans
+
+    name = trainer.__name__
+    try:
+        made = trainer_of_plans(trainer, plans, configuration, dataset_json)
+        estimate = MemoryEstimate(made)
+        yield ok(
+            f"estimate of a step's GPU memory: nnUNetTrainer {estimate.supervised:.1f} GB, {name} split "
+            f"{estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB (batches of {estimate.labeled} + "
+            f"{estimate.unlabeled})"
+        )
+    except Exception as error:
+        yield warn(f"no estimate of the GPU memory of {name} ({_describe(error)}): watch its first steps")
+        return
+    for gpu, free, _ in gpus():
+        verdict = judge(estimate, free, made.settings.memory_mode)
+        yield (ok if verdict.fits else warn)(f"{gpu}: {verdict.text}")
 
 
 def gpus() -> list[tuple[str, float, float]]:
@@ -544,17 +449,3 @@ def check_device() -> Iterator[Finding]:
         yield ok(f"{name}: {free:.1f} of {total:.1f} GB free")
     if not found:
         yield warn("no CUDA GPU: train with nnUNetv2_train ... -device cpu, in memory mode split (what auto chooses)")
-
-
-def judge_memory(gpu: str, free: float, mode: str, estimate: MemoryEstimate) -> Finding:
-    """Whether the estimate fits into the ``free`` GB of a GPU, and what to do if not."""
-    if mode != "split" and estimate.stacked <= free:
-        return ok(f"{gpu}: stacked should fit into {free:.1f} GB")
-    if estimate.split > free:
-        return warn(
-            f"{gpu}: {free:.1f} GB may not suffice even for split: lower unlabeled_batch_size, or plan for less memory "
-            "(nnUNetv2_plan_experiment -gpu_memory_target)"
-        )
-    if mode == "stacked":
-        return warn(f'{gpu}: {free:.1f} GB may not suffice for stacked: set "memory_mode" to "auto" or "split"')
-    return ok(f"{gpu}: split should fit into {free:.1f} GB" + ("; auto goes there by itself" if mode == "auto" else ""))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
 
-COMMANDS = ("trainers", "preprocess", "split", "doctor", "demo")
+COMMANDS = ("trainers", "preprocess", "split", "doctor", "export", "adapt", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:

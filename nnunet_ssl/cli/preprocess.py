@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Preprocess, print a table per configuration, and return 1 if a case cannot be used."""
-    raw = _folder("nnUNet_raw", "nnU-Net reads the images there.")
-    preprocessed = _folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
+    raw = nnunet_folder("nnUNet_raw", "nnU-Net reads the images there.")
+    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
 
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             f"There is no folder {raw_dataset / 'imagesUn'}. Create it and put the unlabeled images there, named as in "
             "imagesTr (CASE_0000 + file ending, one file per channel)."
         )
-    plans = _read_plans(preprocessed_dataset, args.p, args.d)
+    plans = read_plans(preprocessed_dataset, args.p, args.d)
 
     from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _folder(variable: str, purpose: str) -> Path:
+def nnunet_folder(variable: str, purpose: str) -> Path:
+    """One of nnU-Net's folders, which has to be there; ``purpose`` says what for."""
     value = os.environ.get(variable)
     if not value:
         raise UserError(f"The environment variable {variable} is not set. {purpose}")
@@ -107,7 +108,8 @@ def _folder(variable: str, purpose: str) -> Path:
     return Path(value)
 
 
-def _read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dict[str, Any]:
+def read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dict[str, Any]:
+    """The plans of a dataset; ``dataset`` is how the user named it."""
     file = preprocessed_dataset / f"{plans_name}.json"
     if not file.is_file():
         others = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")

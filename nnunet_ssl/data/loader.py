@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,23 +22,35 @@ from nnunet_ssl.data.views import UnlabeledViews
 class UnlabeledDataset:
     """Preprocessed unlabeled cases, read block by block from disk with nnU-Net's own dataset classes.
 
+    Args:
+        cases: the cases.
+        previous_stage: in a cascade, the folder of their segmentations by the previous stage, one folder per source
+            in it.
+
     Attributes:
         identifiers: one key per case, ``source/case``: a case of imagesUn may bear the name of one of imagesTr.
     """
 
-    def __init__(self, cases: Sequence[UnlabeledCase]) -> None:
+    def __init__(self, cases: Sequence[UnlabeledCase], previous_stage: Path | None = None) -> None:
         self._cases = {f"{case.source}/{case.identifier}": case for case in cases}
         self.identifiers = sorted(self._cases)
-        self._folders = {
-            folder: infer_dataset_class(str(folder))(str(folder), [c.identifier for c in cases if c.folder == folder])
-            for folder in sorted({case.folder for case in cases})
+        self._sources = {
+            source: infer_dataset_class(str(folder))(
+                str(folder),
+                [case.identifier for case in cases if case.source == source],
+                None if previous_stage is None else str(previous_stage / source),
+            )
+            for source, folder in sorted({(case.source, case.folder) for case in cases})
         }
 
-    def load_case(self, key: str) -> tuple[Any, Any]:
-        """Image (C, X, Y, Z) and segmentation (1, X, Y, Z) of a case, as arrays that read from disk when sliced."""
+    def load_case(self, key: str) -> tuple[Any, Any, Any]:
+        """Image (C, X, Y, Z), segmentation (1, X, Y, Z) and the previous stage's segmentation (X, Y, Z) of a case.
+
+        They are arrays that read from disk when sliced; the last one is None where there is no previous stage.
+        """
         case = self._cases[key]
-        image, segmentation, _, _ = self._folders[case.folder].load_case(case.identifier)
-        return image, segmentation
+        image, segmentation, previous, _ = self._sources[case.source].load_case(case.identifier)
+        return image, segmentation, previous
 
 
 class UnlabeledDataLoader(nnUNetDataLoader):
@@ -94,15 +107,18 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         return {"weak": weak, "strong": strong, "boxes": boxes, "partner": partner, "keys": keys}
 
     def _crop(self, key: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        image, segmentation = self._data.load_case(key)
+        image, segmentation, previous = self._data.load_case(key)
         lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
         box = [[low, high] for low, high in zip(lower, upper, strict=True)]
         crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
         crop = crop[:, 0] if self.patch_size_was_2d else crop
         if not self.views.needs_segmentation:
             return crop, None
-        outside = torch.from_numpy(crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)).to(torch.int16)
-        return crop, outside[:, 0] if self.patch_size_was_2d else outside
+        channels = [crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)]
+        if previous is not None:
+            channels.append(crop_and_pad_nd(previous, box, -1, cast_cropped_to=np.int16)[None])
+        labels = torch.from_numpy(np.concatenate(channels).astype(np.int16))
+        return crop, labels[:, 0] if self.patch_size_was_2d else labels
 
     def _seed_this_process(self) -> None:
         # Workers inherit torch's random state from the process that starts them, or all begin with torch's default

@@ -301,7 +301,7 @@ def _valid_record(job: _Job, case: RawCase) -> dict[str, Any] | None:
     if record is None or not _fits_plans(job, record):
         return None
     try:
-        if record.get("sources") != _describe_files(case.images):
+        if record.get("sources") != _describe_files(_source_files(case)):
             return None
     except OSError:
         return None
@@ -311,6 +311,12 @@ def _valid_record(job: _Job, case: RawCase) -> dict[str, Any] | None:
 
 def _fits_plans(job: _Job, record: dict[str, Any]) -> bool:
     return record.get("format_version") == FORMAT_VERSION and record.get("fingerprint") == job.fingerprint
+
+
+def _source_files(case: RawCase) -> list[Path]:
+    """The images, and the file beside them in which nnU-Net's TIFF reader looks for the spacing."""
+    spacing_file = case.images[0].with_name(f"{case.identifier}.json")
+    return [*case.images, spacing_file] if spacing_file.is_file() else list(case.images)
 
 
 def _describe_files(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -337,7 +343,7 @@ def _process(job: _Job, case: RawCase) -> tuple[dict[str, Any], bool]:
     try:
         record_file.unlink(missing_ok=True)
         # Taken before reading: a file that changes meanwhile is done again next time.
-        sources = _describe_files(case.images)
+        sources = _describe_files(_source_files(case))
         for file in case.images:
             file.open("rb").close()
         with tempfile.TemporaryDirectory(**options) as folder:
@@ -377,7 +383,7 @@ def _preprocess(job: _Job, case: RawCase, folder: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         image, properties = read_image(plans_manager.image_reader_writer_class(), case.images)
         lines = printed.getvalue().splitlines()
-        warnings = [line.removeprefix("WARNING!").strip() for line in lines if line.startswith("WARNING")]
+        warnings = [line.removeprefix("WARNING").lstrip("! ") for line in lines if line.startswith("WARNING")]
         warnings += check_image(image, properties["spacing"], labeled=job.labeled)
         try:
             image, segmentation, properties = configuration.preprocessor_class(verbose=False).run_case_npy(

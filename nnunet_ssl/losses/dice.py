@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnunet_ssl.distributed import sum_over_ranks
+
 
 def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """Soft Dice loss over the masked voxels, averaged over channels.
 
-    D_k = 1 - (2 Σ m p_k y_k + ε) / (Σ m p_k² + Σ m y_k² + ε), sums over batch and space.
+    D_k = 1 - (2 Σ m p_k y_k + ε) / (Σ m p_k² + Σ m y_k² + ε), sums over batch and space; the batch is that of all
+    ranks where several processes train, as in nnU-Net's batch Dice.
 
     With everything masked out the loss is 0 and has no gradient: there is nothing to learn from.
 
@@ -28,4 +31,5 @@ def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, eps
     size = (probabilities.square() * mask).sum(axes) + masked_target.sum(axes)
     # The target is zero wherever the mask is, so the product needs no mask of its own.
     overlap = (probabilities * masked_target).sum(axes)
+    overlap, size = sum_over_ranks(torch.stack((overlap, size)))
     return torch.mean(1 - (2 * overlap + epsilon) / (size + epsilon))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_ssl.distributed import num_processes, sum_over_ranks
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
 from nnunet_ssl.networks.interpolating_decoder import interpolating_decoder
 from nnunet_ssl.networks.outputs import Outputs
@@ -280,4 +281,5 @@ def mutual_loss(logits: Tensor, label: Tensor, certain: Tensor, reliable: Tensor
         loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
     else:
         loss = functional.cross_entropy(logits, label, reduction="none")[:, None]
-    return (certain * reliable * loss).sum() / (certain.sum() + 1e-6)
+    # Of several processes each has a part of the batch, and the mean over them is the loss.
+    return num_processes() * (certain * reliable * loss).sum() / (sum_over_ranks(certain.sum()) + 1e-6)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnunet_ssl.data.signed_distance import SignedDistanceTransform
+from nnunet_ssl.distributed import gather_over_ranks, num_processes, sum_over_ranks
 from nnunet_ssl.losses.contrastive import info_nce
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
 from nnunet_ssl.networks.boundary_head import BoundaryHead, coarse_grid
@@ -135,12 +136,10 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         del output  # the next pass needs its memory
 
         teacher, student = outputs["u_teacher"], outputs["u_student"]
+        keys, first = gather_over_ranks(_head(teacher, "projection").flatten(0, 1))
+        queries = _head(student, "projection").flatten(0, 1)
         yield {
-            "contrast": info_nce(
-                _head(student, "projection").flatten(0, 1),
-                _head(teacher, "projection").flatten(0, 1),
-                temperature=self.settings.temperature,
-            ),
+            "contrast": info_nce(queries, keys, temperature=self.settings.temperature, first=first),
             "structure": structure_distillation(student, teacher, voxels=self.settings.structure_voxels),
             "consistency": consistency(student.logits, teacher.logits, regions=self.label_manager.has_regions),
         }
@@ -186,7 +185,9 @@ def distance_error(predicted: Tensor, target: Tensor, known: Tensor | None) -> T
     squared = (predicted.float() - target).square()
     if known is None:
         return squared.mean()
-    return (squared * known).sum() / (known.sum() * squared.shape[1]).clamp(min=1)
+    # Of several processes each has a part of the batch, and the mean over them is the loss.
+    count = sum_over_ranks(known.sum()) * squared.shape[1]
+    return num_processes() * (squared * known).sum() / count.clamp(min=1)
 
 
 def structure_distillation(student: StreamOutput, teacher: StreamOutput, *, voxels: int) -> Tensor:

@@ -131,7 +131,7 @@ class SplitOutputs(Outputs):
     def _students_features(self, image: str) -> list[Tensor]:
         if image not in self._features:
             with torch.set_grad_enabled(bool(self._pending[image])):
-                skips = self._network.encoder(self._images[image])
+                skips = self._network.encode(self._images[image])
             self._features[image] = skips, [skip.detach().requires_grad_() for skip in skips]
         return self._features[image][1]
 

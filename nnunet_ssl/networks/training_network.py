@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +11,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 UNet: TypeAlias = PlainConvUNet | ResidualEncoderUNet
 """The networks of nnU-Net that can be trained here."""
@@ -113,9 +114,16 @@ class TrainingNetwork(nn.Module):
         teacher: whether to keep a teacher, a copy of network and head that :meth:`update_teacher` moves.
         predict_with_teacher: whether the teacher is the network that predicts and that ``state_dict`` holds.
 
+    Attributes:
+        activation_checkpointing: whether passes with gradient keep the outputs of the encoder's stages and of the
+            decoders' but the last alone, and compute what is inside of them again for the backward pass. The last
+            stage's are needed when memory is at its peak anyway.
+
     Raises:
         NotImplementedError: the network is none of nnU-Net's U-Nets.
     """
+
+    activation_checkpointing = False
 
     def __init__(
         self,
@@ -191,10 +199,22 @@ class TrainingNetwork(nn.Module):
         self.teacher.decoder.deep_supervision = self.decoder.deep_supervision
         return self.teacher.decoder(self.teacher.encoder(image))
 
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """The encoder's features of an image, full resolution first."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return self.encoder(image)
+        skips = []
+        stem = getattr(self.encoder, "stem", None)
+        features = image if stem is None else _checkpoint(stem, image)
+        for stage in self.encoder.stages:
+            features = _checkpoint(stage, features)
+            skips.append(features)
+        return skips
+
     def encode_stacked(self, images: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """The encoder's features of each image, full resolution first, from one pass of all of them."""
         sizes = [len(image) for image in images.values()]
-        levels = [level.split(sizes) for level in self.encoder(torch.cat([*images.values()]))]
+        levels = [level.split(sizes) for level in self.encode(torch.cat([*images.values()]))]
         return {name: [level[index] for level in levels] for index, name in enumerate(images)}
 
     def decode(
@@ -221,7 +241,8 @@ class TrainingNetwork(nn.Module):
         stacked = [_cat(level) for level in zip(*dropped.values(), strict=True)]
 
         decoder = branch.decoder_of(streams[names[0]])
-        coarse, last = _decoder_levels(decoder, stacked, coarse_rows=supervised)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
+        coarse, last = _decoder_levels(decoder, stacked, coarse_rows=supervised, checkpointing=again)
         features = [
             _times(part, masks[name].features if name in masks else None)
             for name, part in zip(names, last.split(sizes), strict=True)
@@ -333,8 +354,8 @@ def check_supported(network: nn.Module) -> UNet:
     if isinstance(network, supported):
         return network
     raise NotImplementedError(
-        f"Semi-supervised training needs a network with an encoder and a decoder that it can run apart. The plans ask "
-        f"for {type(network).__name__}; supported are "
+        f"Semi-supervised training needs a network with an encoder and a decoder that it can run apart. The trainer "
+        f"and its plans make a {type(network).__name__}; supported are "
         f"{' and '.join(architecture.__name__ for architecture in supported)}."
     )
 
@@ -355,7 +376,13 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def _decoder_levels(decoder: UNetDecoder, skips: Sequence[Tensor], *, coarse_rows: int) -> tuple[list[Tensor], Tensor]:
+def _checkpoint(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return checkpoint(run, *tensors, use_reentrant=False)
+
+
+def _decoder_levels(
+    decoder: UNetDecoder, skips: Sequence[Tensor], *, coarse_rows: int, checkpointing: bool
+) -> tuple[list[Tensor], Tensor]:
     """nnU-Net's decoder up to its last features, and the logits of its lower resolutions, lowest first.
 
     ``UNetDecoder.forward`` with one difference: the heads of lower resolutions are only run for the first
@@ -364,8 +391,14 @@ def _decoder_levels(decoder: UNetDecoder, skips: Sequence[Tensor], *, coarse_row
     coarse = []
     x = skips[-1]
     for level, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
-        x = stage(torch.cat((upsample(x), skips[-(level + 2)]), 1))
-        if coarse_rows and level < len(decoder.stages) - 1:
+
+        def run(x: Tensor, skip: Tensor, upsample: nn.Module = upsample, stage: nn.Module = stage) -> Tensor:
+            return stage(torch.cat((upsample(x), skip), 1))
+
+        last = level == len(decoder.stages) - 1
+        skip = skips[-(level + 2)]
+        x = _checkpoint(run, x, skip) if checkpointing and not last else run(x, skip)
+        if coarse_rows and not last:
             coarse.append(decoder.seg_layers[level](x[:coarse_rows]))
     return coarse, x
 

@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_dataset import TinyDataset, read_preprocessed, voxels, write_image
@@ -372,6 +373,26 @@ def test_color_images_hold_all_channels_in_one_file(tmp_path: Path) -> None:
 
 
 # Sharing the work
+
+
+def test_a_tiff_image_is_done_again_when_the_spacing_beside_it_changes(tmp_path: Path) -> None:
+    dataset = TinyDataset(tmp_path)
+    dataset.dataset_json["file_ending"] = ".tif"
+    dataset.plans["image_reader_writer"] = "Tiff3DIO"
+    for name in ("U0", "U1"):
+        tifffile.imwrite(dataset.images / f"{name}_0000.tif", voxels(0))
+    without = dataset.run()
+    assert without.done == ["U0", "U1"]
+    assert [warning.reason[:15] for warning in without.warnings] == ["no spacing file"] * 2
+    for spacing, shape in (([1, 1, 2], (20, 24, 48)), ([2, 1, 1], (40, 24, 24))):
+        (dataset.images / "U1.json").write_text(json.dumps({"spacing": spacing}))
+        report = dataset.run()
+        assert (report.done, report.up_to_date, report.failed) == (["U1"], ["U0"], [])
+        assert [warning.identifier for warning in report.warnings] == ["U0"]
+        assert read_preprocessed(dataset.folder, "U1").shape == (1, *shape)
+    assert dataset.run().up_to_date == ["U0", "U1"]
+    (dataset.images / "U1.json").unlink()
+    assert dataset.run().done == ["U1"]
 
 
 def test_parts_make_exactly_the_whole(tmp_path: Path) -> None:

@@ -317,14 +317,26 @@ def test_bfloat16_autocast_gives_finite_losses_close_to_float32(make, planned_2d
         assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
-def test_compile_takes_all_streams_in_one_graph_and_never_again(make, planned_2d):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_compile_makes_one_graph_of_a_step_and_one_of_a_validation_and_no_more(
+    make, backend, autocast, planned_2d, monkeypatch
+):
     trainer = make(planned_2d)
-    _, _, batch = make_batches(trainer)
+    labeled, _, batch = make_batches(trainer)
+    validation = {"data": batch["data"], "target": labeled.target}
+    if autocast:
+        monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     torch._dynamo.reset()
-    trainer.network = torch.compile(trainer.network, backend="aot_eager", fullgraph=True)
+    trainer.network = torch.compile(trainer.network, backend=backend, fullgraph=True)
     trainer.memory_mode = "stacked"
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     for _ in range(3):
+        trainer.network.train()
         assert math.isfinite(trainer.train_step(batch)["loss"])
-    assert graphs["unique_graphs"] == before + 1
+        trainer.network.eval()
+        with torch.no_grad():
+            targets = [target.clone() for target in validation["target"]]
+            assert math.isfinite(trainer.validation_step({**validation, "target": targets})["loss"])
+    assert graphs["unique_graphs"] == before + 2

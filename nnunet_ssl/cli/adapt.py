@@ -1,0 +1,88 @@
+"""``nnunet-ssl adapt``: a self-supervised checkpoint of nnssl as weights to start from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.cli.preprocess import nnunet_folder, read_plans
+from nnunet_ssl.errors import UserError
+
+HELP = "make a self-supervised checkpoint of nnssl fit nnUNetv2_train's -pretrained_weights"
+
+_EXPLANATION = """\
+nnUNetv2_train -pretrained_weights wants the whole network. Of a checkpoint of nnssl, encoder and stem are taken, and
+the decoder is drawn anew, as in nnU-Net's own fine-tuning of such checkpoints. The plans must ask for the architecture
+that was pretrained: for ResEncL, plan with nnUNetv2_plan_experiment -pl nnUNetPlannerResEncL.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``nnunet-ssl adapt``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXPLANATION
+    parser.add_argument("-i", required=True, metavar="CHECKPOINT", help="checkpoint of nnssl")
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset to train on: its number or name")
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
+    parser.add_argument("-o", required=True, metavar="FILE", help="file to write; it must not exist yet")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the weights and print the command that starts from them."""
+    output = Path(args.o)
+    if output.exists():
+        raise UserError(f"{output} is there already: move it away, or choose another name with -o.")
+    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net keeps the plans there.")
+
+    import torch
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_ssl.networks.checkpoints import read_checkpoint, with_pretrained_encoder
+    from nnunet_ssl.networks.training_network import check_supported
+
+    try:
+        dataset = preprocessed / str(maybe_convert_to_dataset_name(args.d))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    plans = PlansManager(read_plans(dataset, args.p, args.d))
+    if args.c not in plans.available_configurations:
+        raise UserError(
+            f"{args.p} has no configuration {args.c}; it has {', '.join(plans.available_configurations)}. Correct -c."
+        )
+    configuration = plans.get_configuration(args.c)
+    dataset_json = json.loads((dataset / "dataset.json").read_bytes())
+    network = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        determine_num_input_channels(plans, configuration, dataset_json),
+        plans.get_label_manager(dataset_json).num_segmentation_heads,
+    )
+    checkpoint = read_checkpoint(Path(args.i))
+    try:
+        weights = with_pretrained_encoder(check_supported(network), checkpoint)
+    except (UserError, NotImplementedError) as error:
+        raise UserError(f"{args.i} cannot be adapted: {error}") from None
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.partial")
+    torch.save({"network_weights": weights}, partial)
+    partial.replace(output)
+    print(f"Wrote {output}: encoder and stem of {args.i}, decoder drawn anew")
+    for there in checkpoint["nnssl_adaptation_plan"].get("pretrain_plan", {}).get("configurations", {}).values():
+        print(f"Pretrained with {_images(there)}; {args.p} {args.c} has {_images(configuration.configuration)}")
+    start = f"nnUNetv2_train {dataset.name} {args.c} FOLD -p {args.p} -tr CrossMatchTrainer"
+    print(f"Start with: {start} -pretrained_weights {output}")
+    return 0
+
+
+def _images(configuration: Mapping[str, Any]) -> str:
+    normalization = ", ".join(dict.fromkeys(configuration.get("normalization_schemes") or ["unknown normalization"]))
+    return f"spacing {configuration.get('spacing')}, {normalization}, patches of {configuration.get('patch_size')}"

@@ -1,0 +1,106 @@
+"""What several processes of one training tell each other; in a training of one process, nothing.
+
+DistributedDataParallel averages the gradients of all ranks. So that this is the gradient of the joined batch, the mean
+of a loss over the ranks has to be the loss on the joined batch: a mean over samples is that by itself, a ratio of sums
+over the batch needs the sums of all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process does not talk to the others: losses are those of its own batch."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def num_processes() -> int:
+    """How many processes train together; 1 within :func:`alone`."""
+    if _alone or not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, with gradient.
+
+    The gradient reaches each rank's own tensor as if it were of one loss for all ranks, times their number, which the
+    averaging of gradients takes back.
+    """
+    if num_processes() == 1:
+        return tensor
+    if not tensor.requires_grad:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(tensor)
+
+
+def gather_over_ranks(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensors of all ranks along the first axis, without gradient, and the index at which this rank's begins.
+
+    Args:
+        tensor: (N, ...), of the same shape on all ranks.
+    """
+    if num_processes() == 1:
+        return tensor.detach(), 0
+    parts = [torch.empty_like(tensor) for _ in range(num_processes())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts), dist.get_rank() * len(tensor)
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace the gradients by their means over all ranks, as DistributedDataParallel does in a backward pass.
+
+    The same parameters have a gradient on all ranks, since all run the same streams.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for handle in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        handle.wait()
+    torch._foreach_div_(gradients, dist.get_world_size())
+
+
+def on_all_ranks(here: bool, device: torch.device) -> bool:
+    """Whether something holds on every rank."""
+    if num_processes() == 1:
+        return here
+    holds = torch.tensor(int(here), device=device)
+    dist.all_reduce(holds, op=dist.ReduceOp.MIN)
+    return bool(holds.item())
+
+
+def device_of_this_process(device: torch.device) -> torch.device:
+    """The device that this process trains on: of several GPUs in a machine, the one of its number there.
+
+    ``torchrun`` says the number in LOCAL_RANK; ``nnUNetv2_train -num_gpus`` starts its processes on one machine.
+    """
+    if device.type != "cuda":
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+
+
+def patient_group() -> Any:
+    """A group to wait in for hours: the ordinary one gives up after minutes, as long as a collective may take.
+
+    All ranks have to call this, in the same order as other collectives.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))

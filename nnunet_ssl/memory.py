@@ -1,0 +1,355 @@
+"""The memory of a training step, computed before the first one, from the sizes of its tensors.
+
+The trainer's own step is run with tensors that have a size but no content (PyTorch's FakeTensorMode), so nothing is
+allocated and nothing is computed. Every storage counts from the operation that makes it until the last tensor that uses
+it is gone, autograd's saved tensors among them; the largest sum is the step's peak.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nnunet_ssl.distributed import alone
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+Mode: TypeAlias = Literal["supervised", "split", "stacked"]
+"""nnUNetTrainer's step, or a method's in one of its memory modes."""
+
+# What a GPU needs beside the tensors that are alive: the allocator's gaps, libraries' workspaces. Not measured yet.
+_HEADROOM = 1.25
+
+_FLOAT32, _HALF = 4, 2
+
+
+class StepBytes(NamedTuple):
+    """Memory of a step in bytes.
+
+    Attributes:
+        peak: the most that is alive at once: weights, optimizer, batches, activations, gradients.
+        before: what of it is there before the first step: weights and batches.
+    """
+
+    peak: int
+    before: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within, bytes of all storages that are alive.
+
+    Beside what is alive, the libraries that compute a convolution, oneDNN and cuDNN, hold copies of its largest tensors
+    in a layout of their own; those count as long as the convolution runs.
+
+    Attributes:
+        now: of the storages that were made or counted within, and are alive.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor, if its storage does not count already."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it returns."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # nnU-Net asks whether a patch holds anything but the ignore label
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        self.peak = max(self.peak, self.now + _copied_by_libraries(func, args, result))
+        return result
+
+
+def _copied_by_libraries(func: Any, args: Any, result: Any) -> int:
+    if func is torch.ops.aten.convolution.default:
+        return _bytes_of(args[0]) + _bytes_of(result)
+    if func is torch.ops.aten.convolution_backward.default:
+        # The gradients of input and weight one after the other: input and its gradient are of one size.
+        gradient, image = args[:2]
+        return _bytes_of(gradient) + _bytes_of(image)
+    return 0
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def trainer_of_plans(trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]) -> Any:
+    """A trainer with what its step depends on and nothing else.
+
+    nnU-Net's constructor would make folders in nnUNet_results and may report to a tracking service.
+    """
+    made: Any = object.__new__(trainer)
+    made.plans_manager = plans
+    made.configuration_manager = plans.get_configuration(configuration)
+    made.configuration_name = configuration
+    made.dataset_json = dataset_json
+    made.label_manager = plans.get_label_manager(dataset_json)
+    made.settings = trainer.settings_class.from_plans(made.configuration_manager.configuration)
+    made.batch_size = made.configuration_manager.batch_size
+    made.num_input_channels = determine_num_input_channels(plans, made.configuration_manager, dataset_json)
+    made.enable_deep_supervision = True
+    made.is_ddp = False
+    made._labeled_targets = made.labeled_targets()
+    return made
+
+
+def step_bytes(
+    trainer: Any, mode: Mode, *, mixed_precision: bool, activation_checkpointing: bool | None = None
+) -> StepBytes:
+    """Compute the memory of a training step; the trainer stays as it is.
+
+    Args:
+        trainer: a semi-supervised trainer, initialized or of :func:`trainer_of_plans`. Of several processes, one.
+        mode: which step.
+        mixed_precision: activations in half precision and losses in float32, as on CUDA; or all in float32.
+        activation_checkpointing: instead of the trainer's setting.
+    """
+    rehearsal = copy.copy(trainer)
+    rehearsal.device = torch.device("cpu")
+    rehearsal.is_ddp = False
+    rehearsal.grad_scaler = None
+    rehearsal.memory_mode = mode
+    rehearsal._recorded = {}
+    rehearsal._seconds_waiting = 0.0
+    rehearsal._do_i_compile = lambda: False
+    if activation_checkpointing is not None:
+        rehearsal.settings = dataclasses.replace(trainer.settings, activation_checkpointing=activation_checkpointing)
+    extra_channels = _channels_of_extra_targets(trainer)
+    dtype = torch.float16 if mixed_precision else torch.float32
+    with torch.device("meta"):
+        network = _build(rehearsal, supervised=mode == "supervised")
+    with alone(), FakeTensorMode():
+        _without_content(network, dtype)
+        rehearsal.network = network
+        rehearsal.optimizer = torch.optim.SGD(network.parameters(), 1.0)
+        rehearsal.loss = _in_float32(rehearsal._build_loss())
+        rehearsal.images = lambda labeled, unlabeled: {
+            name: image.to(dtype) for name, image in type(trainer).images(rehearsal, labeled, unlabeled).items()
+        }
+        live = LiveBytes()
+        for tensor in (*network.parameters(), *network.buffers()):
+            live.count(tensor)
+        with live:
+            if mode == "supervised":
+                batch = _labeled_batch(trainer, {})
+                before = live.now
+                rehearsal.loss(network(batch["data"].to(dtype)), batch["target"]).backward()
+            else:
+                batch, unlabeled = _labeled_batch(trainer, extra_channels), _unlabeled_batch(trainer)
+                before = live.now
+                rehearsal.dataloader_unlabeled = iter([unlabeled])
+                rehearsal._gradients(
+                    rehearsal._labeled_batch(batch), rehearsal._next_unlabeled(), rehearsal.loss_weights(1.0)
+                )
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    momentum = _FLOAT32 * trained
+    if not mixed_precision:
+        return StepBytes(live.peak + momentum, before)
+    # Autocast's copies of the weights are in half precision; weights, gradients and momentum are not.
+    return StepBytes(live.peak + _FLOAT32 * weights + _HALF * trained + momentum, before + (_FLOAT32 - _HALF) * weights)
+
+
+def _build(rehearsal: Any, *, supervised: bool) -> nn.Module:
+    build = type(rehearsal).build_network_architecture if supervised else rehearsal._build_for_training
+    return build(
+        rehearsal.plans_manager,
+        rehearsal.configuration_manager,
+        rehearsal.num_input_channels,
+        rehearsal.label_manager.num_segmentation_heads,
+        rehearsal.enable_deep_supervision,
+    )
+
+
+def _without_content(network: nn.Module, dtype: torch.dtype) -> None:
+    # Autocast knows no meta device, so the parameters become tensors of a CPU.
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=dtype)
+            module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _in_float32(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    def in_float32(output: Any, target: Any) -> Tensor:
+        return loss([level.float() for level in output] if isinstance(output, list) else output.float(), target)
+
+    return in_float32
+
+
+def _channels_of_targets(trainer: Any) -> int:
+    labels = trainer.label_manager
+    return len(labels.foreground_regions) + labels.has_ignore_label if labels.has_regions else 1
+
+
+def _channels_of_extra_targets(trainer: Any) -> dict[str, int]:
+    # Made of a small sample, by the method's own transforms.
+    sample = torch.zeros(_channels_of_targets(trainer), *[4] * len(trainer.configuration_manager.patch_size))
+    return {
+        name: len(transform(segmentation=[sample])["segmentation"][-1])
+        for name, transform in trainer._labeled_targets.items()
+    }
+
+
+def _labeled_batch(trainer: Any, extra_channels: Mapping[str, int]) -> dict[str, Any]:
+    # As nnU-Net's loader makes it.
+    size, patch = trainer.batch_size, trainer.configuration_manager.patch_size
+    channels = _channels_of_targets(trainer)
+    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
+    levels = [[round(length * scale) for length, scale in zip(patch, level, strict=True)] for level in scales]
+    dtype = torch.bool if trainer.label_manager.has_regions else torch.int16
+    targets = [torch.empty(size, channels, *level, dtype=dtype) for level in levels]
+    targets += [torch.empty(size, count, *patch) for count in extra_channels.values()]
+    return {
+        "data": torch.empty(size, trainer.num_input_channels, *patch),
+        "target": targets if trainer.enable_deep_supervision or extra_channels else targets[0],
+        "keys": [""] * size,
+    }
+
+
+def _unlabeled_batch(trainer: Any) -> dict[str, Any]:
+    # As UnlabeledDataLoader makes it.
+    size, patch = trainer._unlabeled_share, trainer.configuration_manager.patch_size
+    views = trainer.unlabeled_views()
+
+    def image() -> Tensor:
+        return torch.empty(size, trainer.num_input_channels, *patch)
+
+    return {
+        "weak": image(),
+        "strong": [image() for _ in range(views.strong)],
+        "boxes": [torch.empty(size, len(patch), 2, dtype=torch.int64) for _ in range(views.strong)],
+        "partner": torch.empty(size, dtype=torch.int64),
+        "keys": [""] * size,
+    }
+
+
+class MemoryEstimate:
+    """GPU memory of a trainer's step in GB (10⁹ bytes), each value computed when it is asked for.
+
+    Args:
+        trainer: as for :func:`step_bytes`.
+        mixed_precision: as on CUDA, or all in float32.
+
+    Attributes:
+        labeled: labeled patches per step of one process.
+        unlabeled: unlabeled ones.
+    """
+
+    def __init__(self, trainer: Any, *, mixed_precision: bool = True) -> None:
+        self._trainer = trainer
+        self._mixed_precision = mixed_precision
+        self.labeled: int = trainer.batch_size
+        self.unlabeled: int = trainer._unlabeled_share
+
+    def _gigabytes(self, mode: Mode, activation_checkpointing: bool | None = None) -> float:
+        return (
+            step_bytes(
+                self._trainer,
+                mode,
+                mixed_precision=self._mixed_precision,
+                activation_checkpointing=activation_checkpointing,
+            ).peak
+            / 1e9
+        )
+
+    @cached_property
+    def supervised(self) -> float:
+        """nnUNetTrainer."""
+        return self._gigabytes("supervised")
+
+    @cached_property
+    def stacked(self) -> float:
+        """All streams in one pass."""
+        return self._gigabytes("stacked")
+
+    @cached_property
+    def split(self) -> float:
+        """One stream at a time."""
+        return self._gigabytes("split")
+
+    @cached_property
+    def split_checkpointed(self) -> float:
+        """One stream at a time, with activation checkpointing: the least there is."""
+        return self._gigabytes("split", True)
+
+
+class Verdict(NamedTuple):
+    """Whether a training fits into a GPU as it is set, and which mode does, or what to do."""
+
+    fits: bool
+    text: str
+
+
+def judge(estimate: MemoryEstimate, free: float, memory_mode: str) -> Verdict:
+    """Compare an estimate with the ``free`` GB of a GPU; a quarter more than the estimate has to be free."""
+
+    def fits(needed: float) -> bool:
+        return needed * _HEADROOM <= free
+
+    if memory_mode != "split" and fits(estimate.stacked):
+        return Verdict(True, f"stacked should fit into {free:.1f} GB")
+    if fits(estimate.split):
+        if memory_mode == "stacked":
+            return Verdict(
+                False,
+                f'{free:.1f} GB may not suffice for stacked: set "memory_mode" to "auto" or "split", which should',
+            )
+        by_itself = "; auto goes there by itself" if memory_mode == "auto" else ""
+        return Verdict(True, f"split should fit into {free:.1f} GB{by_itself}")
+    least = f"split with activation checkpointing needs about {estimate.split_checkpointed:.1f} GB"
+    if fits(estimate.split_checkpointed):
+        return Verdict(
+            False,
+            f'{free:.1f} GB may not suffice for split: set "activation_checkpointing" to true; {least}',
+        )
+    return Verdict(
+        False,
+        f"{free:.1f} GB may not suffice in any memory mode ({least}): set "
+        '"activation_checkpointing" to true, lower "unlabeled_batch_size", or plan for less memory '
+        "(nnUNetv2_plan_experiment -gpu_memory_target)",
+    )
+
+
+def log_memory(trainer: Any) -> None:
+    """On a GPU, log how much memory a step needs and which memory mode fits; never stops a training."""
+    if trainer.device.type != "cuda" or trainer.local_rank != 0:
+        return
+    try:
+        estimate = MemoryEstimate(trainer)
+        free = torch.cuda.mem_get_info(trainer.device)[0] + torch.cuda.memory_reserved(trainer.device)
+        verdict = judge(estimate, free / 1e9, trainer.settings.memory_mode)
+        text = f"Estimate of a step's GPU memory: split {estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB. "
+        trainer.print_to_log_file(text + verdict.text[0].upper() + verdict.text[1:])
+    except Exception as error:
+        trainer.print_to_log_file(f"No estimate of the GPU memory of a step ({type(error).__name__}: {error})")

@@ -1,0 +1,125 @@
+"""Weights of nnU-Net's own network, out of checkpoints: to predict with elsewhere, or to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ssl.errors import UserError
+
+# Where TrainingNetwork.training_state keeps a teacher. The network that predicts is in network_weights instead.
+_TEACHER = "training_only.teacher."
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Load a checkpoint's tensors and plain values to the CPU.
+
+    Raises:
+        UserError: it holds anything else, or is damaged.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"The checkpoint {file} could not be opened: {error.strerror}.") from error
+    except Exception as error:
+        raise UserError(
+            f"The checkpoint {file} could not be read as tensors and plain values: {error}. It is damaged, or it holds "
+            f"objects of another program, which are not loaded since they could run code."
+        ) from error
+
+
+def networks_in(training_state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Whose weights a checkpoint holds, ``student`` and perhaps ``teacher``; the one that predicts comes first.
+
+    Args:
+        training_state: :meth:`~nnunet_ssl.networks.training_network.TrainingNetwork.training_state` of the checkpoint.
+    """
+    if not any(name.startswith(_TEACHER) for name in training_state):
+        return ("student",)
+    student_predicts = not any(name.startswith("encoder.") for name in training_state)
+    return ("student", "teacher") if student_predicts else ("teacher", "student")
+
+
+@torch.no_grad()
+def stock_weights(
+    network: nn.Module,
+    network_weights: Mapping[str, Tensor],
+    training_state: Mapping[str, Tensor],
+    *,
+    weights: str,
+) -> dict[str, Tensor]:
+    """The state dict of nnU-Net's network with the student's or the teacher's weights; fills ``network`` with them.
+
+    Args:
+        network: nnU-Net's own, built from the checkpoint's plans.
+        network_weights: the checkpoint's weights of the network that predicts.
+        training_state: as for :func:`networks_in`.
+        weights: one of :func:`networks_in`.
+
+    Raises:
+        RuntimeError: the checkpoint is of another network.
+    """
+    network.load_state_dict(network_weights)
+    if weights != networks_in(training_state)[0]:
+        prefix = _TEACHER if weights == "teacher" else ""
+        # A parameter that has several names in the state dict has one here, as in training_state.
+        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+            tensor.copy_(training_state[f"{prefix}{name}"])
+    return dict(network.state_dict())
+
+
+@torch.no_grad()
+def with_pretrained_encoder(network: Any, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of ``network``, its encoder filled from a checkpoint of self-supervised pretraining.
+
+    The checkpoint is one of nnssl (https://github.com/MIC-DKFZ/nnssl): its entry ``nnssl_adaptation_plan`` says under
+    which names encoder and stem are. As nnU-Net does with such checkpoints in its own fine-tuning, a stem for one
+    channel is repeated for several and divided by their number, and the decoder stays as ``network`` has it.
+
+    Args:
+        network: a PlainConvUNet or ResidualEncoderUNet.
+        checkpoint: with ``network_weights`` and ``nnssl_adaptation_plan``.
+
+    Raises:
+        UserError: there is no such entry, or the checkpoint's encoder is not that of ``network``.
+    """
+    plan = checkpoint.get("nnssl_adaptation_plan", {})
+    if not {"key_to_encoder", "key_to_stem"} <= set(plan) or "network_weights" not in checkpoint:
+        raise UserError(
+            "it holds no nnssl_adaptation_plan, so it is no checkpoint of nnssl. A checkpoint of nnU-Net or of this "
+            "package goes to -pretrained_weights as it is."
+        )
+    encoder = network.encoder.state_dict(prefix="encoder.")
+    input_weights = {f"{name}.weight" for name in network.keys_to_in_proj}
+    found: dict[str, Tensor] = {}
+    # The stem first: it may be a part of what is called the encoder.
+    places = [(plan["key_to_stem"], network.key_to_stem), (plan["key_to_encoder"], network.key_to_encoder)]
+    for name, tensor in checkpoint["network_weights"].items():
+        place = next(((theirs, ours) for theirs, ours in places if name.startswith(f"{theirs}.")), None)
+        if place is None:
+            continue
+        ours = place[1] + name.removeprefix(place[0])
+        if ours in input_weights and ours in encoder and tensor.shape[1] == 1:
+            channels = encoder[ours].shape[1]
+            tensor = tensor.repeat_interleave(channels, dim=1) / channels
+        found[ours] = tensor
+
+    unlike = [f"{name} is missing there" for name in encoder if name not in found]
+    unlike += [f"{name} is missing here" for name in found if name not in encoder]
+    unlike += [
+        f"{name} is {tuple(found[name].shape)} there and {tuple(tensor.shape)} here"
+        for name, tensor in encoder.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if unlike:
+        theirs = plan.get("architecture_plans", {}).get("arch_class_name", "unknown")
+        raise UserError(
+            f"its encoder ({theirs}) is not that of the plans ({type(network).__name__}): {len(unlike)} tensors "
+            f"differ, such as {'; '.join(unlike[:3])}."
+        )
+    network.encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in found.items()})
+    return dict(network.state_dict())

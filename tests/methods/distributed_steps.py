@@ -1,0 +1,164 @@
+"""Run by torchrun in two processes: steps of every method on halves of a batch; each rank writes what came of it.
+
+torchrun ... distributed_steps.py PREPROCESSED_2D PREPROCESSED_3D RESULTS
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from method_steps import TRAINERS, make_batches, make_trainer
+from torch import distributed as dist
+
+import nnunet_ssl.trainer as trainer_module
+from nnunet_ssl.distributed import alone
+from nnunet_ssl.networks import outputs as outputs_module
+from nnunet_ssl.networks.training_network import draw_dropout_masks
+from nnunet_ssl.trainer import LabeledBatch, UnlabeledBatch
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "CrossMatchTrainer": {"confidence_threshold": 0.4},
+    "MutualReliableTrainer": {},
+    "SimCVDTrainer": {"noise": 0.0},
+}
+KINDS = {"2d": {}, "3d": {}, "2d_regions": {"regions": True}}
+MODES = ("stacked", "split")
+JOINED = {"x": 2}  # samples of an image in the joined batch
+UNLABELED = 4
+
+
+def make(method, kind: str, planned, patch, results: Path):
+    options = SETTINGS[method.__name__] | KINDS[kind]
+    return make_trainer(method, planned, patch, results, ramp_length=0.0, **options)
+
+
+def joined_masks(rank: int | None):
+    """Dropout masks of the joined batch, and of them the rows of a rank."""
+
+    def draw(network, streams, images):
+        whole = {name: image.new_empty(JOINED.get(name, UNLABELED), *image.shape[1:]) for name, image in images.items()}
+        torch.manual_seed(3)
+        masks = draw_dropout_masks(network, streams, whole)
+        if rank is None:
+            return masks
+        part = {name: _half(len(whole[streams[name].image]), rank) for name in masks}
+        return {
+            name: type(mask)(
+                [None if level is None else level[part[name]] for level in mask.levels],
+                None if mask.features is None else mask.features[part[name]],
+            )
+            for name, mask in masks.items()
+        }
+
+    return draw
+
+
+def _half(count: int, rank: int) -> slice:
+    return slice(rank * count // 2, (rank + 1) * count // 2)
+
+
+def joined_batches(trainer) -> tuple[LabeledBatch, UnlabeledBatch, dict]:
+    """Of two labeled and four unlabeled samples, whose partners are of the same half."""
+    labeled, unlabeled, batch = make_batches(trainer, u=UNLABELED)
+    unlabeled = unlabeled._replace(partner=torch.tensor([1, 0, 3, 2]))
+    trainer.dataloader_unlabeled = itertools.repeat(unlabeled._asdict())
+    return labeled, unlabeled, batch
+
+
+def half_batches(trainer, rank: int) -> tuple[LabeledBatch, UnlabeledBatch, dict]:
+    """A rank's half of them."""
+    labeled, unlabeled, batch = joined_batches(trainer)
+    x, u = _half(2, rank), _half(UNLABELED, rank)
+    unlabeled = UnlabeledBatch(
+        weak=unlabeled.weak[u],
+        strong=[view[u] for view in unlabeled.strong],
+        boxes=[boxes[u] for boxes in unlabeled.boxes],
+        partner=torch.tensor([1, 0]),
+        keys=unlabeled.keys[u],
+    )
+    labeled = LabeledBatch(
+        labeled.image[x],
+        [target[x] for target in labeled.target],
+        labeled.keys[x],
+        {name: tensor[x] for name, tensor in labeled.extra.items()},
+    )
+    batch = {"data": batch["data"][x], "target": [t[x] for t in batch["target"]], "keys": batch["keys"][x]}
+    trainer.dataloader_unlabeled = itertools.repeat(unlabeled._asdict())
+    return labeled, unlabeled, batch
+
+
+def gradients(trainer, labeled, unlabeled, mode: str) -> tuple[dict, dict]:
+    trainer.memory_mode = mode
+    terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(0.0))
+    found = {n: p.grad.clone() for n, p in trainer.training_network.named_parameters() if p.grad is not None}
+    return terms, found
+
+
+def tensors_of(trainer) -> dict:
+    network = trainer.training_network
+    return {n: t.detach().clone() for n, t in [*network.named_parameters(), *network.named_buffers()]}
+
+
+def main(planned_folders: dict[str, Path], results: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(trainer_module, "draw_dropout_masks", joined_masks(rank))
+    planned = {
+        dim: SimpleNamespace(preprocessed=folder, environment={"nnUNet_preprocessed": str(folder.parent)})
+        for dim, folder in planned_folders.items()
+    }
+    report: dict[tuple, dict] = {}
+    for method in TRAINERS:
+        for kind, mode in itertools.product(KINDS, MODES):
+            trainer = make(method, kind, planned[kind[:2]], patch, results)
+            labeled, unlabeled, batch = half_batches(trainer, rank)
+            with alone(), trainer.network.no_sync():
+                _, own = gradients(trainer, labeled, unlabeled, "stacked")
+            terms, found = gradients(trainer, labeled, unlabeled, mode)
+            values = [trainer.train_step(batch) for _ in range(2)]
+            report[method.__name__, kind, mode] = {
+                "sizes": (int(trainer.batch_size), trainer._unlabeled_share),
+                "loss_weights": [float(weight) for weight in trainer.loss.weight_factors],
+                "own": own,
+                "terms": terms,
+                "gradients": found,
+                "after": tensors_of(trainer),
+                "logged": {name: float(value) for name, value in values[-1].items()},
+            }
+
+        # The memory of one rank does not suffice for all streams at once: both go on in split mode.
+        trainer = make(method, "2d", planned["2d"], patch, results)
+        _, _, batch = half_batches(trainer, rank)
+        trainer.memory_mode = "stacked"
+        with pytest.MonkeyPatch.context() as context:
+            if rank == 1:
+                context.setattr(outputs_module.StackedOutputs, "finish", _out_of_memory)
+            trainer.train_step(batch)
+        trainer.train_step(batch)
+        report[method.__name__, "out of memory"] = {"mode": trainer.memory_mode, "after": tensors_of(trainer)}
+
+        # What is not finite on one rank stops both.
+        trainer = make(method, "2d", planned["2d"], patch, results)
+        _, unlabeled, batch = half_batches(trainer, rank)
+        if rank == 1:
+            unlabeled.weak[0] = float("nan")
+        with pytest.raises(RuntimeError, match="not finite"):
+            trainer.train_step(batch)
+    torch.save(report, results / f"rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _out_of_memory(self) -> None:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+if __name__ == "__main__":
+    two_d, three_d, output = map(Path, sys.argv[1:])
+    main({"2d": two_d, "3d": three_d}, output)
