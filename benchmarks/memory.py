@@ -1,10 +1,11 @@
-"""Peak memory of a training step: nnU-Net's, and a method's in both memory modes.
+"""Peak memory of a training step: nnU-Net's, and a method's in both memory modes, measured and computed beforehand.
 
     python benchmarks/memory.py -d 901 -c 3d_small
     python benchmarks/memory.py -d 901 -c 3d_fullres -device cuda
 
 Each is measured in a process of its own, as what two steps add to the memory the process held before them. On a GPU it
-is what PyTorch allocated, on a CPU what the process had resident.
+is what PyTorch allocated, on a CPU what the process had resident. Beside it is what nnunet_ssl.memory computes for the
+same step, in mixed precision on a GPU as nnU-Net trains there, in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from common import add_trainer_arguments, give_unlabeled_batches, labeled_batch, make_trainer, where
 
 from nnunet_ssl.evaluation.tables import format_table
+from nnunet_ssl.memory import step_bytes
 
 
 def resident_peak() -> int:
@@ -30,11 +32,15 @@ def resident_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure(args: argparse.Namespace, mode: str) -> int:
+STEPS = ("supervised", "split", "split, checkpointing", "stacked", "stacked, checkpointing")
+
+
+def measure(args: argparse.Namespace, step: str) -> int:
     """Bytes that two steps add, in this process."""
     with tempfile.TemporaryDirectory() as folder:
+        mode, _, checkpointing = step.partition(", ")
         supervised = mode == "supervised"
-        settings = {} if supervised else {"memory_mode": mode}
+        settings = {} if supervised else {"memory_mode": mode, "activation_checkpointing": bool(checkpointing)}
         trainer = make_trainer(args, "nnUNetTrainer" if supervised else args.tr, Path(folder), **settings)
         batch = labeled_batch(trainer)
         if not supervised:
@@ -53,22 +59,32 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_trainer_arguments(parser)
-    parser.add_argument("--mode", choices=["supervised", "split", "stacked"], help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.mode:
-        print(f"bytes {measure(args, args.mode)}")
+    if args.step:
+        print(f"bytes {measure(args, args.step)}")
         return
     # Freed blocks go back to the system at once, or the peak would depend on what came before.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    peaks = {}
-    for mode in ("supervised", "split", "stacked"):
-        command = [sys.executable, *sys.argv, "--mode", mode]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(argparse.Namespace(**(vars(args) | {"device": "cpu"})), args.tr, Path(folder))
+    rows, supervised = [], 0
+    for step in STEPS:
+        command = [sys.executable, *sys.argv, "--step", step]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        peaks[mode] = int(done.stdout.split()[-1])
-    names = {"supervised": "nnUNetTrainer", "split": f"{args.tr}, split", "stacked": f"{args.tr}, stacked"}
-    rows = [[names[m], f"{peak / 2**20:.0f}", f"{peak / peaks['supervised']:.2f}"] for m, peak in peaks.items()]
+        peak = int(done.stdout.split()[-1])
+        supervised = supervised or peak
+        mode, _, checkpointing = step.partition(", ")
+        bytes_ = step_bytes(
+            trainer, mode, mixed_precision=args.device == "cuda", activation_checkpointing=bool(checkpointing)
+        )
+        computed = bytes_.peak - bytes_.before
+        name = "nnUNetTrainer" if step == "supervised" else f"{args.tr}, {step}"
+        row = [name, f"{peak / 2**20:.0f}", f"{peak / supervised:.2f}"]
+        rows.append([*row, f"{computed / 2**20:.0f}", f"{computed / peak:.2f}"])
     print(f"\n{where()}\n{args.c}\n")
-    print(format_table(["step", "peak MiB", "x nnUNetTrainer"], rows, markdown=True))
+    header = ["step", "peak MiB", "x nnUNetTrainer", "computed MiB", "computed / measured"]
+    print(format_table(header, rows, markdown=True))
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def main() -> None:
     add_trainer_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="also the share of the loss terms")
+    parser.add_argument("--checkpointing", action="store_true", help="also with activation checkpointing")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder)
@@ -122,6 +123,10 @@ def main() -> None:
         batch = labeled_batch(supervised)
         runs: dict[str, Callable[[], object]] = {"nnUNetTrainer": lambda: supervised.train_step(batch)}
         methods = {mode: make_trainer(args, args.tr, results, memory_mode=mode) for mode in ("split", "stacked")}
+        if args.checkpointing:
+            for mode in ("split", "stacked"):
+                options = {"memory_mode": mode, "activation_checkpointing": True}
+                methods[f"{mode}, checkpointing"] = make_trainer(args, args.tr, results, **options)
         for mode, method in methods.items():
             give_unlabeled_batches(method)
             own = labeled_batch(method)

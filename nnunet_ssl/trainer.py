@@ -47,7 +47,15 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.memory import log_memory
 from nnunet_ssl.networks.outputs import Outputs, SplitOutputs, StackedOutputs
-from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, UNet, check_supported, draw_dropout_masks
+from nnunet_ssl.networks.training_network import (
+    SUPPORTED,
+    Stream,
+    TrainingNetwork,
+    UNet,
+    check_supported,
+    draw_dropout_masks,
+    unsupported,
+)
 from nnunet_ssl.settings import SemiSupervisedSettings
 
 LOG_PREFIX = "ssl/"
@@ -264,9 +272,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"(plans_manager, configuration_manager, num_input_channels, num_output_channels, "
                 f"enable_deep_supervision)."
             )
-        network = stock_network(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
+        try:
+            network = stock_network(
+                plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            )
+        except TypeError as error:
+            # nnU-Net builds what the plans name with deep supervision, which others than its U-Nets do not know.
+            named = configuration_manager.network_arch_class_name.rsplit(".", 1)[-1]
+            if named in SUPPORTED:
+                raise
+            raise unsupported(named) from error
         training_network = self.build_training_network(check_supported(network))
         training_network.activation_checkpointing = self.settings.activation_checkpointing
         return training_network

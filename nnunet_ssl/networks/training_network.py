@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 UNet: TypeAlias = PlainConvUNet | ResidualEncoderUNet
 """The networks of nnU-Net that can be trained here."""
 
+SUPPORTED = {architecture.__name__: architecture for architecture in (PlainConvUNet, ResidualEncoderUNet)}
+"""Their classes, by name."""
+
 Logits: TypeAlias = Any
 """(N, C, *spatial), or with deep supervision nnU-Net's list of them, full resolution first."""
 
@@ -350,13 +353,16 @@ def check_supported(network: nn.Module) -> UNet:
     Raises:
         NotImplementedError: it is none of nnU-Net's U-Nets.
     """
-    supported = (PlainConvUNet, ResidualEncoderUNet)
-    if isinstance(network, supported):
+    if isinstance(network, tuple(SUPPORTED.values())):
         return network
-    raise NotImplementedError(
+    raise unsupported(type(network).__name__)
+
+
+def unsupported(architecture: str) -> NotImplementedError:
+    """What to raise for an architecture that is none of nnU-Net's U-Nets."""
+    return NotImplementedError(
         f"Semi-supervised training needs a network with an encoder and a decoder that it can run apart. The trainer "
-        f"and its plans make a {type(network).__name__}; supported are "
-        f"{' and '.join(architecture.__name__ for architecture in supported)}."
+        f"and its plans make a {architecture}; supported are {' and '.join(SUPPORTED)}."
     )
 
 

@@ -334,7 +334,7 @@ def test_the_estimate_follows_the_settings(dataset: Dataset) -> None:
     def estimate(**settings: Any) -> list[float]:
         dataset.plans["configurations"]["2d"] |= {"patch_size": [320, 320], "semi_supervised": settings}
         dataset.write()
-        (line,) = [line for line in report("-d", "7", "-c", "2d") if "estimate" in line]
+        (line,) = [line for line in report("-d", "7", "-c", "2d") if "estimate of a step's" in line]
         assert f"(batches of 4 + {settings.get('unlabeled_batch_size', 4)})" in line
         return [float(number) for number in re.findall(r"(\d+\.\d) GB", line)]
 

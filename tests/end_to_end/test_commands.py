@@ -18,6 +18,8 @@ import torch
 
 TRAINER = "CrossMatchTrainer_short"
 TRAINERS = (TRAINER, "MutualReliableTrainer_short", "SimCVDTrainer_short")
+# test_matrix.py trains all of them by default, with fewer checks.
+ONE_BY_DEFAULT = [TRAINER, *(pytest.param(trainer, marks=pytest.mark.slow) for trainer in TRAINERS[1:])]
 
 
 def train(planned, *options: object, trainer: str = TRAINER, **kwargs):
@@ -41,7 +43,7 @@ def check_prediction(planned, output: Path) -> None:
     assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= {0, 1, 2}
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", ONE_BY_DEFAULT)
 def test_training_to_prediction_3d(trainer, planned_3d, tmp_path):
     folder = planned_3d.results(trainer)
     output = train(planned_3d, "--npz", trainer=trainer).stdout
@@ -73,7 +75,7 @@ def test_training_to_prediction_3d(trainer, planned_3d, tmp_path):
     assert np.array_equal(ours, stock)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", ONE_BY_DEFAULT)
 def test_training_through_resume_to_prediction_2d(trainer, planned_2d, tmp_path):
     stopped = train(planned_2d, trainer=trainer, check=False, STOP_AFTER_EPOCHS="1")
     assert (
@@ -85,9 +87,7 @@ def test_training_through_resume_to_prediction_2d(trainer, planned_2d, tmp_path)
     check_prediction(planned_2d, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "trainer", [TRAINER, *(pytest.param(trainer, marks=pytest.mark.slow) for trainer in TRAINERS[1:])]
-)
+@pytest.mark.parametrize("trainer", ONE_BY_DEFAULT)
 def test_real_scans(trainer, planned_left_atrium, tmp_path):
     planned = planned_left_atrium
     stopped = train(planned, trainer=trainer, check=False, STOP_AFTER_EPOCHS="1").stdout

@@ -6,22 +6,15 @@ Importing PyTorch and nnU-Net takes longer than the tiny trainings do. Reads a J
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import traceback
-from importlib.metadata import entry_points
-
-import nnunetv2.evaluation.find_best_configuration
-import nnunetv2.experiment_planning.plan_and_preprocess_entrypoints
-import nnunetv2.inference.predict_from_raw_data
-import nnunetv2.postprocessing.remove_connected_components
-import nnunetv2.run.run_training  # noqa: F401
-
-COMMANDS = {entry.name: entry for entry in entry_points(group="console_scripts") if entry.name.startswith("nnUNetv2_")}
+from importlib.metadata import EntryPoint, entry_points
 
 
-def run(command: str, arguments: list[str], environment: dict[str, str], log: str) -> int:
+def run(entry: EntryPoint, arguments: list[str], environment: dict[str, str], log: str) -> int:
     """Run a command in a forked process and return its exit code."""
     child = os.fork()
     if child:
@@ -32,8 +25,8 @@ def run(command: str, arguments: list[str], environment: dict[str, str], log: st
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.argv = [command, *arguments]
-        COMMANDS[command].load()()
+        sys.argv = [entry.name, *arguments]
+        entry.load()()
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -46,6 +39,21 @@ def run(command: str, arguments: list[str], environment: dict[str, str], log: st
         os._exit(code)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Import what the commands need, once, and answer requests. nnU-Net's own processes do not come here."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    commands = {one.name: one for one in entry_points(group="console_scripts") if one.name.startswith("nnUNetv2_")}
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in ("plan_and_preprocess", "train", "predict", "find_best_configuration"):
+            commands[f"nnUNetv2_{name}"].load()
+        # The look-up of a trainer that there is not imports all that there are.
+        with contextlib.suppress(RuntimeError):
+            recursive_find_trainer_class_by_name("no trainer")
     for line in sys.stdin:
-        print(run(**json.loads(line)), flush=True)
+        request = json.loads(line)
+        print(run(commands[request.pop("command")], **request), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -340,3 +340,12 @@ def test_compile_makes_one_graph_of_a_step_and_one_of_a_validation_and_no_more(
             targets = [target.clone() for target in validation["target"]]
             assert math.isfinite(trainer.validation_step({**validation, "target": targets})["loss"])
     assert graphs["unique_graphs"] == before + 2
+
+
+def test_a_transformer_in_the_plans_is_refused_by_name(make, planned_3d):
+    trainer = make(planned_3d)
+    architecture = trainer.configuration_manager.configuration["architecture"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.primus.Primus"
+    trainer.was_initialized = False
+    with pytest.raises(NotImplementedError, match="a Primus; supported are PlainConvUNet and ResidualEncoderUNet"):
+        trainer.initialize()

@@ -183,6 +183,16 @@ def test_nothing_is_changed(make, planned_2d, method) -> None:
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
+@MODES
+@pytest.mark.parametrize("method", [CrossMatchTrainer, SimCVDTrainer])
+def test_half_precision_is_that_of_autocast(make, larger, monkeypatch, mode, method) -> None:
+    """A CPU's autocast casts as a GPU's does, but for a few operations that these methods have little of."""
+    trainer = make(method, larger)
+    computed = step_bytes(trainer, mode, mixed_precision=True).peak
+    monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert computed == pytest.approx(step_bytes(trainer, mode, mixed_precision=False).peak, rel=0.03)
+
+
 @METHODS
 @pytest.mark.parametrize(
     "options",
