@@ -66,21 +66,23 @@ def main() -> None:
         return
     # Freed blocks go back to the system at once, or the peak would depend on what came before.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(argparse.Namespace(**(vars(args) | {"device": "cpu"})), args.tr, Path(folder))
-    rows, supervised = [], 0
+    measured = {}
     for step in STEPS:
         command = [sys.executable, *sys.argv, "--step", step]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        peak = int(done.stdout.split()[-1])
-        supervised = supervised or peak
+        measured[step] = int(done.stdout.split()[-1])
+    # Afterwards: a process begins with the largest resident size that the one which started it ever had.
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(argparse.Namespace(**(vars(args) | {"device": "cpu"})), args.tr, Path(folder))
+    rows = []
+    for step, peak in measured.items():
         mode, _, checkpointing = step.partition(", ")
-        bytes_ = step_bytes(
+        found = step_bytes(
             trainer, mode, mixed_precision=args.device == "cuda", activation_checkpointing=bool(checkpointing)
         )
-        computed = bytes_.peak - bytes_.before
+        computed = found.peak - found.before
         name = "nnUNetTrainer" if step == "supervised" else f"{args.tr}, {step}"
-        row = [name, f"{peak / 2**20:.0f}", f"{peak / supervised:.2f}"]
+        row = [name, f"{peak / 2**20:.0f}", f"{peak / measured['supervised']:.2f}"]
         rows.append([*row, f"{computed / 2**20:.0f}", f"{computed / peak:.2f}"])
     print(f"\n{where()}\n{args.c}\n")
     header = ["step", "peak MiB", "x nnUNetTrainer", "computed MiB", "computed / measured"]

@@ -1,8 +1,8 @@
-"""Add two plans for two CPU cores, 3d_small and 2d_small, and a fold with few labels, to a preprocessed dataset.
+"""Add small plans for two CPU cores, 3d_small and 2d_small, and a fold with few labels, to a preprocessed dataset.
 
     python benchmarks/small_plans.py -d 901 --labeled 2
 
-Run it after nnUNetv2_plan_and_preprocess -c 3d_fullres 2d. Both plans share the preprocessed data of the configurations
+Run it after nnUNetv2_plan_and_preprocess -c 3d_fullres 2d. The plans share the preprocessed data of the configurations
 they inherit from. Beside them come configurations that inherit from 2d_small and leave out one part of a method. The
 fold is fold 0 with all but the first N labeled cases moved to its ``unlabeled`` list; its number is printed. Running it
 again changes nothing.
@@ -20,6 +20,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 
 SMALL = {
     "3d_small": ("3d_fullres", [40, 56, 64], 2, [8, 16, 32, 64]),
+    "3d_medium": ("3d_fullres", [64, 80, 80], 2, [16, 32, 64, 128]),  # for memory alone: its steps take long
     "2d_small": ("2d", [80, 96], 12, [16, 32, 64, 128, 128]),
 }
 ABLATIONS = {

@@ -148,6 +148,7 @@ def step_bytes(
     with torch.device("meta"):
         network = _build(rehearsal, supervised=mode == "supervised")
     with alone(), FakeTensorMode():
+        # A CPU's autocast is not a GPU's: a network in half precision, with losses in float32, stands in for it.
         _without_content(network, dtype)
         rehearsal.network = network
         rehearsal.optimizer = torch.optim.SGD(network.parameters(), 1.0)
@@ -327,17 +328,17 @@ def judge(estimate: MemoryEstimate, free: float, memory_mode: str) -> Verdict:
             )
         by_itself = "; auto goes there by itself" if memory_mode == "auto" else ""
         return Verdict(True, f"split should fit into {free:.1f} GB{by_itself}")
-    least = f"split with activation checkpointing needs about {estimate.split_checkpointed:.1f} GB"
+    least = f"{estimate.split_checkpointed:.1f} GB"
     if fits(estimate.split_checkpointed):
+        settings = ['"memory_mode": "split"'] if memory_mode == "stacked" else []
+        settings.append('"activation_checkpointing": true')
         return Verdict(
-            False,
-            f'{free:.1f} GB may not suffice for split: set "activation_checkpointing" to true; {least}',
+            False, f"{free:.1f} GB may not suffice even for split: set {' and '.join(settings)}, for about {least}"
         )
     return Verdict(
         False,
-        f"{free:.1f} GB may not suffice in any memory mode ({least}): set "
-        '"activation_checkpointing" to true, lower "unlabeled_batch_size", or plan for less memory '
-        "(nnUNetv2_plan_experiment -gpu_memory_target)",
+        f"{free:.1f} GB may not suffice in any memory mode, not even for split with activation checkpointing, about "
+        f'{least}: lower "unlabeled_batch_size", or plan for less memory (nnUNetv2_plan_experiment -gpu_memory_target)',
     )
 
 

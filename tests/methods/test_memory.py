@@ -172,8 +172,7 @@ def test_nothing_is_changed(make, planned_2d, method) -> None:
     weights = {name: tensor.clone() for name, tensor in trainer.network.named_parameters()}
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     for mode in ("supervised", "split", "stacked"):
-        for checkpointing in (False, True):
-            step_bytes(trainer, mode, mixed_precision=True, activation_checkpointing=checkpointing)
+        step_bytes(trainer, mode, mixed_precision=True, activation_checkpointing=True)
     assert vars(trainer).keys() == before.keys()
     assert all(vars(trainer)[name] is value for name, value in before.items())
     assert not trainer._recorded
@@ -200,13 +199,10 @@ def test_half_precision_is_that_of_autocast(make, larger, monkeypatch, mode, met
     ids=str,
 )
 def test_every_kind_of_labels_and_network(make, planned_2d, method, options) -> None:
-    plain = make(method, planned_2d)
-    trainer = make(method, planned_2d, **options)
-    for mode in ("supervised", "split", "stacked"):
-        expected = step_bytes(plain, mode, mixed_precision=True).peak
-        found = step_bytes(trainer, mode, mixed_precision=True).peak
-        # A residual block keeps more; labels change little.
-        assert 0.8 * expected < found < (2.5 if "residual" in options else 1.3) * expected
+    plain = step_bytes(make(method, planned_2d), "split", mixed_precision=True).peak
+    found = step_bytes(make(method, planned_2d, **options), "split", mixed_precision=True).peak
+    # A residual block keeps more; labels change little.
+    assert 0.8 * plain < found < (2.5 if "residual" in options else 1.3) * plain
 
 
 @METHODS
@@ -239,9 +235,9 @@ def test_a_trainer_of_plans_has_the_step_of_an_initialized_one(make, planned_2d,
         (20, "auto", True, "auto goes there by itself"),
         (20, "stacked", False, 'set "memory_mode"'),
         (20, "split", True, "split should fit into 20.0 GB"),
-        (14, "auto", False, 'set "activation_checkpointing" to true'),
-        (14, "split", False, "needs about 9.0 GB"),
-        (14, "stacked", False, 'set "activation_checkpointing" to true'),
+        (14, "auto", False, 'set "activation_checkpointing": true, for about 9.0 GB'),
+        (14, "split", False, 'set "activation_checkpointing": true'),
+        (14, "stacked", False, 'set "memory_mode": "split" and "activation_checkpointing": true'),
         (11, "auto", False, "-gpu_memory_target"),
         (11, "stacked", False, '"unlabeled_batch_size"'),
         (11, "split", False, "in any memory mode"),
