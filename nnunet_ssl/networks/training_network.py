@@ -120,7 +120,7 @@ class TrainingNetwork(nn.Module):
     Attributes:
         activation_checkpointing: whether passes with gradient keep the outputs of the encoder's stages and of the
             decoders' but the last alone, and compute what is inside of them again for the backward pass. The last
-            stage's are needed when memory is at its peak anyway.
+            stage costs the most time and saves little: its activations are needed when memory is at its peak.
 
     Raises:
         NotImplementedError: the network is none of nnU-Net's U-Nets.
