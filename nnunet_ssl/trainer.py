@@ -326,13 +326,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _prepare_unlabeled_cases(self) -> list[UnlabeledCase]:
         preprocessed = Path(self.preprocessed_dataset_folder_base)
-        raw = self._raw_dataset_folder
         data_identifier = self.configuration_manager.data_identifier
         if self.local_rank == 0:
-            self._preprocess_unlabeled(self.configuration_name, raw)
+            self._preprocess_unlabeled(self.configuration_name)
             cases = collect_unlabeled_cases(preprocessed, data_identifier, self.fold)
             if not cases:
-                raise UserError(no_unlabeled_cases_message(raw or Path("nnUNet_raw"), preprocessed, self.fold))
+                raw = self._raw_dataset_folder or Path("nnUNet_raw")
+                raise UserError(no_unlabeled_cases_message(raw, preprocessed, self.fold))
             train, val = self.do_split()
             check_leaks(
                 unlabeled=cases,
@@ -344,7 +344,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
             self.print_to_log_file(f"{len(cases)} unlabeled cases, {len(train)} labeled cases")
         self._wait_for_all_ranks()
-        return collect_unlabeled_cases(preprocessed, data_identifier, self.fold)
+        # A file is read for every case: not twice by the same process.
+        return cases if self.local_rank == 0 else collect_unlabeled_cases(preprocessed, data_identifier, self.fold)
 
     def _segment_by_previous_stage(self, cases: list[UnlabeledCase]) -> Path:
         """In a cascade: what the previous stage makes of the unlabeled cases, predicted where it is missing.
@@ -365,7 +366,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         train, val = self.do_split()
         check_labeled_cases(labeled, [*train, *val], to_do=to_do)
         if self.local_rank == 0:
-            self._preprocess_unlabeled(previous, self._raw_dataset_folder)
+            self._preprocess_unlabeled(previous)
         self._wait_for_all_ranks()
 
         manager = self.plans_manager.get_configuration(previous)
@@ -404,9 +405,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # A machine that only trains may have the preprocessed data alone.
         return Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
 
-    def _preprocess_unlabeled(self, configuration: str, raw: Path | None) -> None:
+    def _preprocess_unlabeled(self, configuration: str) -> None:
         report = preprocess_unlabeled(
-            raw_dataset_folder=raw,
+            raw_dataset_folder=self._raw_dataset_folder,
             preprocessed_dataset_folder=Path(self.preprocessed_dataset_folder_base),
             plans_manager=self.plans_manager,
             configuration=configuration,

@@ -117,7 +117,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         channels = [crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)]
         if previous is not None:
             channels.append(crop_and_pad_nd(previous, box, -1, cast_cropped_to=np.int16)[None])
-        labels = torch.from_numpy(np.concatenate(channels).astype(np.int16))
+        labels = torch.from_numpy(np.concatenate(channels).astype(np.int16, copy=False))
         return crop, labels[:, 0] if self.patch_size_was_2d else labels
 
     def _seed_this_process(self) -> None:

@@ -118,10 +118,11 @@ def segment_by_previous_stage(
         for index, case in enumerate(tqdm(to_do, "previous stage", unit="case", disable=None, file=sys.stderr)):
             while check_workers_alive_and_busy(pool, workers, results, allowed_num_queued=2):
                 time.sleep(0.1)
-            image, properties = _load(sources[case.source, case.identifier])
-            logits = predictor.predict_sliding_window_return_logits(image).cpu()
+            image, _, _, properties = _load_case(sources[case.source, case.identifier])
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image[:].copy())).cpu()
+            shape = tuple(_load_case(case)[0].shape[1:])
             target = _made(folder / case.source) / f"{case.identifier}.b2nd"
-            arguments = (logits, _shape(case), plans_manager, configuration, properties, dataset_json)
+            arguments = (logits, shape, plans_manager, configuration, properties, dataset_json)
             results.append(pool.apply_async(_resample, (*arguments, Path(temporary, str(index)), target)))
         for result in results:
             result.get()
@@ -140,15 +141,10 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _load(case: UnlabeledCase) -> tuple[torch.Tensor, dict[str, Any]]:
+def _load_case(case: UnlabeledCase) -> Any:
+    """Image, segmentation, None and properties, as nnU-Net's dataset gives them."""
     dataset = infer_dataset_class(str(case.folder))(str(case.folder), [case.identifier])
-    image, _, _, properties = dataset.load_case(case.identifier)
-    return torch.from_numpy(image[:].copy()), properties
-
-
-def _shape(case: UnlabeledCase) -> tuple[int, ...]:
-    dataset = infer_dataset_class(str(case.folder))(str(case.folder), [case.identifier])
-    return tuple(dataset.load_case(case.identifier)[0].shape[1:])
+    return dataset.load_case(case.identifier)
 
 
 def _resample(
