@@ -86,7 +86,7 @@ def main() -> None:
         rows.append([*row, f"{computed / 2**20:.0f}", f"{computed / peak:.2f}"])
     print(f"\n{where()}\n{args.c}\n")
     header = ["step", "peak MiB", "x nnUNetTrainer", "computed MiB", "computed / measured"]
-    print(format_table(header, rows, markdown=True))
+    print(format_table(header, rows, style="markdown"))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def main() -> None:
     print(f"\n{where()}\nPatches of {size}, batches of {BATCH} + {BATCH}, features {FEATURES}")
     print(f"{process_time() - start:.0f} s of CPU time\n")
     header = ["step", "mixed precision, GB", "x nnUNetTrainer", "float32, GB", "x nnUNetTrainer"]
-    print(format_table(header, rows, markdown=True))
+    print(format_table(header, rows, style="markdown"))
 
 
 def _cells(peaks: dict[bool, int], supervised: dict[bool, int]) -> list[str]:

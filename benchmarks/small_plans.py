@@ -38,10 +38,17 @@ def main() -> None:
     parser.add_argument("--labeled", type=int, default=2, help="labeled cases of the new fold")
     args = parser.parse_args()
     folder = Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(args.d)
+    add_plans(folder / f"{args.p}.json")
+    fold = add_fold(folder / "splits_final.json", labeled=args.labeled)
+    print(f"plans {', '.join([*SMALL, *ABLATIONS])}; fold {fold} has {args.labeled} labeled cases")
 
-    plans_file = str(folder / f"{args.p}.json")
-    plans = load_json(plans_file)
+
+def add_plans(file: Path) -> None:
+    """Add the small plans and the ablations to a plans file."""
+    plans = load_json(str(file))
     for name, (parent, patch_size, batch_size, features) in SMALL.items():
+        if parent not in plans["configurations"]:
+            continue
         architecture = copy.deepcopy(plans["configurations"][parent]["architecture"])
         stages, dim = len(features), len(patch_size)
         architecture["arch_kwargs"].update(
@@ -60,16 +67,22 @@ def main() -> None:
         }
     for name, settings in ABLATIONS.items():
         plans["configurations"][name] = {"inherits_from": "2d_small", "semi_supervised": settings}
-    save_json(plans, plans_file, sort_keys=False)
+    save_json(plans, str(file), sort_keys=False)
 
-    splits_file = str(folder / "splits_final.json")
-    splits = load_json(splits_file)
+
+def add_fold(file: Path, *, labeled: int) -> int:
+    """Add fold 0 with fewer labeled cases to a splits file; its number, which is 0 where none has to be taken away."""
+    splits = load_json(str(file))
     train = splits[0]["train"]
-    fold = {"train": train[: args.labeled], "val": splits[0]["val"], "unlabeled": train[args.labeled :]}
+    if labeled == len(train):
+        return 0
+    if not 0 < labeled < len(train):
+        raise SystemExit(f"{labeled} labeled cases: fold 0 of {file} has {len(train)}")
+    fold = {"train": train[:labeled], "val": splits[0]["val"], "unlabeled": train[labeled:]}
     if fold not in splits:
         splits.append(fold)
-        save_json(splits, splits_file)
-    print(f"plans {', '.join([*SMALL, *ABLATIONS])}; fold {splits.index(fold)} has {args.labeled} labeled cases")
+        save_json(splits, str(file))
+    return splits.index(fold)
 
 
 if __name__ == "__main__":

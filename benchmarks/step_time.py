@@ -153,7 +153,7 @@ def main() -> None:
         for name, value in medians.items()
     ]
     print(f"\n{where()}\n{args.c}, batch size {supervised.batch_size}, median of {args.rounds} rounds\n")
-    print(format_table(["step", "seconds", "x nnUNetTrainer", "x bare passes"], rows, markdown=True))
+    print(format_table(["step", "seconds", "x nnUNetTrainer", "x bare passes"], rows, style="markdown"))
     if args.profile:
         step = min(medians[f"{args.tr}, {mode}"] for mode in methods)
         print(f"\nLoss terms, forward and backward: {medians['loss terms alone'] / step:.1%} of the faster step.")

@@ -8,23 +8,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnunet_ssl.errors import UserError
-
-if TYPE_CHECKING:
-    from nnunet_ssl.evaluation.metrics import CaseResult
 
 HELP = "train and compare nnUNetTrainer and semi-supervised trainers on phantoms, in a few minutes"
 
@@ -360,62 +355,31 @@ def demo_configuration(parent: Mapping[str, Any]) -> dict[str, Any]:
 
 def _evaluate(folder: Path, dataset: _Dataset, trainers: Mapping[str, str], *, tested: bool) -> tuple[str, Path]:
     """Evaluate and draw; return the table and the path of the overlay."""
-    import SimpleITK as sitk
-
-    from nnunet_ssl.evaluation.metrics import evaluate_folder
-    from nnunet_ssl.evaluation.pictures import save_overlay
+    from nnunet_ssl.evaluation.folders import Segmentations, evaluate_folder, hardest_cases
+    from nnunet_ssl.evaluation.pictures import draw_case
     from nnunet_ssl.evaluation.tables import summarize
 
-    description = _read_json(dataset.raw / "dataset.json")
-    ending = description["file_ending"]
-    labels = {name: value for name, value in description["labels"].items() if name not in ("background", "ignore")}
+    segmentations = Segmentations.from_dataset_json(dataset.raw / "dataset.json")
     references = dataset.raw / "labelsTs" if tested else dataset.preprocessed / "gt_segmentations"
+    images = dataset.raw / ("imagesTs" if tested else "imagesTr")
     predictions = {
         base: folder / "predictions" / name if tested else dataset.trained(name) / "validation"
         for base, name in trainers.items()
     }
-    results = {
-        base: evaluate_folder(
-            path,
-            references,
-            labels=labels,
-            file_ending=ending,
-            ignore_label=description["labels"].get("ignore"),
-        )
-        for base, path in predictions.items()
-    }
+    results = {base: evaluate_folder(path, references, segmentations) for base, path in predictions.items()}
+    failed = {case: reason for result in results.values() for case, reason in result.failed.items()}
+    if failed:
+        raise UserError("; ".join(f"{case} could not be evaluated: {reason}" for case, reason in failed.items()))
 
+    by_trainer = {base: result.cases for base, result in results.items()}
     cases = f"{'test' if tested else 'validation'} cases, mean ± standard deviation"
     caption = f"{EPOCHS * ITERATIONS} labeled iterations each; {cases}"
-    (folder / "summary.md").write_text(f"{summarize(results, markdown=True)}\n\n{caption}\n", encoding="utf-8")
+    table = summarize(by_trainer, style="markdown")
+    (folder / "summary.md").write_text(f"{table}\n\n{caption}\n", encoding="utf-8")
 
-    hardest = _hardest_case(results)
-    image = sitk.ReadImage(str(dataset.raw / ("imagesTs" if tested else "imagesTr") / f"{hardest}_0000{ending}"))
-    array = sitk.GetArrayFromImage(image)
     overlay = folder / "overlay.png"
-    save_overlay(
-        overlay,
-        array.mean(axis=-1) if image.GetNumberOfComponentsPerPixel() > 1 else array,
-        sitk.GetArrayFromImage(sitk.ReadImage(str(references / f"{hardest}{ending}"))),
-        {
-            base: sitk.GetArrayFromImage(sitk.ReadImage(str(path / f"{hardest}{ending}")))
-            for base, path in predictions.items()
-        },
-        labels=labels,
-        spacing=tuple(reversed(image.GetSpacing())),
-        title=hardest,
-    )
-    return f"{summarize(results)}\n{caption}", overlay
-
-
-def _hardest_case(results: Mapping[str, Sequence[CaseResult]]) -> str:
-    """The case with the lowest Dice over all structures and trainers."""
-    dice: dict[str, list[float]] = {}
-    for cases in results.values():
-        for case in cases:
-            values = [one.dice for one in case.metrics.values() if not math.isnan(one.dice)]
-            dice.setdefault(case.case, []).extend(values)
-    return min(dice, key=lambda name: statistics.fmean(dice[name] or [1.0]))
+    draw_case(overlay, hardest_cases(results.values())[0], images, references, predictions, segmentations)
+    return f"{summarize(by_trainer)}\n{caption}", overlay
 
 
 def _find_program(name: str) -> str:

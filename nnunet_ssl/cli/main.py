@@ -14,7 +14,19 @@ from collections.abc import Sequence
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
 
-COMMANDS = ("trainers", "preprocess", "split", "doctor", "export", "adapt", "demo")
+COMMANDS = (
+    "trainers",
+    "preprocess",
+    "split",
+    "convert",
+    "doctor",
+    "export",
+    "adapt",
+    "evaluate",
+    "compare",
+    "overlay",
+    "demo",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

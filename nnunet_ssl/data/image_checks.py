@@ -76,7 +76,7 @@ def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str
     """
     for file in files:
         if file.name.endswith((".nii", ".nii.gz")):
-            _check_nifti(file)
+            check_nifti(file)
     try:
         return reader.read_images([str(file) for file in files])
     except MemoryError:
@@ -97,7 +97,7 @@ def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str
         raise BadImageError(f"cannot be read: {one_line(error)}") from error
 
 
-def _check_nifti(file: Path) -> None:
+def check_nifti(file: Path) -> None:
     """Find what ITK hides: it fills an incomplete file up with zeros, does not look at checksums, and reads NaN and
     infinite voxels as zero and an axis of size 0 as one of size 1.
 

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -62,8 +63,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BrokenProcessPool:
         raise UserError(
-            "Worker processes end as soon as they start, so unlabeled cases cannot be preprocessed in parallel. Is "
-            "memory free on this machine? In a Python script, is the call under if __name__ == '__main__'?"
+            "Worker processes end as soon as they start, so cases cannot be worked on in parallel. Is memory free on "
+            "this machine? In a Python script, is the call under if __name__ == '__main__'?"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -74,11 +75,14 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
+    # For libraries that are imported later, torch among them; those that are here already are told below.
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
     import SimpleITK
-    import torch
     from threadpoolctl import threadpool_limits
 
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     threadpool_limits(1)
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binary_structure
-
-from nnunet_ssl.errors import UserError
 
 Labels = Mapping[str, "int | Sequence[int]"]
 """Label values by structure, or several values for a region, as in nnU-Net's dataset.json; without background."""
@@ -30,15 +26,25 @@ class CaseMetrics:
         dice: Dice similarity coefficient, 0 to 1.
         jaccard: intersection over union, 0 to 1.
         hd95: 95th percentile of the surface distances of both directions pooled, in millimeters.
-        hd95_voxels: the same in voxels, that is with a spacing of 1.
         asd: mean distance from the prediction's surface to the reference's, in millimeters.
+        assd: mean of the surface distances of both directions pooled, in millimeters (as in MedPy 0.5.2; older releases
+            took the mean of the two means).
+        hd95_voxels: hd95 in voxels, that is with a spacing of 1.
+        asd_voxels: asd in voxels.
+        assd_voxels: assd in voxels.
     """
 
-    dice: float
-    jaccard: float
-    hd95: float
-    hd95_voxels: float
-    asd: float
+    dice: float = math.nan
+    jaccard: float = math.nan
+    hd95: float = math.nan
+    asd: float = math.nan
+    assd: float = math.nan
+    hd95_voxels: float = math.nan
+    asd_voxels: float = math.nan
+    assd_voxels: float = math.nan
+
+
+METRICS = tuple(field.name for field in fields(CaseMetrics))
 
 
 @dataclass(frozen=True)
@@ -70,24 +76,18 @@ def structure_metrics(
     in_prediction, in_reference = int(prediction.sum()), int(reference.sum())
     total = in_prediction + in_reference
     if total == 0:
-        return CaseMetrics(math.nan, math.nan, math.nan, math.nan, math.nan)
+        return CaseMetrics()
     common = int(np.count_nonzero(prediction & reference))
     dice, jaccard = 2 * common / total, common / (total - common)
     if in_prediction == 0 or in_reference == 0:
-        return CaseMetrics(dice, jaccard, math.nan, math.nan, math.nan)
+        return CaseMetrics(dice, jaccard)
 
     # Outside the box that holds both masks there is background only: the result is the same and the work far less.
     box = _bounding_box(prediction | reference)
     prediction, reference = prediction[box], reference[box]
-    to_reference, to_prediction = surface_distances(prediction, reference, spacing)
-    voxels = np.concatenate(surface_distances(prediction, reference, [1.0] * prediction.ndim))
-    return CaseMetrics(
-        dice=dice,
-        jaccard=jaccard,
-        hd95=float(np.percentile(np.concatenate([to_reference, to_prediction]), 95)),
-        hd95_voxels=float(np.percentile(voxels, 95)),
-        asd=float(to_reference.mean()),
-    )
+    millimeters = _summarize(*surface_distances(prediction, reference, spacing))
+    voxels = _summarize(*surface_distances(prediction, reference, [1.0] * prediction.ndim))
+    return CaseMetrics(dice, jaccard, *millimeters, *voxels)
 
 
 def surface_distances(
@@ -132,43 +132,10 @@ def evaluate_case(
     }
 
 
-def evaluate_folder(
-    predictions: Path, references: Path, *, labels: Labels, file_ending: str, ignore_label: int | None = None
-) -> list[CaseResult]:
-    """Evaluate each prediction against the reference of the same name.
-
-    Args:
-        predictions: folder with one label map per case.
-        references: folder with the references; those without a prediction are left out.
-        labels: label values by structure.
-        file_ending: the dataset's, such as ``.nii.gz``.
-        ignore_label: see :func:`evaluate_case`.
-
-    Returns:
-        One result per case, sorted by name.
-
-    Raises:
-        UserError: no predictions, a missing reference, an unreadable file, or geometries that differ.
-    """
-    files = sorted(file for file in Path(predictions).glob(f"*{file_ending}") if not file.name.startswith("."))
-    if not files:
-        raise UserError(f"No prediction that ends in {file_ending} lies in {predictions}.")
-    results = []
-    for file in files:
-        reference_file = Path(references) / file.name
-        if not reference_file.is_file():
-            raise UserError(f"The prediction {file} has no reference: {reference_file} does not exist.")
-        prediction, reference = _read(file), _read(reference_file)
-        _check_geometry(prediction, reference, file, reference_file)
-        metrics = evaluate_case(
-            sitk.GetArrayFromImage(prediction),
-            sitk.GetArrayFromImage(reference),
-            labels,
-            tuple(reversed(reference.GetSpacing())),
-            ignore_label=ignore_label,
-        )
-        results.append(CaseResult(file.name[: -len(file_ending)], metrics))
-    return results
+def _summarize(to_reference: NDArray[np.float64], to_prediction: NDArray[np.float64]) -> tuple[float, float, float]:
+    """HD95, ASD and ASSD of the distances of both directions."""
+    pooled = np.concatenate([to_reference, to_prediction])
+    return float(np.percentile(pooled, 95)), float(to_reference.mean()), float(pooled.mean())
 
 
 def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -181,30 +148,3 @@ def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
         occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
         box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
     return tuple(box)
-
-
-def _read(file: Path) -> sitk.Image:
-    try:
-        return sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise UserError(f"{file} cannot be read as an image: is the file complete?") from error
-
-
-def _check_geometry(prediction: sitk.Image, reference: sitk.Image, file: Path, reference_file: Path) -> None:
-    def differs(what: str, of_prediction: Sequence[float], of_reference: Sequence[float]) -> UserError:
-        return UserError(
-            f"The {what} of {file}, {tuple(of_prediction)}, differs from {tuple(of_reference)} of {reference_file}. "
-            "Predict on the images that the references belong to."
-        )
-
-    if prediction.GetSize() != reference.GetSize():
-        raise differs("size", prediction.GetSize(), reference.GetSize())
-    step = min(reference.GetSpacing())
-    # NIfTI keeps single precision: allow a thousandth of a voxel.
-    for what, one, other, tolerance in (
-        ("spacing", prediction.GetSpacing(), reference.GetSpacing(), 1e-3 * step),
-        ("origin", prediction.GetOrigin(), reference.GetOrigin(), 1e-2 * step),
-        ("direction", prediction.GetDirection(), reference.GetDirection(), 1e-3),
-    ):
-        if not np.allclose(one, other, rtol=1e-5, atol=tolerance):
-            raise differs(what, one, other)

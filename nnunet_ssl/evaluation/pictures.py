@@ -12,7 +12,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from nnunet_ssl.data.image_checks import BadImageError
+from nnunet_ssl.evaluation.comparison import scores
+from nnunet_ssl.evaluation.folders import FolderResult, Segmentations
 from nnunet_ssl.evaluation.metrics import Labels
+
+AXIS_LABELS = {
+    "dice": "Dice",
+    "jaccard": "Jaccard",
+    "hd95": "HD95 (mm)",
+    "asd": "ASD (mm)",
+    "assd": "ASSD (mm)",
+    "hd95_voxels": "HD95 (voxels)",
+    "asd_voxels": "ASD (voxels)",
+    "assd_voxels": "ASSD (voxels)",
+}
 
 _COLORS = ("#ff5a4f", "#29b6f6", "#ffd23f", "#7bd148", "#c77dff", "#ff9f1c", "#2ec4b6", "#f78fb3")
 
@@ -77,6 +91,80 @@ def save_overlay(
             frameon=False,
         )
         figure.suptitle(f"{title} (slice {index + 1} of {len(image)})".strip(), fontsize=11)
+        figure.savefig(path, format="png")
+
+
+def draw_case(
+    path: Path,
+    case: str,
+    images: Path,
+    references: Path,
+    predictions: Mapping[str, Path],
+    segmentations: Segmentations,
+    *,
+    channel: int = 0,
+) -> None:
+    """:func:`save_overlay` of one case, read from folders.
+
+    Args:
+        path: the picture, a PNG file.
+        case: its name.
+        images: folder with one file per channel, or with color pictures.
+        references: folder of reference segmentations.
+        predictions: folders by name.
+        segmentations: how they are stored.
+        channel: which file of the case is drawn.
+
+    Raises:
+        BadImageError: a file is missing or damaged, or the sizes differ.
+    """
+    name = case + segmentations.file_ending
+    image = segmentations.read_image(images / f"{case}_{channel:04d}{segmentations.file_ending}")
+    reference, geometry = segmentations.read(references / name)
+    arrays = {}
+    for model, folder in predictions.items():
+        arrays[model], found = segmentations.read(folder / name)
+        difference = found.difference(geometry)
+        if difference:
+            raise BadImageError(f"{folder / name}: {difference}, the reference's")
+    if image.shape != reference.shape:
+        raise BadImageError(f"the image has {image.shape} voxels, the reference {reference.shape}")
+    save_overlay(path, image, reference, arrays, labels=segmentations.labels, spacing=geometry.spacing, title=case)
+
+
+def save_comparison(
+    path: Path, models: Mapping[str, Sequence[FolderResult]], structures: Sequence[str], metric: str
+) -> None:
+    """Draw one dot per case and model, lines between the dots of a case, and the mean: a panel per structure.
+
+    Args:
+        path: the picture, a PNG file.
+        models: runs by the model's name; a dot is the mean over the runs.
+        structures: names of classes or regions.
+        metric: attribute of :class:`~nnunet_ssl.evaluation.metrics.CaseMetrics`.
+    """
+    cases = sorted({case.case for runs in models.values() for run in runs for case in run.cases})
+    names = list(models)
+    with matplotlib.style.context("default"):
+        width = len(structures) * (1.3 * len(names) + 0.8)
+        figure = Figure(figsize=(min(max(width, 4.0), 24.0), 4.2), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(structures), squeeze=False, sharey=metric in ("dice", "jaccard"))[0]
+        for axis, structure in zip(panels, structures, strict=True):
+            values = np.array([scores(models[name], cases, structure, metric).by_case() for name in names])
+            axis.plot(range(len(names)), values, color="gray", alpha=0.35, linewidth=0.8, zorder=1)
+            for position, of_model in enumerate(values):
+                color = _COLORS[position % len(_COLORS)]
+                axis.scatter([position] * len(cases), of_model, s=18, color=color, zorder=2)
+                if not np.isnan(of_model).all():
+                    mean = float(np.nanmean(of_model))
+                    axis.plot([position - 0.25, position + 0.25], [mean, mean], color="black", linewidth=2, zorder=3)
+            axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+            axis.set_xlim(-0.5, len(names) - 0.5)
+            axis.set_title(structure, fontsize=11)
+            axis.grid(axis="y", alpha=0.3)
+        panels[0].set_ylabel(AXIS_LABELS[metric])
+        figure.suptitle("one dot per case, bar: mean", fontsize=10)
         figure.savefig(path, format="png")
 
 

@@ -90,6 +90,7 @@ def pretrained_checkpoint(planned, plans: str) -> dict:
     return nnssl_checkpoint(network)
 
 
+@pytest.mark.slow
 def test_a_residual_preset_from_a_pretrained_encoder(planned_3d, tmp_path):
     trainer = "CrossMatchTrainer_short"
     assert "4 ready" in nnunet_ssl(planned_3d, "preprocess", "-d", planned_3d.dataset_id, "-c", "tiny")

@@ -87,7 +87,8 @@ def test_training_through_resume_to_prediction_2d(trainer, planned_2d, tmp_path)
     check_prediction(planned_2d, tmp_path)
 
 
-@pytest.mark.parametrize("trainer", ONE_BY_DEFAULT)
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_real_scans(trainer, planned_left_atrium, tmp_path):
     planned = planned_left_atrium
     stopped = train(planned, trainer=trainer, check=False, STOP_AFTER_EPOCHS="1").stdout

@@ -146,6 +146,7 @@ def let_the_teacher_predict(model: Path, planned, monkeypatch) -> None:
         torch.save({**checkpoint, "network_weights": trainer.training_network.teacher.state_dict()}, file)
 
 
+@pytest.mark.slow
 def test_student_and_teacher_predict_the_same_voxels_elsewhere(planned_3d, other_machine, tmp_path, monkeypatch):
     trainer = "SimCVDTrainer_short"
     model = train(planned_3d, trainer)

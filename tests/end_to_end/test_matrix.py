@@ -193,7 +193,7 @@ def table(request):
     yield cells
     if cells:
         rows = [[*key, *(row.get(c, "") for c in CONFIGURATIONS)] for key, row in sorted(cells.items())]
-        text = format_table(["trainer", "labels", *CONFIGURATIONS], rows, markdown=True)
+        text = format_table(["trainer", "labels", *CONFIGURATIONS], rows, style="markdown")
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             print(f"\n\n{text}\n")
 

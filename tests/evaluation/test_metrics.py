@@ -1,16 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import medpy.metric.binary as medpy
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.metrics import evaluate_case, evaluate_folder, structure_metrics
+from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, evaluate_case, structure_metrics
 
 
 def naive_surface(mask):
@@ -32,7 +32,8 @@ def naive_metrics(prediction, reference, spacing):
     one, other = (naive_surface(mask) * spacing for mask in (prediction, reference))
     distances = np.sqrt(((one[:, None] - other[None]) ** 2).sum(-1))
     there, back = distances.min(1), distances.min(0)
-    return 2 * common / total, common / (total - common), np.percentile(np.r_[there, back], 95), there.mean()
+    hd95, asd, assd = np.percentile(np.r_[there, back], 95), there.mean(), np.r_[there, back].mean()
+    return 2 * common / total, common / (total - common), hd95, asd, assd
 
 
 def masks(min_dims=2, max_dims=3):
@@ -52,9 +53,20 @@ def test_equals_the_naive_reference(pair, spacing):
     spacing = spacing[: prediction.ndim]
     result = structure_metrics(prediction, reference, spacing)
     expected = naive_metrics(prediction, reference, spacing)
-    np.testing.assert_allclose((result.dice, result.jaccard, result.hd95, result.asd), expected, rtol=1e-9, atol=1e-12)
-    voxels = naive_metrics(prediction, reference, [1.0] * prediction.ndim)[2]
-    np.testing.assert_allclose(result.hd95_voxels, voxels, rtol=1e-9, atol=1e-12)
+    expected += naive_metrics(prediction, reference, [1.0] * prediction.ndim)[2:]
+    np.testing.assert_allclose(dataclasses.astuple(result), expected, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks(), spacings)
+def test_equals_medpy(pair, spacing):
+    prediction, reference = pair
+    spacing = spacing[: prediction.ndim]
+    expected = [medpy.dc(prediction, reference), medpy.jc(prediction, reference)]
+    for step in (spacing, None):
+        expected += [metric(prediction, reference, step) for metric in (medpy.hd95, medpy.asd, medpy.assd)]
+    result = structure_metrics(prediction, reference, spacing)
+    np.testing.assert_allclose(dataclasses.astuple(result), expected, rtol=1e-9, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,7 +79,8 @@ def test_symmetry_identity_and_relation(pair, spacing):
     assert forth.hd95 == pytest.approx(back.hd95, abs=1e-12)
     assert forth.jaccard == pytest.approx(forth.dice / (2 - forth.dice))
     same = structure_metrics(one, one, spacing)
-    assert (same.dice, same.jaccard, same.hd95, same.hd95_voxels, same.asd) == (1, 1, 0, 0, 0)
+    assert same == CaseMetrics(1, 1, 0, 0, 0, 0, 0, 0)
+    assert forth.assd == pytest.approx(back.assd, abs=1e-12)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -120,11 +133,11 @@ def test_a_flat_case_has_an_outline():
 def test_empty_masks():
     empty, full = np.zeros((3, 3), bool), np.ones((3, 3), bool)
     both = structure_metrics(empty, empty, (1, 1))
-    assert all(math.isnan(value) for value in (both.dice, both.jaccard, both.hd95, both.hd95_voxels, both.asd))
+    assert all(math.isnan(getattr(both, metric)) for metric in METRICS)
     for one, other in ((empty, full), (full, empty)):
         result = structure_metrics(one, other, (1, 1))
         assert (result.dice, result.jaccard) == (0, 0)
-        assert math.isnan(result.hd95) and math.isnan(result.hd95_voxels) and math.isnan(result.asd)
+        assert all(math.isnan(getattr(result, metric)) for metric in METRICS if metric not in ("dice", "jaccard"))
 
 
 def test_single_voxel():
@@ -147,69 +160,3 @@ def test_labels_regions_and_ignored_voxels():
     assert result["both"].dice == 1
     counted = evaluate_case(prediction, reference, {"one": 1}, (1, 1))
     assert counted["one"].dice == pytest.approx(2 / 4)
-
-
-@pytest.fixture
-def folders(tmp_path):
-    predictions, references = tmp_path / "predictions", tmp_path / "references"
-    for folder in (predictions, references):
-        folder.mkdir()
-    return predictions, references
-
-
-def write(file, array, spacing=(1.0, 1.0, 2.0), origin=(0.0, 0.0, 0.0), direction=None):
-    image = sitk.GetImageFromArray(np.asarray(array, np.uint8))
-    image.SetSpacing(spacing)
-    image.SetOrigin(origin)
-    if direction is not None:
-        image.SetDirection(direction)
-    sitk.WriteImage(image, str(file))
-
-
-def test_folder(folders):
-    predictions, references = folders
-    first = np.zeros((6, 5, 4))
-    first[1] = 1
-    second = np.zeros((6, 5, 4))
-    second[3] = 1
-    write(references / "b.nii.gz", first)
-    write(predictions / "b.nii.gz", second)
-    write(references / "a.nii.gz", first)
-    write(predictions / "a.nii.gz", first)
-    write(references / "not_predicted.nii.gz", first)
-    results = evaluate_folder(predictions, references, labels={"slab": 1}, file_ending=".nii.gz")
-    assert [result.case for result in results] == ["a", "b"]
-    assert results[0].metrics["slab"].dice == 1
-    assert results[1].metrics["slab"].hd95 == pytest.approx(4.0), "the slices are 2 mm apart"
-    assert results[1].metrics["slab"].hd95_voxels == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize(
-    ("what", "changed"),
-    [
-        ("size", {"array": np.ones((6, 5, 5))}),
-        ("spacing", {"spacing": (1.0, 1.0, 2.1)}),
-        ("origin", {"origin": (0.0, 3.0, 0.0)}),
-        ("direction", {"direction": (-1, 0, 0, 0, -1, 0, 0, 0, 1)}),
-    ],
-)
-def test_geometries_must_agree(folders, what, changed):
-    predictions, references = folders
-    array = np.ones((6, 5, 4))
-    write(references / "a.nii.gz", array)
-    write(predictions / "a.nii.gz", **{"array": array, **changed})
-    with pytest.raises(UserError, match=f"The {what} of"):
-        evaluate_folder(predictions, references, labels={"slab": 1}, file_ending=".nii.gz")
-
-
-def test_missing_and_broken_files(folders):
-    predictions, references = folders
-    arguments = {"labels": {"slab": 1}, "file_ending": ".nii.gz"}
-    with pytest.raises(UserError, match="No prediction"):
-        evaluate_folder(predictions, references, **arguments)
-    write(predictions / "a.nii.gz", np.ones((3, 3, 3)))
-    with pytest.raises(UserError, match="has no reference"):
-        evaluate_folder(predictions, references, **arguments)
-    (references / "a.nii.gz").write_bytes(b"not an image")
-    with pytest.raises(UserError, match="cannot be read"):
-        evaluate_folder(predictions, references, **arguments)

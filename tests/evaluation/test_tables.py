@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from nnunet_ssl.evaluation.metrics import CaseMetrics, CaseResult
@@ -20,8 +22,22 @@ def test_columns_are_aligned():
 
 
 def test_markdown():
-    table = format_table(["a|b", "n"], [["x|y\nz", 1]], markdown=True)
+    table = format_table(["a|b", "n"], [["x|y\nz", 1]], style="markdown")
     assert table.splitlines() == ["| a\\|b   |   n |", "| ------ | --: |", "| x\\|y z |   1 |"]
+
+
+def test_latex():
+    table = format_table(["a_b", "n"], [["50 % ± 1", 1], ["x & y\\", None]], style="latex")
+    assert table.splitlines() == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"a\_b                   &   n \\",
+        r"\midrule",
+        r"50 \% $\pm$ 1          &   1 \\",
+        r"x \& y\textbackslash{} &   - \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
 
 
 def test_no_rows():
@@ -49,7 +65,11 @@ def test_summary():
         "CrossMatchTrainer": [case("a", 0.75, 1.0), case("b", 0.75, 3.0)],
     }
     lines = summarize(results).splitlines()
-    assert lines[0].split() == ["structure", "trainer", "Dice", "HD95", "(mm)", "cases"]
-    assert lines[2].split() == ["chamber", "nnUNetTrainer", "0.250", "±", "0.354", "2.00", "(1", "missing)", "2"]
-    assert lines[3].split() == ["chamber", "CrossMatchTrainer", "0.750", "±", "0.000", "2.00", "±", "1.41", "2"]
-    assert summarize(results, markdown=True).count("\n| chamber ") == 2
+    cells = [[cell.strip() for cell in re.split(r"\s{2,}", line)] for line in lines]
+    assert cells[0] == ["structure", "name", "Dice", "Jaccard", "HD95 (mm)", "ASD (mm)", "ASSD (mm)", "cases"]
+    one, other = "2.00 (1 missing)", "2.00 ± 1.41"
+    assert cells[2] == ["chamber", "nnUNetTrainer", "0.250 ± 0.354", "0.250 ± 0.354", one, one, one, "2"]
+    assert cells[3] == ["chamber", "CrossMatchTrainer", "0.750 ± 0.000", "0.750 ± 0.000", other, other, other, "2"]
+    alone = summarize({"": results["nnUNetTrainer"]}).splitlines()
+    assert alone[0].split()[:2] == ["structure", "Dice"] and alone[2].split()[:2] == ["chamber", "0.250"]
+    assert summarize(results, style="markdown").count("\n| chamber ") == 2

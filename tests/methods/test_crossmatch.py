@@ -7,6 +7,7 @@ import pytest
 import torch
 from method_steps import Given, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.networks.training_network import Stream, StreamOutput, draw_dropout_masks
@@ -180,6 +181,29 @@ def test_a_step_moves_the_weights_and_lowers_the_loss(planned_2d, monkeypatch, t
     for _ in range(15):
         last = trainer.train_step(batch)
     assert last["loss"] < first["loss"] and last["loss/ip"] < first["loss/ip"]
+
+
+class TermsOff(CrossMatchTrainer):
+    """The matched control: CrossMatch without its unsupervised terms."""
+
+    def loss_weights(self, progress):
+        return {name: float(name == "supervised") for name in super().loss_weights(progress)}
+
+
+@pytest.mark.parametrize("mode", ["split", "stacked"])
+def test_without_its_terms_it_takes_nnunets_steps(mode, planned_2d, monkeypatch, tmp_path):
+    control = make_method_trainer(TermsOff, planned_2d, monkeypatch, tmp_path, memory_mode=mode)
+    stock = make_method_trainer(nnUNetTrainer, planned_2d, monkeypatch, tmp_path)
+    ours = make_method_trainer(CrossMatchTrainer, planned_2d, monkeypatch, tmp_path, ramp_length=0.0)
+    trainers = (control, stock, ours)
+    for trainer in trainers:
+        trainer.network.load_state_dict(stock.network.state_dict())
+    for seed in range(3):
+        for trainer in trainers:
+            trainer.train_step(make_batches(trainer if trainer is not stock else control, seed=seed)[2])
+    after = [torch.cat([value.flatten() for value in one.network.state_dict().values()]) for one in trainers]
+    assert (after[0] - after[1]).abs().max() < 1e-6
+    assert (after[2] - after[1]).abs().max() > 1e-3, "with its terms it does not"
 
 
 @pytest.mark.parametrize("mode", ["split", "stacked"])

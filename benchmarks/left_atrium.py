@@ -1,0 +1,272 @@
+"""Do the methods help? The papers' protocol on the left atrium: few labeled cases, many unlabeled ones, several seeds.
+
+    python benchmarks/left_atrium.py -d 901                   # two CPU cores: hours, in as many runs as you like
+    python benchmarks/left_atrium.py -d 901 -c 3d_fullres --epochs 20 -device cuda  # nnU-Net's own plan
+    python benchmarks/left_atrium.py -d 901 --table                                 # what there is so far
+
+Trains nnUNetTrainer, each method and each method's matched control: the same trainer with the weights of its
+unsupervised terms at 0. CrossMatch's control is nnUNetTrainer itself, whose steps it then takes
+(tests/methods/test_crossmatch.py shows that). All have the same labeled cases, plans and number of labeled iterations.
+The final checkpoint is what counts; checkpoint_best, which nnU-Net chose on the same validation cases, is evaluated
+beside it to show how much such a choice would pretend. There are no test cases here, and nothing is chosen by them.
+
+Run again after a stop, and it goes on: a training from its last epoch, and what is in the table of results, a CSV file
+beside the other results of this folder with every case's metrics, is not trained again. Each seed has a folder of its
+own under nnUNet_results/left_atrium, with nnU-Net's usual content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nnunet_ssl.evaluation.folders import FolderResult
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train; ``settings`` are added to the configuration as ``semi_supervised``."""
+
+    trainer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    suffix: str = ""
+
+
+ARMS = {
+    "nnU-Net": Arm("nnUNetTrainer"),
+    "CrossMatch": Arm("CrossMatchTrainer"),
+    "mutual, terms off": Arm("MutualReliableTrainer", {"mutual_weight": 0.0}, "mutual_off"),
+    "mutual": Arm("MutualReliableTrainer"),
+    "SimCVD, terms off": Arm(
+        "SimCVDTrainer",
+        {"contrast_weight": 0.0, "structure_weight": 0.0, "consistency_weight": 0.0},
+        "simcvd_off",
+    ),
+    "SimCVD": Arm("SimCVDTrainer"),
+}
+CONTROLS = {"CrossMatch": "nnU-Net", "mutual": "mutual, terms off", "SimCVD": "SimCVD, terms off"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the benchmark."""
+
+    arm: str
+    labeled: int
+    fold: int
+    seed: int
+    configuration: str
+    trainer: str
+    folder: Path
+
+    @property
+    def predictions(self) -> dict[str, Path]:
+        """Of the validation cases, by checkpoint."""
+        return {checkpoint: self.folder / f"validation_{checkpoint}" for checkpoint in ("final", "best")}
+
+    @property
+    def done(self) -> bool:
+        """Whether both checkpoints were validated."""
+        return all(folder.is_dir() for folder in self.predictions.values())
+
+    def key(self, checkpoint: str) -> str:
+        """Its name in the table of results."""
+        return f"{self.arm}; {self.labeled} labeled; seed {self.seed}; {checkpoint}"
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, help="dataset id or name, planned and preprocessed")
+    parser.add_argument("-c", default="2d_small", help="configuration; 2d_small is added where it is missing")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans")
+    parser.add_argument("-device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--labeled", type=int, nargs="+", default=[2, 8], help="numbers of labeled cases")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=5, help="of 250 labeled iterations; a length that nnU-Net has")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
+    parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
+    parser.add_argument("--results", type=Path, help="default: results/left-atrium-CONFIGURATION-ITERATIONS.csv")
+    parser.add_argument("--train", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.train:
+        train(args, *args.train)
+        return
+    if args.results is None:
+        name = f"left-atrium-{args.c}-{args.epochs * 250}.csv"
+        args.results = Path(__file__).resolve().parent / "results" / name
+    trainings = plan(args)
+    results = collect(args, trainings)
+    if not args.table:
+        for number, training in enumerate(trainings, start=1):
+            name = f"{number}/{len(trainings)} {training.arm}, {training.labeled} labeled, seed {training.seed}"
+            if training.key("best") in results:
+                print(f"{name}: done before", flush=True)
+                continue
+            minutes = run(args, training, name)
+            results = collect(args, trainings)
+            dice = results[training.key("final")].cases
+            mean = statistics.fmean(one.dice for case in dice for one in case.metrics.values())
+            print(f"{name}: Dice {mean:.3f}, {minutes:.1f} min", flush=True)
+    print_tables(args, trainings, results)
+
+
+def plan(args: argparse.Namespace) -> list[Training]:
+    """Add configurations and folds to the preprocessed dataset; the trainings, whole seeds first."""
+    from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+    from small_plans import add_fold, add_plans
+
+    dataset = str(maybe_convert_to_dataset_name(args.d))
+    folder = Path(str(nnUNet_preprocessed)) / dataset
+    plans_file = folder / f"{args.p}.json"
+    if args.c not in load_json(str(plans_file))["configurations"]:
+        add_plans(plans_file)
+    plans = load_json(str(plans_file))
+    for arm in ARMS.values():
+        if arm.settings:
+            settings = {"inherits_from": args.c, "semi_supervised": arm.settings}
+            plans["configurations"][f"{args.c}_{arm.suffix}"] = settings
+    save_json(plans, str(plans_file), sort_keys=False)
+    folds = {labeled: add_fold(folder / "splits_final.json", labeled=labeled) for labeled in args.labeled}
+
+    trainings = []
+    for seed, labeled, name in itertools.product(args.seeds, args.labeled, args.arms):
+        arm = ARMS[name]
+        configuration = f"{args.c}_{arm.suffix}" if arm.settings else args.c
+        trainer = f"{arm.trainer}_{args.epochs}epoch{'s' if args.epochs > 1 else ''}"
+        results = Path(str(nnUNet_results)) / "left_atrium" / f"seed_{seed}"
+        output = results / dataset / f"{trainer}__{args.p}__{configuration}" / f"fold_{folds[labeled]}"
+        trainings.append(Training(name, labeled, folds[labeled], seed, configuration, trainer, output))
+    return trainings
+
+
+def run(args: argparse.Namespace, training: Training, name: str) -> float:
+    """One training in a process of its own; how many minutes it took."""
+    from nnunet_ssl.cli.trainers import trainers_folder
+
+    results = training.folder.parents[2]
+    results.mkdir(parents=True, exist_ok=True)
+    environment = {
+        # Threads that spin while they wait take the cores from the loaders.
+        "OMP_WAIT_POLICY": "passive",
+        "nnUNet_compile": "f",
+        "nnUNet_n_proc_DA": "1" if args.device == "cpu" else "8",
+        **os.environ,
+        "nnUNet_results": str(results),
+        "nnUNet_extTrainer": str(trainers_folder()),
+    }
+    command = [sys.executable, __file__, "-d", args.d, "-p", args.p, "-device", args.device, "--train"]
+    command += [training.trainer, training.configuration, str(training.fold), str(training.seed), str(training.folder)]
+    started, log = time.monotonic(), results / f"{training.arm}, {training.labeled} labeled.log"
+    with log.open("a") as output:
+        code = subprocess.call(command, env=environment, stdout=output, stderr=output)
+    if code:
+        raise SystemExit(f"{name} ended with exit code {code}; the end of {log} says why")
+    return (time.monotonic() - started) / 60
+
+
+def train(args: argparse.Namespace, trainer: str, configuration: str, fold: str, seed: str, folder: str) -> None:
+    """What nnUNetv2_train does, but seeded, with a checkpoint after each epoch, and validation of both checkpoints."""
+    import numpy as np
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    device, output = torch.device(args.device), Path(folder)
+    torch.set_num_threads(os.cpu_count() or 1 if args.device == "cpu" else 1)
+    validation, final, best = (output / name for name in ("validation", "validation_final", "validation_best"))
+
+    def make(continue_training: bool) -> Any:
+        made = get_trainer_from_args(args.d, configuration, int(fold), trainer, args.p, continue_training, device)
+        made.save_every = 1
+        return made
+
+    if not final.is_dir():
+        trained = (output / "checkpoint_final.pth").is_file()
+        begun = (output / "checkpoint_latest.pth").is_file()
+        if not begun:
+            random.seed(int(seed))
+            np.random.seed(int(seed))
+            torch.manual_seed(int(seed))
+        model = make(begun and not trained)
+        maybe_load_checkpoint(model, begun and not trained, trained)
+        if not trained:
+            model.run_training()
+        model.perform_actual_validation(False)
+        validation.rename(final)
+    if not best.is_dir():
+        model = make(False)
+        maybe_load_checkpoint(model, False, True)
+        model.load_checkpoint(str(output / "checkpoint_best.pth"))
+        model.perform_actual_validation(False)
+        validation.rename(best)
+
+
+def collect(args: argparse.Namespace, trainings: list[Training]) -> dict[str, FolderResult]:
+    """Every case's metrics of what is done: those of the table of results, and new ones, which are added to it."""
+    from batchgenerators.utilities.file_and_folder_operations import load_json
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    from nnunet_ssl.evaluation.folders import Segmentations, evaluate_folder, read_csv, write_csv
+
+    folder = Path(str(nnUNet_preprocessed)) / str(maybe_convert_to_dataset_name(args.d))
+    segmentations = Segmentations.from_dataset_json(folder / "dataset.json")
+    validation = set(load_json(str(folder / "splits_final.json"))[0]["val"])
+    results = read_csv(args.results, key="training") if args.results.is_file() else {}
+    known = len(results)
+    for training in trainings:
+        if training.done and training.key("best") not in results:
+            for checkpoint, path in training.predictions.items():
+                result = evaluate_folder(path, folder / "gt_segmentations", segmentations)
+                assert {case.case for case in result.cases} == validation, f"{path}: {result.failed}"
+                results[training.key(checkpoint)] = result
+    if len(results) > known:
+        write_csv(args.results, results, key="training")
+    return results
+
+
+def print_tables(args: argparse.Namespace, trainings: list[Training], results: dict[str, FolderResult]) -> None:
+    """Every method against nnU-Net and against its control, from the trainings that are done."""
+    from common import where
+
+    from nnunet_ssl.evaluation.comparison import compare
+    from nnunet_ssl.evaluation.tables import format_table
+
+    def runs(arm: str, labeled: int, checkpoint: str) -> list[FolderResult]:
+        keys = [one.key(checkpoint) for one in trainings if (one.arm, one.labeled) == (arm, labeled)]
+        return [results[key] for key in keys if key in results]
+
+    print(f"\n{where()}\n{args.c}, {args.epochs * 250} labeled iterations, {args.results}\n")
+    for labeled, metric in itertools.product(args.labeled, ("dice", "hd95")):
+        found = {arm: runs(arm, labeled, "final") for arm in args.arms if runs(arm, labeled, "final")}
+        if len(found) < 2:
+            continue
+        best = {arm: runs(arm, labeled, "best") for arm in found}
+        structures = list(next(iter(found.values()))[0].cases[0].metrics)
+        print(f"{labeled} labeled, {metric}, against the first row\n")
+        header, rows = compare(found, structures, metric, best=best)
+        print(format_table(header, rows, style="markdown") + "\n")
+        controlled = []
+        for arm, control in CONTROLS.items():
+            if arm in found and control in found:
+                table = compare({control: found[control], arm: found[arm]}, structures, metric)[1]
+                controlled += [row for row in table if row[1] == arm]
+        if controlled:
+            print(f"{labeled} labeled, {metric}, against the matched control\n")
+            print(format_table(header[:-1], controlled, style="markdown") + "\n")
+
+
+if __name__ == "__main__":
+    main()

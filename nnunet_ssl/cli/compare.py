@@ -1,0 +1,162 @@
+"""``nnunet-ssl compare``: several models on the same cases, with paired differences."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunet_ssl.cli.prediction_arguments import (
+    add_label_options,
+    add_processes_option,
+    dataset_folder,
+    named_folders,
+    processes,
+    report_problems,
+    segmentations_of,
+)
+from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.evaluation.folders import FolderResult
+
+HELP = "compare trainers on the same cases: spread, paired differences, confidence intervals, figure"
+
+_EXPLANATION = """\
+Examples:
+
+  nnunet-ssl compare -d 901 -c 3d_fullres -f 0 -tr nnUNetTrainer CrossMatchTrainer
+  nnunet-ssl compare -g labelsTs nnU-Net=predictions/a nnU-Net=predictions/b CrossMatch=predictions/c
+
+The first compares the validation predictions of trained models, the second any folders. Folders of one name that hold
+the same cases are runs (trainings with other seeds); folders with other cases (folds) are joined to one run.
+
+The first name is the baseline. A difference is the mean over the cases of the means over the runs; its interval is a
+95 % bootstrap over cases and runs; p is Wilcoxon's signed-rank test over the cases, two-sided, and not corrected for
+the number of comparisons. Pairs of which one is undefined are left out and counted.
+
+--best NAME=FOLDER names predictions of the same cases with checkpoint_best. The column 'best - last' then shows how
+much the choice of a checkpoint changes the result: where the best one was chosen on these very cases, that is no gain.
+
+With -o: comparison.csv (all values), comparison.md, comparison.tex (booktabs) and comparison.png.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``nnunet-ssl compare``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXPLANATION
+    parser.add_argument("folders", nargs="*", metavar="NAME=FOLDER", help="predictions; the first name is the baseline")
+    parser.add_argument("-g", type=Path, metavar="REFERENCES", help="reference segmentations (default: those of -d)")
+    parser.add_argument("-tr", nargs="+", default=[], metavar="TRAINER", help="trained models' validation predictions")
+    parser.add_argument("-c", metavar="CONFIGURATION", help="of the trained models")
+    parser.add_argument("-f", nargs="+", default=["0"], metavar="FOLD", help="of the trained models (default 0)")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="of the trained models")
+    parser.add_argument("--best", nargs="+", default=[], metavar="NAME=FOLDER", help="predictions with checkpoint_best")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["dice", "hd95"],
+        metavar="METRIC",
+        help="default dice hd95; the first is drawn",
+    )
+    parser.add_argument("-o", type=Path, metavar="FOLDER", help="also write tables and the figure there")
+    parser.add_argument(
+        "--chill", action="store_true", help="as in nnUNetv2_evaluate_folder: references without prediction are fine"
+    )
+    add_processes_option(parser)
+    add_label_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate all folders, print a table per metric, write the files."""
+    from nnunet_ssl.evaluation.comparison import compare, join_runs
+    from nnunet_ssl.evaluation.folders import evaluate_folder, write_csv, write_text
+    from nnunet_ssl.evaluation.metrics import METRICS
+    from nnunet_ssl.evaluation.pictures import save_comparison
+    from nnunet_ssl.evaluation.tables import format_table
+
+    unknown = [metric for metric in args.metrics if metric not in METRICS]
+    if unknown:
+        raise UserError(f"--metrics {' '.join(unknown)}: there are {', '.join(METRICS)}.")
+    folders = {**_validations(args)}
+    for name, paths in named_folders(args.folders, "NAME=FOLDER").items():
+        folders[name] = folders.get(name, []) + paths
+    if len(folders) < 2:
+        raise UserError("Name at least two models, as NAME=FOLDER or with -d, -c and -tr.")
+    best = named_folders(args.best, "--best")
+    strangers = [name for name in best if name not in folders]
+    if strangers:
+        raise UserError(f"--best names {', '.join(strangers)}; the models are {', '.join(folders)}.")
+    everything = [path for paths in (*folders.values(), *best.values()) for path in paths]
+    segmentations = segmentations_of(args, everything)
+    references = args.g
+    if references is None:
+        if not args.d:
+            raise UserError("Give the folder of the reference segmentations with -g, or the dataset with -d.")
+        references = dataset_folder(args.d, "gt_segmentations") / "gt_segmentations"
+    workers = processes(args.np, sum(len(segmentations.cases(path)) for path in everything))
+
+    by_folder: dict[str, FolderResult] = {}
+
+    def evaluate(paths: Sequence[Path]) -> list[FolderResult]:
+        for path in paths:
+            by_folder[str(path)] = evaluate_folder(path, references, segmentations, num_processes=workers)
+        return join_runs([by_folder[str(path)] for path in paths])
+
+    models = {name: evaluate(paths) for name, paths in folders.items()}
+    best_runs = {name: evaluate(paths) for name, paths in best.items()}
+    # A fold's validation never has all the references.
+    problems = report_problems(by_folder, chill=args.chill or bool(args.tr))
+    empty = [name for name, runs in models.items() if not any(one.cases for one in runs)]
+    if empty:
+        raise UserError(f"No case of {', '.join(empty)} could be evaluated; the table above says why.")
+
+    structures = list(segmentations.labels)
+    texts = []
+    for metric in args.metrics:
+        header, rows = compare(models, structures, metric, best=best_runs)
+        print(f"\n{metric}\n{format_table(header, rows)}")
+        texts.append((metric, header, rows))
+    if args.o:
+        rows_of = {f"{name} run {number}": run for name, runs in models.items() for number, run in enumerate(runs)}
+        for name, runs in best_runs.items():
+            rows_of |= {f"{name} best, run {number}": run for number, run in enumerate(runs)}
+        write_csv(args.o / "comparison.csv", rows_of, key="model")
+        markdown = [f"{metric}\n\n{format_table(header, rows, style='markdown')}\n" for metric, header, rows in texts]
+        write_text(args.o / "comparison.md", "\n".join(markdown))
+        latex = [f"% {metric}\n{format_table(header, rows, style='latex')}\n" for metric, header, rows in texts]
+        write_text(args.o / "comparison.tex", "\n".join(latex))
+        save_comparison(args.o / "comparison.png", models, structures, args.metrics[0])
+        print(f"\n{args.o}: comparison.csv, comparison.md, comparison.tex, comparison.png")
+    return 1 if problems else 0
+
+
+def _validations(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """Folders of the validation predictions of trained models."""
+    if not args.tr:
+        return {}
+    if not (args.d and args.c):
+        raise UserError("-tr names trained models: give their dataset and configuration too, with -d and -c.")
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    if not os.environ.get("nnUNet_results"):
+        raise UserError("The environment variable nnUNet_results is not set; nnU-Net keeps trained models there.")
+    try:
+        dataset = str(maybe_convert_to_dataset_name(args.d))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    folders: dict[str, list[Path]] = {}
+    for trainer in args.tr:
+        model = Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{args.p}__{args.c}"
+        for fold in args.f:
+            validation = model / f"fold_{fold}" / "validation"
+            if not validation.is_dir():
+                raise UserError(
+                    f"There is no {validation}: nnU-Net makes it at the end of training, or with "
+                    f"nnUNetv2_train {args.d} {args.c} {fold} -tr {trainer} -p {args.p} --val"
+                )
+            folders.setdefault(trainer, []).append(validation)
+    return folders

@@ -1,0 +1,71 @@
+"""``nnunet-ssl evaluate``: the metrics of the papers' tables, per case and structure."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunet_ssl.cli.prediction_arguments import (
+    add_label_options,
+    add_processes_option,
+    processes,
+    report_problems,
+    segmentations_of,
+)
+from nnunet_ssl.errors import UserError
+
+HELP = "Dice, Jaccard, HD95, ASD and ASSD of predictions, per case and class or region"
+
+_EXPLANATION = """\
+The definitions are MedPy's, which most papers use: a surface voxel belongs to the mask but not to its erosion by a
+cross; HD95 is the 95th percentile of the distances of both directions pooled, ASSD their mean; ASD goes from the
+prediction to the reference alone. Distances are in millimeters and, in the files, also in voxels.
+
+Where one of prediction and reference is empty, Dice and Jaccard are 0 and distances are missing: they are counted, and
+are no zero. Where both are, everything is missing, as in nnU-Net's own evaluation.
+
+Writes evaluation.csv and evaluation.json. Exit code 1 if a case could not be evaluated or has no prediction.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``nnunet-ssl evaluate``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXPLANATION
+    parser.add_argument("-p", required=True, type=Path, metavar="PREDICTIONS", help="folder of predictions")
+    parser.add_argument("-g", required=True, type=Path, metavar="REFERENCES", help="folder of reference segmentations")
+    parser.add_argument("-o", type=Path, metavar="FOLDER", help="for the results (default: that of the predictions)")
+    parser.add_argument("--per-case", action="store_true", help="print every case, not only mean and spread")
+    parser.add_argument(
+        "--chill", action="store_true", help="as in nnUNetv2_evaluate_folder: references without prediction are fine"
+    )
+    add_processes_option(parser)
+    add_label_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print a table, write the files."""
+    from nnunet_ssl.evaluation.folders import evaluate_folder, write_csv, write_json
+    from nnunet_ssl.evaluation.metrics import METRICS
+    from nnunet_ssl.evaluation.tables import format_table, summarize
+
+    segmentations = segmentations_of(args, [args.p])
+    workers = processes(args.np, len(segmentations.cases(args.p)))
+    result = evaluate_folder(args.p, args.g, segmentations, num_processes=workers)
+    output = args.o or args.p
+    write_csv(output / "evaluation.csv", {"": result})
+    write_json(output / "evaluation.json", result)
+    if result.cases:
+        if args.per_case:
+            rows = [
+                [case.case, structure, *(getattr(metrics, metric) for metric in METRICS)]
+                for case in result.cases
+                for structure, metrics in case.metrics.items()
+            ]
+            print(format_table(["case", "structure", *METRICS], rows) + "\n")
+        print(summarize({"": result.cases}))
+        print(f"mean ± standard deviation over the cases; {output / 'evaluation.csv'} has all")
+    problems = report_problems({str(args.p): result}, chill=args.chill)
+    if not result.cases:
+        raise UserError("No case could be evaluated; the table above says why.")
+    return 1 if problems else 0

@@ -1,0 +1,89 @@
+"""``nnunet-ssl overlay``: pictures of predictions and reference where they disagree most."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunet_ssl.cli.prediction_arguments import (
+    add_label_options,
+    add_processes_option,
+    dataset_folder,
+    named_folders,
+    processes,
+    segmentations_of,
+)
+from nnunet_ssl.errors import UserError
+
+HELP = "pictures of predictions against the reference, in the slice where they disagree most"
+
+_EXPLANATION = """\
+Example:
+
+  nnunet-ssl overlay -d 901 -o pictures nnU-Net=predictions/a CrossMatch=predictions/b
+
+Draws a PNG per case: the image, the reference, and each prediction with the reference dotted; the slice, along the
+image's first axis, is the one with most voxels in which predictions and reference differ.
+
+Exit code 1 if a case could not be drawn.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``nnunet-ssl overlay``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXPLANATION
+    parser.add_argument("folders", nargs="+", metavar="NAME=FOLDER", help="predictions")
+    parser.add_argument("-g", type=Path, metavar="REFERENCES", help="reference segmentations (default: labelsTr of -d)")
+    parser.add_argument("-i", type=Path, metavar="IMAGES", help="images (default: imagesTr of -d)")
+    parser.add_argument("-ch", type=int, default=0, metavar="CHANNEL", help="channel to be drawn (default 0)")
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="for the pictures")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--cases", nargs="+", metavar="CASE", help="these")
+    chosen.add_argument("--worst", type=int, default=5, metavar="N", help="those with the lowest Dice (default 5)")
+    add_processes_option(parser)
+    add_label_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw and print what was drawn."""
+    from nnunet_ssl.data.image_checks import BadImageError
+    from nnunet_ssl.evaluation.folders import evaluate_folder, hardest_cases
+    from nnunet_ssl.evaluation.pictures import draw_case
+
+    folders = {name: paths[-1] for name, paths in named_folders(args.folders, "NAME=FOLDER").items()}
+    if args.worst < 1:
+        raise UserError(f"--worst is {args.worst}; give 1 or more.")
+    segmentations = segmentations_of(args, list(folders.values()))
+    if not args.d and not (args.g and args.i):
+        raise UserError("Give the folders of references and images with -g and -i, or the dataset with -d.")
+    references = args.g or dataset_folder(args.d, "labelsTr") / "labelsTr"
+    images = args.i or dataset_folder(args.d, "imagesTr") / "imagesTr"
+
+    common = set.intersection(*(set(segmentations.cases(folder)) for folder in folders.values()))
+    problems: dict[str, str] = {}
+    if args.cases:
+        cases = list(dict.fromkeys(args.cases))
+    else:
+        workers = processes(args.np, len(common) * len(folders))
+        results = [evaluate_folder(one, references, segmentations, num_processes=workers) for one in folders.values()]
+        for result in results:
+            problems.update(result.failed)
+        cases = [case for case in hardest_cases(results) if case in common and case not in problems][: args.worst]
+    args.o.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        if case not in common:
+            problems[case] = f"not every folder has {case}{segmentations.file_ending}"
+            continue
+        picture = args.o / f"{case}.png"
+        try:
+            draw_case(picture, case, images, references, folders, segmentations, channel=args.ch)
+        except BadImageError as error:
+            problems[case] = str(error)
+        else:
+            print(picture)
+    for case, reason in problems.items():
+        print(f"{case} was not drawn: {reason}")
+    if not common:
+        raise UserError(f"There is no case that all of {', '.join(map(str, folders.values()))} have.")
+    return 1 if problems else 0

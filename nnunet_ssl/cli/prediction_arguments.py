@@ -1,0 +1,125 @@
+"""Options that evaluate, compare and overlay share: folders of predictions, and what they hold."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.evaluation.folders import FolderResult, Segmentations
+
+
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Where the names and values of the structures come from."""
+    group = parser.add_argument_group(
+        "labels", "default: the dataset.json that nnU-Net wrote beside or above the (first) predictions"
+    )
+    group.add_argument("-d", metavar="DATASET", help="dataset's number or name: its dataset.json names the labels")
+    group.add_argument(
+        "--labels", nargs="+", metavar="LABEL", help="such as 1 2, or organ=1 tumor=2, or whole=1,2 for a region"
+    )
+    group.add_argument("--ignore-label", type=int, help="with --labels: value of voxels that do not count")
+    group.add_argument("--file-ending", default=".nii.gz", help="with --labels: of the segmentations (default .nii.gz)")
+
+
+def add_processes_option(parser: argparse.ArgumentParser) -> None:
+    """The option ``-np``, named as nnU-Net's."""
+    parser.add_argument(
+        "-np", type=int, metavar="N", help="processes, each of which holds one case (default: by cases and cores)"
+    )
+
+
+def segmentations_of(args: argparse.Namespace, predictions: Sequence[Path]) -> Segmentations:
+    """Labels and file ending, from the options or from nnU-Net's own dataset.json.
+
+    Raises:
+        UserError: there is none, or the options contradict each other.
+    """
+    from nnunet_ssl.evaluation.folders import Segmentations
+
+    if args.labels:
+        if args.d:
+            raise UserError("-d and --labels both say which labels there are; give one of them.")
+        return Segmentations.from_options(args.labels, args.file_ending, args.ignore_label)
+    if args.ignore_label is not None:
+        raise UserError("--ignore-label goes with --labels; otherwise dataset.json tells.")
+    if args.d:
+        return Segmentations.from_dataset_json(dataset_folder(args.d, "dataset.json") / "dataset.json")
+    looked = [folder.resolve() for one in predictions for folder in (one, *one.resolve().parents[:2])]
+    for folder in looked:
+        if (folder / "dataset.json").is_file():
+            return Segmentations.from_dataset_json(folder / "dataset.json")
+    raise UserError(
+        f"No dataset.json, which would name the labels, lies in {', '.join(map(str, dict.fromkeys(looked)))}. Name the "
+        "dataset with -d, or the labels with --labels."
+    )
+
+
+def dataset_folder(dataset: str, *needed: str) -> Path:
+    """The folder of a dataset in nnUNet_raw or nnUNet_preprocessed that holds what is needed.
+
+    Args:
+        dataset: number or name.
+        needed: files or folders, all of which must be there.
+
+    Raises:
+        UserError: neither folder has them.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    roots = [Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed") if os.environ.get(name)]
+    if not roots:
+        raise UserError("Neither nnUNet_raw nor nnUNet_preprocessed is set; nnU-Net keeps its datasets there.")
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    for root in roots:
+        if all((root / name / one).exists() for one in needed):
+            return root / name
+    raise UserError(f"Nowhere in {' and '.join(map(str, roots))} is there {name} with {' and '.join(needed)}.")
+
+
+def named_folders(arguments: Sequence[str], option: str) -> dict[str, list[Path]]:
+    """From ``NAME=FOLDER``, or ``FOLDER`` alone, which is then its own name; a name can have several folders."""
+    folders: dict[str, list[Path]] = {}
+    for argument in arguments:
+        name, _, folder = argument.rpartition("=")
+        path = Path(folder)
+        if not path.is_dir():
+            raise UserError(f"{option} {argument}: there is no folder {path.resolve()}.")
+        folders.setdefault(name or folder, []).append(path)
+    return folders
+
+
+def processes(asked: int | None, cases: int) -> int:
+    """What was asked for, or one process for every four cases, up to nnU-Net's default and the number of cores."""
+    if asked is not None:
+        if asked < 1:
+            raise UserError(f"-np is {asked}; give 1 or more.")
+        return asked
+    from nnunetv2.configuration import default_num_processes
+
+    # A process takes seconds to start.
+    return max(1, min(default_num_processes, os.cpu_count() or 1, cases // 4))
+
+
+def report_problems(results: dict[str, FolderResult], *, chill: bool) -> bool:
+    """Print which cases could not be evaluated and which have no prediction; True if there are any that count."""
+    from nnunet_ssl.evaluation.tables import format_table
+
+    rows = []
+    for name, result in results.items():
+        rows += [[name, case, reason] for case, reason in result.failed.items()]
+        if not chill:
+            rows += [[name, case, "has no prediction"] for case in result.missing]
+    if rows:
+        header = ["predictions", "case", "problem"]
+        print(f"\n{len(rows)} {'case' if len(rows) == 1 else 'cases'} not evaluated:")
+        print(format_table(header, rows) if len(results) > 1 else format_table(header[1:], [row[1:] for row in rows]))
+    return bool(rows)
