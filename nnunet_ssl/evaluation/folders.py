@@ -340,7 +340,7 @@ def _as_json(metrics: CaseMetrics) -> dict[str, float | None]:
 
 
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return None if math.isnan(value) else round(value, 6)
 
 
 def write_text(file: Path, text: str) -> None:

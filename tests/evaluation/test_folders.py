@@ -168,7 +168,7 @@ def test_labels_of_a_command_line():
 def test_files_of_results(tmp_path):
     missed = CaseMetrics(0.0, 0.0)
     result = FolderResult(
-        [CaseResult("a", {"one": CaseMetrics(0.5, 0.25, 3, 2, 1, 6, 5, 4)}), CaseResult("b", {"one": missed})],
+        [CaseResult("a", {"one": CaseMetrics(0.5, 0.25, 3.0, 2.0, 1.0, 6.0, 5.0, 4.0)}), CaseResult("b", {"one": missed})],
         {"c": "broken"},
         ["d"],
     )
