@@ -11,7 +11,8 @@ The final checkpoint is what counts; checkpoint_best, which nnU-Net chose on the
 beside it to show how much such a choice would pretend. There are no test cases here, and nothing is chosen by them.
 
 Run again after a stop, and it goes on: a training from its last epoch, and what is in the table of results, a CSV file
-beside the other results of this folder with every case's metrics, is not trained again. Each seed has a folder of its
+beside the other results of this folder with every case's metrics, is not trained again: remove what a change of a
+method has made outdated. Each seed has a folder of its
 own under nnUNet_results/left_atrium, with nnU-Net's usual content.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import random
 import statistics
@@ -96,14 +98,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of 250 labeled iterations; a length that nnU-Net has")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
-    parser.add_argument("--results", type=Path, help="default: results/left-atrium-CONFIGURATION-ITERATIONS.csv")
+    parser.add_argument("--results", type=Path, help="default: results/DATASET-PLANS-CONFIGURATION-ITERATIONS.csv")
     parser.add_argument("--train", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
         train(args, *args.train)
         return
     if args.results is None:
-        name = f"left-atrium-{args.c}-{args.epochs * 250}.csv"
+        name = f"{preprocessed_folder(args).name}-{args.p}-{args.c}-{args.epochs * 250}.csv"
         args.results = Path(__file__).resolve().parent / "results" / name
     trainings = plan(args)
     results = collect(args, trainings)
@@ -121,24 +123,35 @@ def main() -> None:
     print_tables(args, trainings, results)
 
 
+def preprocessed_folder(args: argparse.Namespace) -> Path:
+    """The dataset in nnUNet_preprocessed."""
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    return Path(str(nnUNet_preprocessed)) / str(maybe_convert_to_dataset_name(args.d))
+
+
 def plan(args: argparse.Namespace) -> list[Training]:
     """Add configurations and folds to the preprocessed dataset; the trainings, whole seeds first."""
-    from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
-    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+    from batchgenerators.utilities.file_and_folder_operations import load_json
+    from nnunetv2.paths import nnUNet_results
     from small_plans import add_fold, add_plans
 
-    dataset = str(maybe_convert_to_dataset_name(args.d))
-    folder = Path(str(nnUNet_preprocessed)) / dataset
+    from nnunet_ssl.evaluation.folders import write_text
+
+    folder = preprocessed_folder(args)
     plans_file = folder / f"{args.p}.json"
     if args.c not in load_json(str(plans_file))["configurations"]:
         add_plans(plans_file)
     plans = load_json(str(plans_file))
-    for arm in ARMS.values():
-        if arm.settings:
-            settings = {"inherits_from": args.c, "semi_supervised": arm.settings}
-            plans["configurations"][f"{args.c}_{arm.suffix}"] = settings
-    save_json(plans, str(plans_file), sort_keys=False)
+    controls = {
+        f"{args.c}_{arm.suffix}": {"inherits_from": args.c, "semi_supervised": arm.settings}
+        for arm in ARMS.values()
+        if arm.settings
+    }
+    if any(plans["configurations"].get(name) != control for name, control in controls.items()):
+        plans["configurations"].update(controls)
+        write_text(plans_file, json.dumps(plans, indent=4) + "\n")
     folds = {labeled: add_fold(folder / "splits_final.json", labeled=labeled) for labeled in args.labeled}
 
     trainings = []
@@ -147,7 +160,7 @@ def plan(args: argparse.Namespace) -> list[Training]:
         configuration = f"{args.c}_{arm.suffix}" if arm.settings else args.c
         trainer = f"{arm.trainer}_{args.epochs}epoch{'s' if args.epochs > 1 else ''}"
         results = Path(str(nnUNet_results)) / "left_atrium" / f"seed_{seed}"
-        output = results / dataset / f"{trainer}__{args.p}__{configuration}" / f"fold_{folds[labeled]}"
+        output = results / folder.name / f"{trainer}__{args.p}__{configuration}" / f"fold_{folds[labeled]}"
         trainings.append(Training(name, labeled, folds[labeled], seed, configuration, trainer, output))
     return trainings
 
@@ -179,17 +192,33 @@ def run(args: argparse.Namespace, training: Training, name: str) -> float:
 
 def train(args: argparse.Namespace, trainer: str, configuration: str, fold: str, seed: str, folder: str) -> None:
     """What nnUNetv2_train does, but seeded, with a checkpoint after each epoch, and validation of both checkpoints."""
+    import fcntl
+
     import numpy as np
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     device, output = torch.device(args.device), Path(folder)
     torch.set_num_threads(os.cpu_count() or 1 if args.device == "cpu" else 1)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = (output / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process, perhaps one whose parent was killed, trains in {output}: end it") from None
     validation, final, best = (output / name for name in ("validation", "validation_final", "validation_best"))
 
     def make(continue_training: bool) -> Any:
         made = get_trainer_from_args(args.d, configuration, int(fold), trainer, args.p, continue_training, device)
         made.save_every = 1
+        save = made.save_checkpoint
+
+        def save_whole(filename: str) -> None:
+            # nnU-Net writes over the last checkpoint, and a kill meanwhile would leave none.
+            save(f"{filename}.whole")
+            Path(f"{filename}.whole").replace(filename)
+
+        made.save_checkpoint = save_whole
         return made
 
     if not final.is_dir():
@@ -202,6 +231,9 @@ def train(args: argparse.Namespace, trainer: str, configuration: str, fold: str,
         model = make(begun and not trained)
         maybe_load_checkpoint(model, begun and not trained, trained)
         if not trained:
+            if begun:
+                # nnU-Net writes checkpoint_latest before it compares the epoch with the best one.
+                model._best_ema = max(model.logger.get_value("ema_fg_dice", step=None))
             model.run_training()
         model.perform_actual_validation(False)
         validation.rename(final)
@@ -216,12 +248,10 @@ def train(args: argparse.Namespace, trainer: str, configuration: str, fold: str,
 def collect(args: argparse.Namespace, trainings: list[Training]) -> dict[str, FolderResult]:
     """Every case's metrics of what is done: those of the table of results, and new ones, which are added to it."""
     from batchgenerators.utilities.file_and_folder_operations import load_json
-    from nnunetv2.paths import nnUNet_preprocessed
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     from nnunet_ssl.evaluation.folders import Segmentations, evaluate_folder, read_csv, write_csv
 
-    folder = Path(str(nnUNet_preprocessed)) / str(maybe_convert_to_dataset_name(args.d))
+    folder = preprocessed_folder(args)
     segmentations = Segmentations.from_dataset_json(folder / "dataset.json")
     validation = set(load_json(str(folder / "splits_final.json"))[0]["val"])
     results = read_csv(args.results, key="training") if args.results.is_file() else {}

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,8 +41,16 @@ def main() -> None:
         os.environ[name] = str(args.folder / name)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["nnUNet_n_proc_DA"] = "0"
+    from nnunet_ssl.evaluation.folders import write_text
+
+    done_file = args.folder / "measured.json"
+    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
     rows = []
     for count in sorted(args.counts):
+        key = f"{args.tr}, {count}"
+        if key in done:
+            rows.append(done[key])
+            continue
         add_unlabeled(args.folder, count)
         started = time.perf_counter()
         command = [sys.executable, "-m", "nnunet_ssl.cli.main", "preprocess", "-d", "990", "-c", "3d_fullres"]
@@ -52,6 +61,8 @@ def main() -> None:
         found = json.loads(output.splitlines()[-1])
         cells = [f"{found[key]:.2f}" for key in ("start", "loader", "step")]
         rows.append([f"{count:,}", f"{preprocessing:.0f}", *cells, f"{found['memory']:.0f}"])
+        done[key] = rows[-1]
+        write_text(done_file, json.dumps(done, indent=1))
         print(f"{count} cases: {found}", flush=True)
 
     from common import where
@@ -70,16 +81,20 @@ def add_unlabeled(folder: Path, count: int) -> None:
 
     from nnunet_ssl.data.phantoms import write_phantom_dataset
 
-    raw = folder / "nnUNet_raw" / DATASET
-    if not (folder / "nnUNet_preprocessed" / DATASET / "nnUNetPlans_3d_fullres").is_dir():
+    raw, planned = folder / "nnUNet_raw" / DATASET, folder / "planned"
+    if not planned.is_file():
+        shutil.rmtree(raw, ignore_errors=True)
         write_phantom_dataset(raw, labeled=6, unlabeled=1, validation=0, test=0, seed=0, shape=(24, 32, 32))
         bin_folder = Path(sys.executable).parent
         plan = [str(bin_folder / "nnUNetv2_plan_and_preprocess"), "-d", "990", "-c", "3d_fullres", "-np", "1"]
         subprocess.run(plan, check=True, stdout=subprocess.DEVNULL)
-    first = sorted((raw / "imagesUn").iterdir())[0]
-    image = sitk.ReadImage(str(first))
+        planned.touch()
+    there = sorted((raw / "imagesUn").iterdir())
+    if len(there) > count:
+        raise SystemExit(f"{raw} has {len(there)} unlabeled cases already: measure {count} of them in a new --folder")
+    image = sitk.ReadImage(str(next(file for file in there if not file.name.startswith("scale"))))
     array = sitk.GetArrayFromImage(image).astype(np.float32)
-    for number in range(len(list((raw / "imagesUn").iterdir())), count):
+    for number in range(len(there), count):
         noise = np.random.default_rng(number).normal(0, array.std(), array.shape)
         changed = sitk.GetImageFromArray((array + noise).astype(np.int16))
         changed.CopyInformation(image)

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from pathlib import Path
 
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunet_ssl.evaluation.folders import write_text
 
 SMALL = {
     "3d_small": ("3d_fullres", [40, 56, 64], 2, [8, 16, 32, 64]),
@@ -46,6 +49,7 @@ def main() -> None:
 def add_plans(file: Path) -> None:
     """Add the small plans and the ablations to a plans file."""
     plans = load_json(str(file))
+    before = copy.deepcopy(plans)
     for name, (parent, patch_size, batch_size, features) in SMALL.items():
         if parent not in plans["configurations"]:
             continue
@@ -66,8 +70,10 @@ def add_plans(file: Path) -> None:
             "architecture": architecture,
         }
     for name, settings in ABLATIONS.items():
-        plans["configurations"][name] = {"inherits_from": "2d_small", "semi_supervised": settings}
-    save_json(plans, str(file), sort_keys=False)
+        if "2d_small" in plans["configurations"]:
+            plans["configurations"][name] = {"inherits_from": "2d_small", "semi_supervised": settings}
+    if plans != before:
+        write_text(file, json.dumps(plans, indent=4) + "\n")
 
 
 def add_fold(file: Path, *, labeled: int) -> int:
@@ -78,10 +84,11 @@ def add_fold(file: Path, *, labeled: int) -> int:
         return 0
     if not 0 < labeled < len(train):
         raise SystemExit(f"{labeled} labeled cases: fold 0 of {file} has {len(train)}")
-    fold = {"train": train[:labeled], "val": splits[0]["val"], "unlabeled": train[labeled:]}
+    unlabeled = [*train[labeled:], *splits[0].get("unlabeled", [])]
+    fold = {"train": train[:labeled], "val": splits[0]["val"], "unlabeled": unlabeled}
     if fold not in splits:
         splits.append(fold)
-        save_json(splits, str(file))
+        write_text(file, json.dumps(splits, indent=4) + "\n")
     return splits.index(fold)
 
 

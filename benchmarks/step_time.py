@@ -4,8 +4,8 @@
     python benchmarks/step_time.py -d 901 -c 3d_small -tr SimCVDTrainer --profile
 
 All are timed in turn, round by round, on the same plan and batch sizes; the table has medians over the rounds and
-ratios, which is what to compare: absolute times are the machine's. With ``--profile`` a second table has the share of
-the loss terms, forward and backward, in a step.
+ratios, which is what to compare: absolute times are the machine's. With ``--profile`` a second table has the time of
+each loss term, forward and backward, and its share of a step.
 """
 
 from __future__ import annotations
@@ -84,21 +84,41 @@ class _Detached(dict[str, StreamOutput]):
         return self[name].detach()
 
 
-def loss_terms_alone(trainer: SemiSupervisedTrainer, batch: dict[str, Any]) -> Callable[[], None]:
-    """All loss terms of a step on outputs that are there already, and the gradients of these outputs."""
-    labeled = trainer._labeled_batch(batch)
-    unlabeled = trainer._next_unlabeled()
-    streams, images = trainer.streams(), trainer.images(labeled, unlabeled)
-    with torch.no_grad():
-        found = trainer.training_network(images, streams, {})
-    outputs = _Detached({name: _leaves(output.detach()) for name, output in found.items()})
-    weights = trainer.loss_weights(1.0)
+class LossTerms:
+    """All loss terms of a step on outputs that are there already, and the gradients of these outputs.
 
-    def run() -> None:
-        for part in trainer.loss_terms(outputs, labeled, unlabeled):  # type: ignore[arg-type]
-            torch.stack([weights[name] * value for name, value in part.items()]).sum().backward()
+    Attributes:
+        seconds: of each run, by the terms that are computed together.
+    """
 
-    return run
+    def __init__(self, trainer: SemiSupervisedTrainer, batch: dict[str, Any]) -> None:
+        self.trainer = trainer
+        self.labeled = trainer._labeled_batch(batch)
+        self.unlabeled = trainer._next_unlabeled()
+        streams, images = trainer.streams(), trainer.images(self.labeled, self.unlabeled)
+        with torch.no_grad():
+            found = trainer.training_network(images, streams, {})
+        self.outputs = _Detached({name: _leaves(output.detach()) for name, output in found.items()})
+        self.weights = trainer.loss_weights(1.0)
+        self.seconds: list[dict[str, float]] = []
+
+    def __call__(self) -> None:
+        """One run."""
+        spent: dict[str, float] = {}
+        start = now(self.trainer.device)
+        for part in self.trainer.loss_terms(self.outputs, self.labeled, self.unlabeled):  # type: ignore[arg-type]
+            torch.stack([self.weights[name] * value for name, value in part.items()]).sum().backward()
+            end, name = now(self.trainer.device), " + ".join(part)
+            spent[name] = spent.get(name, 0.0) + end - start
+            start = end
+        self.seconds.append(spent)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after what was begun on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
 
 
 def _leaves(output: StreamOutput) -> StreamOutput:
@@ -114,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_trainer_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="also the share of the loss terms")
+    parser.add_argument("--profile", action="store_true", help="also the time of each loss term")
     parser.add_argument("--checkpointing", action="store_true", help="also with activation checkpointing")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -134,18 +154,15 @@ def main() -> None:
         bare = dict(bare_passes(methods["split"], stacked=stacked) for stacked in (False, True))
         runs |= bare
         if args.profile:
-            runs["loss terms alone"] = loss_terms_alone(methods["split"], labeled_batch(methods["split"]))
+            terms = LossTerms(methods["split"], labeled_batch(methods["split"]))
+            runs["loss terms alone"] = terms
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for round_ in range(args.rounds + 1):
             for name, run in runs.items():
-                if args.device == "cuda":
-                    torch.cuda.synchronize()
-                start = perf_counter()
+                start = now(supervised.device)
                 run()
-                if args.device == "cuda":
-                    torch.cuda.synchronize()
                 if round_:  # the first round warms up
-                    seconds[name].append(perf_counter() - start)
+                    seconds[name].append(now(supervised.device) - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     fastest_bare = min(medians[name] for name in bare)
     rows = [
@@ -156,7 +173,11 @@ def main() -> None:
     print(format_table(["step", "seconds", "x nnUNetTrainer", "x bare passes"], rows, style="markdown"))
     if args.profile:
         step = min(medians[f"{args.tr}, {mode}"] for mode in methods)
-        print(f"\nLoss terms, forward and backward: {medians['loss terms alone'] / step:.1%} of the faster step.")
+        profile = {name: statistics.median(run[name] for run in terms.seconds[1:]) for name in terms.seconds[0]}
+        profile["all"] = medians["loss terms alone"]
+        shares = [[name, f"{1000 * value:.1f}", f"{value / step:.1%}"] for name, value in profile.items()]
+        print("\nLoss terms, forward and backward, against the faster step\n")
+        print(format_table(["terms computed together", "milliseconds", "share of the step"], shares, style="markdown"))
 
 
 if __name__ == "__main__":

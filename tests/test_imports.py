@@ -22,7 +22,7 @@ def _lint_imports(project: Path) -> subprocess.CompletedProcess[str]:
         cwd=project,
         env={**os.environ, "PYTHONPATH": str(project)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",  # of its drawings; reading DICOM files sets the locale of this process to C
     )
 
 
@@ -78,5 +78,5 @@ def test_the_package_never_imports_the_trainers_folder() -> None:
 
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
 def test_static_checks(command: list[str]) -> None:
-    result = subprocess.run([sys.executable, "-m", *command], cwd=PROJECT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", *command], cwd=PROJECT, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -12,6 +12,7 @@ from nnunet_ssl.cli.prediction_arguments import (
     add_label_options,
     add_processes_option,
     dataset_folder,
+    make_folder,
     named_folders,
     processes,
     report_problems,
@@ -35,7 +36,8 @@ the same cases are runs (trainings with other seeds); folders with other cases (
 
 The first name is the baseline. A difference is the mean over the cases of the means over the runs; its interval is a
 95 % bootstrap over cases and runs; p is Wilcoxon's signed-rank test over the cases, two-sided, and not corrected for
-the number of comparisons. Pairs of which one is undefined are left out and counted.
+the number of comparisons. Pairs of which one has no distance are left out; 'pairs' counts the others. Where a structure
+is in neither reference nor prediction, Dice and Jaccard are 1 here, and missing in evaluate.
 
 --best NAME=FOLDER names predictions of the same cases with checkpoint_best. The column 'best - last' then shows how
 much the choice of a checkpoint changes the result: where the best one was chosen on these very cases, that is no gain.
@@ -81,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     unknown = [metric for metric in args.metrics if metric not in METRICS]
     if unknown:
         raise UserError(f"--metrics {' '.join(unknown)}: there are {', '.join(METRICS)}.")
-    folders = {**_validations(args)}
+    validations = _validations(args)
+    folders = dict(validations)
     for name, paths in named_folders(args.folders, "NAME=FOLDER").items():
         folders[name] = folders.get(name, []) + paths
     if len(folders) < 2:
@@ -97,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.d:
             raise UserError("Give the folder of the reference segmentations with -g, or the dataset with -d.")
         references = dataset_folder(args.d, "gt_segmentations") / "gt_segmentations"
+    if args.o:
+        make_folder(args.o)
     workers = processes(args.np, sum(len(segmentations.cases(path)) for path in everything))
 
     by_folder: dict[str, FolderResult] = {}
@@ -109,7 +114,10 @@ def run(args: argparse.Namespace) -> int:
     models = {name: evaluate(paths) for name, paths in folders.items()}
     best_runs = {name: evaluate(paths) for name, paths in best.items()}
     # A fold's validation never has all the references.
-    problems = report_problems(by_folder, chill=args.chill or bool(args.tr))
+    trained = {str(path) for paths in validations.values() for path in paths}
+    named = {path: result for path, result in by_folder.items() if path not in trained}
+    problems = report_problems({path: by_folder[path] for path in by_folder if path in trained}, chill=True)
+    problems |= report_problems(named, chill=args.chill)
     empty = [name for name, runs in models.items() if not any(one.cases for one in runs)]
     if empty:
         raise UserError(f"No case of {', '.join(empty)} could be evaluated; the table above says why.")
@@ -153,9 +161,10 @@ def _validations(args: argparse.Namespace) -> dict[str, list[Path]]:
         model = Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{args.p}__{args.c}"
         for fold in args.f:
             validation = model / f"fold_{fold}" / "validation"
-            if not validation.is_dir():
+            # What nnU-Net writes last.
+            if not (validation / "summary.json").is_file():
                 raise UserError(
-                    f"There is no {validation}: nnU-Net makes it at the end of training, or with "
+                    f"There is no finished validation in {validation}: nnU-Net makes it after the training, or with "
                     f"nnUNetv2_train {args.d} {args.c} {fold} -tr {trainer} -p {args.p} --val"
                 )
             folders.setdefault(trainer, []).append(validation)

@@ -8,6 +8,7 @@ from pathlib import Path
 from nnunet_ssl.cli.prediction_arguments import (
     add_label_options,
     add_processes_option,
+    make_folder,
     processes,
     report_problems,
     segmentations_of,
@@ -51,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
     segmentations = segmentations_of(args, [args.p])
     workers = processes(args.np, len(segmentations.cases(args.p)))
+    output = make_folder(args.o or args.p)
     result = evaluate_folder(args.p, args.g, segmentations, num_processes=workers)
-    output = args.o or args.p
     write_csv(output / "evaluation.csv", {"": result})
     write_json(output / "evaluation.json", result)
     if result.cases:

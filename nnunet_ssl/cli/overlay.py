@@ -9,6 +9,7 @@ from nnunet_ssl.cli.prediction_arguments import (
     add_label_options,
     add_processes_option,
     dataset_folder,
+    make_folder,
     named_folders,
     processes,
     segmentations_of,
@@ -51,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ssl.evaluation.folders import evaluate_folder, hardest_cases
     from nnunet_ssl.evaluation.pictures import draw_case
 
-    folders = {name: paths[-1] for name, paths in named_folders(args.folders, "NAME=FOLDER").items()}
+    named = named_folders(args.folders, "NAME=FOLDER")
+    twice = [name for name, paths in named.items() if len(paths) > 1]
+    if twice:
+        raise UserError(f"{', '.join(twice)} has several folders; each picture shows one prediction of a name.")
+    folders = {name: paths[0] for name, paths in named.items()}
     if args.worst < 1:
         raise UserError(f"--worst is {args.worst}; give 1 or more.")
     segmentations = segmentations_of(args, list(folders.values()))
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     references = args.g or dataset_folder(args.d, "labelsTr") / "labelsTr"
     images = args.i or dataset_folder(args.d, "imagesTr") / "imagesTr"
 
+    make_folder(args.o)
     common = set.intersection(*(set(segmentations.cases(folder)) for folder in folders.values()))
     problems: dict[str, str] = {}
     if args.cases:
@@ -70,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
         for result in results:
             problems.update(result.failed)
         cases = [case for case in hardest_cases(results) if case in common and case not in problems][: args.worst]
-    args.o.mkdir(parents=True, exist_ok=True)
     for case in cases:
         if case not in common:
             problems[case] = f"not every folder has {case}{segmentations.file_ending}"

@@ -24,7 +24,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
         "--labels", nargs="+", metavar="LABEL", help="such as 1 2, or organ=1 tumor=2, or whole=1,2 for a region"
     )
     group.add_argument("--ignore-label", type=int, help="with --labels: value of voxels that do not count")
-    group.add_argument("--file-ending", default=".nii.gz", help="with --labels: of the segmentations (default .nii.gz)")
+    group.add_argument("--file-ending", help="with --labels: of the segmentations (default .nii.gz)")
 
 
 def add_processes_option(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +45,10 @@ def segmentations_of(args: argparse.Namespace, predictions: Sequence[Path]) -> S
     if args.labels:
         if args.d:
             raise UserError("-d and --labels both say which labels there are; give one of them.")
-        return Segmentations.from_options(args.labels, args.file_ending, args.ignore_label)
-    if args.ignore_label is not None:
-        raise UserError("--ignore-label goes with --labels; otherwise dataset.json tells.")
+        return Segmentations.from_options(args.labels, args.file_ending or ".nii.gz", args.ignore_label)
+    for option, value in (("--ignore-label", args.ignore_label), ("--file-ending", args.file_ending)):
+        if value is not None:
+            raise UserError(f"{option} goes with --labels; otherwise dataset.json tells.")
     if args.d:
         return Segmentations.from_dataset_json(dataset_folder(args.d, "dataset.json") / "dataset.json")
     looked = [folder.resolve() for one in predictions for folder in (one, *one.resolve().parents[:2])]
@@ -89,12 +90,30 @@ def named_folders(arguments: Sequence[str], option: str) -> dict[str, list[Path]
     """From ``NAME=FOLDER``, or ``FOLDER`` alone, which is then its own name; a name can have several folders."""
     folders: dict[str, list[Path]] = {}
     for argument in arguments:
-        name, _, folder = argument.rpartition("=")
+        name, equals, folder = argument.partition("=")
+        # A folder's own name can have the sign.
+        if not equals or Path(argument).is_dir():
+            name = folder = argument
         path = Path(folder)
         if not path.is_dir():
             raise UserError(f"{option} {argument}: there is no folder {path.resolve()}.")
-        folders.setdefault(name or folder, []).append(path)
+        folders.setdefault(name, []).append(path)
     return folders
+
+
+def make_folder(folder: Path) -> Path:
+    """Make the folder for results before the work begins.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"-o {folder} cannot be made: {error.strerror}.") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"Nothing can be written to {folder}; choose another folder with -o.")
+    return folder
 
 
 def processes(asked: int | None, cases: int) -> int:

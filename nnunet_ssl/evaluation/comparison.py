@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from scipy.stats import wilcoxon
 from nnunet_ssl.evaluation.folders import FolderResult
 
 RESAMPLES = 10_000
+_AT_ONCE = 500  # resamples, so that thousands of cases do not fill the memory
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,9 @@ def join_runs(results: Sequence[FolderResult]) -> list[FolderResult]:
 def scores(runs: Sequence[FolderResult], cases: Sequence[str], structure: str, metric: str) -> Scores:
     """Collect one metric.
 
+    Where a structure is in neither reference nor prediction, overlap is 1 here: a model that finds it there has 0, and
+    left out, the pair would favor that model.
+
     Args:
         runs: of one model.
         cases: names, in the order that the values get.
@@ -104,6 +109,8 @@ def scores(runs: Sequence[FolderResult], cases: Sequence[str], structure: str, m
     rows = []
     for run in runs:
         found = run.values(structure, metric)
+        if metric in ("dice", "jaccard"):
+            found = {case: 1.0 if math.isnan(value) else value for case, value in found.items()}
         rows.append([found.get(case, float("nan")) for case in cases])
     return Scores(tuple(cases), np.array(rows, float).reshape(len(runs), len(cases)))
 
@@ -137,12 +144,11 @@ def compare(
             if name == baseline:
                 row += ["baseline", "", None, None]
             else:
-                pair = paired_difference(found, by_model[baseline])
-                row += [f"{pair.mean:+.3f}", f"{pair.low:+.3f} to {pair.high:+.3f}", pair.p_value, pair.cases]
+                row += _cells(paired_difference(found, by_model[baseline]))
             if best:
                 other = best.get(name)
-                gap = paired_difference(scores(other, cases, structure, metric), found).mean if other else None
-                row.append(None if gap is None else f"{gap:+.3f}")
+                gap = scores(other, cases, structure, metric).by_case() - found.by_case() if other else np.array([])
+                row.append(_signed(_mean(gap)))
             rows.append(row)
     return header, rows
 
@@ -151,7 +157,8 @@ def paired_difference(model: Scores, baseline: Scores, *, seed: int = 0) -> Pair
     """Mean difference with a bootstrap interval over cases and runs, and a paired test over cases.
 
     Each resample draws cases (the same for both, which keeps the pairs) and, for either, runs, with replacement: so the
-    interval holds the spread of trainings as well, where there are several. With three runs that part is rough.
+    interval holds the spread of trainings as well, where there are several. With three runs that part is rough. Of a
+    single pair, which has no spread, interval and p-value are nan.
 
     Raises:
         ValueError: the scores are of different cases.
@@ -160,23 +167,35 @@ def paired_difference(model: Scores, baseline: Scores, *, seed: int = 0) -> Pair
         raise ValueError("scores of different cases cannot be paired")
     both = ~np.isnan(model.by_case()) & ~np.isnan(baseline.by_case())
     count = int(both.sum())
-    if count == 0:
-        return PairedDifference(float("nan"), float("nan"), float("nan"), float("nan"), 0)
     ours, theirs = model.values[:, both], baseline.values[:, both]
     differences = ours.mean(axis=0) - theirs.mean(axis=0)
+    if count < 2:
+        return PairedDifference(_mean(differences), float("nan"), float("nan"), float("nan"), count)
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
-    resampled = (_resample_runs(ours, rng) * weights).sum(axis=1) - (_resample_runs(theirs, rng) * weights).sum(axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    # Without any difference the test has nothing to rank.
-    p_value = float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+    resampled = []
+    for _ in range(0, RESAMPLES, _AT_ONCE):
+        of_cases = _weights(count, rng)
+        means = [(of_cases @ values.T * _weights(len(values), rng)).sum(axis=1) for values in (ours, theirs)]
+        resampled.append(means[0] - means[1])
+    low, high = np.percentile(np.concatenate(resampled), [2.5, 97.5])
+    # Rounding would be ranked as well; and without any difference the test has nothing to rank.
+    ranked = differences.round(12)
+    p_value = float(wilcoxon(ranked).pvalue) if np.any(ranked) else 1.0
     return PairedDifference(float(differences.mean()), float(low), float(high), p_value, count)
 
 
-def _resample_runs(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Means over runs drawn with replacement: (runs, cases) to (resamples, cases)."""
-    runs = len(values)
-    return rng.multinomial(runs, np.full(runs, 1 / runs), RESAMPLES) / runs @ values
+def _weights(count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Shares of the items in draws of as many with replacement: (resamples, count)."""
+    return rng.multinomial(count, np.full(count, 1 / count), _AT_ONCE) / count
+
+
+def _cells(pair: PairedDifference) -> list[object]:
+    interval = None if math.isnan(pair.low) else f"{pair.low:+.3f} to {pair.high:+.3f}"
+    return [_signed(pair.mean), interval, "< 0.001" if pair.p_value < 0.001 else pair.p_value, pair.cases]
+
+
+def _signed(value: float) -> str | None:
+    return None if math.isnan(value) else f"{value:+.3f}"
 
 
 def _present(values: NDArray[np.float64]) -> NDArray[np.float64]:

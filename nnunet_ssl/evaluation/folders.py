@@ -33,12 +33,20 @@ class Segmentations:
         file_ending: such as ``.nii.gz``.
         ignore_label: voxels with this value in the reference count for neither side.
         reader: name of the nnU-Net reader that dataset.json asks for, if it does.
+        complete: whether there are no other labels, so that one would be a mistake.
     """
 
     labels: Labels
     file_ending: str
     ignore_label: int | None = None
     reader: str | None = None
+    complete: bool = False
+
+    @property
+    def values(self) -> set[int]:
+        """All label values that are named, and background."""
+        named = {value for values in self.labels.values() for value in np.atleast_1d(values).tolist()}
+        return named | {0} | ({self.ignore_label} if self.ignore_label is not None else set())
 
     @classmethod
     def from_dataset_json(cls, file: Path) -> Segmentations:
@@ -53,7 +61,9 @@ class Segmentations:
             ignore_label = labels.pop("ignore", None)
             # A region may be called background as well; it is recognized by its value, as nnU-Net does.
             structures = {name: value for name, value in labels.items() if value not in (0, [0])}
-            return cls(structures, content["file_ending"], ignore_label, content.get("overwrite_image_reader_writer"))
+            return cls(
+                structures, content["file_ending"], ignore_label, content.get("overwrite_image_reader_writer"), True
+            )
         except FileNotFoundError:
             raise UserError(f"There is no {file}, which would name the labels and the file ending.") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -218,23 +228,29 @@ def evaluate_folder(
         num_processes: each holds one case in memory; 1 works in this process.
 
     Raises:
-        UserError: a folder does not exist, or holds no segmentation.
+        UserError: a folder does not exist or holds no segmentation, or the references hold none of the labels.
     """
     predicted, known = _cases(predictions, segmentations), _cases(references, segmentations)
     evaluate = functools.partial(_evaluate_file, predictions, references, segmentations)
     workers = min(num_processes, len(predicted))
-    results: Iterator[tuple[str, CaseResult | str | None]]
+    results: Iterator[tuple[str, tuple[CaseResult, set[int]] | str | None]]
+    held: set[int] = set()
     if workers > 1:
         results = in_worker_processes(evaluate, predicted, workers)
     else:
         results = ((case, evaluate(case)) for case in predicted)
     report = FolderResult(missing=sorted(set(known) - set(predicted)))
     for case, result in tqdm(results, total=len(predicted), desc="evaluate", unit="case", disable=None, leave=False):
-        if isinstance(result, CaseResult):
-            report.cases.append(result)
+        if isinstance(result, tuple):
+            report.cases.append(result[0])
+            held |= result[1]
         else:
             report.failed[case] = result or "the process that evaluated it ended, most often for lack of memory: -np 1"
     report.cases.sort(key=lambda one: one.case)
+    if report.cases and not held & (segmentations.values - {0}):
+        # A mask of 255 where 1 was meant must not pass for one in which nothing is to be found.
+        named, found = (", ".join(map(str, sorted(values))) for values in (segmentations.values - {0}, held))
+        raise UserError(f"The labels are {named}, but the references in {references} hold {found or 'none'}.")
     return report
 
 
@@ -246,7 +262,10 @@ def _cases(folder: Path, segmentations: Segmentations) -> list[str]:
     return cases
 
 
-def _evaluate_file(predictions: Path, references: Path, segmentations: Segmentations, case: str) -> CaseResult | str:
+def _evaluate_file(
+    predictions: Path, references: Path, segmentations: Segmentations, case: str
+) -> tuple[CaseResult, set[int]] | str:
+    """A case's result and the foreground labels of its reference, or why there is none."""
     name = case + segmentations.file_ending
     try:
         reference, reference_geometry = segmentations.read(references / name)
@@ -256,6 +275,12 @@ def _evaluate_file(predictions: Path, references: Path, segmentations: Segmentat
     difference = geometry.difference(reference_geometry)
     if difference:
         return f"the prediction's {difference}, the reference's: predict on the image that the reference belongs to"
+    held = set(np.unique(reference).tolist())
+    for what, values in (("reference", held), ("prediction", set(np.unique(prediction).tolist()))):
+        unknown = sorted(values - segmentations.values)
+        if unknown and segmentations.complete:
+            known = ", ".join(map(str, sorted(segmentations.values)))
+            return f"the {what} holds {', '.join(map(str, unknown))}; the dataset's labels are {known}"
     metrics = evaluate_case(
         prediction,
         reference,
@@ -263,7 +288,7 @@ def _evaluate_file(predictions: Path, references: Path, segmentations: Segmentat
         reference_geometry.spacing,
         ignore_label=segmentations.ignore_label,
     )
-    return CaseResult(case, metrics)
+    return CaseResult(case, metrics), held - {0}
 
 
 def write_csv(file: Path, results: Mapping[str, FolderResult], *, key: str = "name") -> None:

@@ -82,7 +82,8 @@ def structure_metrics(
     if in_prediction == 0 or in_reference == 0:
         return CaseMetrics(dice, jaccard)
 
-    # Outside the box that holds both masks there is background only: the result is the same and the work far less.
+    # Beyond the box that holds both masks, and a margin, there is background only: the result is the same and the work
+    # far less. Without the margin, an axis along which the masks have one voxel would look like that of a flat image.
     box = _bounding_box(prediction | reference)
     prediction, reference = prediction[box], reference[box]
     millimeters = _summarize(*surface_distances(prediction, reference, spacing))
@@ -143,8 +144,9 @@ def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """With a margin of one voxel, where the image goes on."""
     box = []
     for axis in range(mask.ndim):
         occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+        box.append(slice(max(int(occupied[0]) - 1, 0), int(occupied[-1]) + 2))
     return tuple(box)

@@ -38,6 +38,7 @@ def save_overlay(
     predictions: Mapping[str, NDArray[np.integer]],
     *,
     labels: Labels,
+    ignore_label: int | None = None,
     spacing: Sequence[float] | None = None,
     title: str = "",
 ) -> None:
@@ -51,6 +52,7 @@ def save_overlay(
         reference: label map of the same shape.
         predictions: label maps of the same shape by name, such as the trainer's.
         labels: label values by structure.
+        ignore_label: voxels with this value in the reference are no disagreement.
         spacing: millimeters per axis, in the order of the array's axes.
         title: shown on top; the slice's number is added.
     """
@@ -58,17 +60,17 @@ def save_overlay(
     if image.ndim == 2:
         image, reference = image[None], reference[None]
         predictions = {name: prediction[None] for name, prediction in predictions.items()}
-    index = slice_of_interest(reference, list(predictions.values()))
+    index = slice_of_interest(reference, list(predictions.values()), labels=labels, ignore_label=ignore_label)
     low, high = np.percentile(image[index], [1, 99.5])
     aspect = spacing[-2] / spacing[-1]
 
-    panels: dict[str, NDArray[np.integer] | None] = {"image": None, "reference": reference[index]}
-    panels.update({name: prediction[index] for name, prediction in predictions.items()})
+    panels: list[tuple[str, NDArray[np.integer] | None]] = [("image", None), ("reference", reference[index])]
+    panels += [(name, prediction[index]) for name, prediction in predictions.items()]
     with matplotlib.style.context("default"):
         height = 3.6 * image.shape[1] * aspect / image.shape[2]
         figure = Figure(figsize=(3.6 * len(panels), min(max(height, 1.5), 7.0) + 0.9), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        for axis, (name, segmentation) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for axis, (name, segmentation) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             axis.imshow(image[index], cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
             axis.set_title(name, fontsize=11)
             axis.set_axis_off()
@@ -129,7 +131,16 @@ def draw_case(
             raise BadImageError(f"{folder / name}: {difference}, the reference's")
     if image.shape != reference.shape:
         raise BadImageError(f"the image has {image.shape} voxels, the reference {reference.shape}")
-    save_overlay(path, image, reference, arrays, labels=segmentations.labels, spacing=geometry.spacing, title=case)
+    save_overlay(
+        path,
+        image,
+        reference,
+        arrays,
+        labels=segmentations.labels,
+        ignore_label=segmentations.ignore_label,
+        spacing=geometry.spacing,
+        title=case,
+    )
 
 
 def save_comparison(
@@ -168,12 +179,22 @@ def save_comparison(
         figure.savefig(path, format="png")
 
 
-def slice_of_interest(reference: NDArray[np.integer], predictions: Sequence[NDArray[np.integer]]) -> int:
-    """The slice with the largest disagreement; with none at all, the one with most foreground."""
-    disagreement = sum((prediction != reference).sum(axis=(1, 2)) for prediction in predictions)
-    if not np.any(disagreement):
-        disagreement = (reference > 0).sum(axis=(1, 2))
-    return int(np.argmax(disagreement))
+def slice_of_interest(
+    reference: NDArray[np.integer],
+    predictions: Sequence[NDArray[np.integer]],
+    *,
+    labels: Labels,
+    ignore_label: int | None = None,
+) -> int:
+    """The slice with the largest disagreement on the structures; with none at all, the one with most of them."""
+    counts = np.ones(reference.shape, bool) if ignore_label is None else reference != ignore_label
+    disagreement, structures = np.zeros(len(reference), int), np.zeros(len(reference), int)
+    for value in labels.values():
+        mask = np.isin(reference, value)
+        structures += mask.sum(axis=(1, 2))
+        for prediction in predictions:
+            disagreement += ((np.isin(prediction, value) != mask) & counts).sum(axis=(1, 2))
+    return int(np.argmax(disagreement if disagreement.any() else structures))
 
 
 def _cycle(count: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ def written(tmp_path_factory):
         model = base / "nnUNet_results" / "Dataset042_P" / f"Off{shift}Trainer__nnUNetPlans__2d"
         folder = model / "fold_0" / "validation"
         folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
         (model / "dataset.json").write_bytes((raw / "dataset.json").read_bytes())
         for file in references:
             (ground_truth / file.name).write_bytes(file.read_bytes())
@@ -114,6 +116,25 @@ def test_compare_trained_models(base, tmp_path, capsys):
     assert imread(folder / "comparison.png").shape[0] > 200
 
 
+def test_an_interrupted_validation_is_not_compared(base, tmp_path, capsys, monkeypatch):
+    results = tmp_path / "results"
+    shutil.copytree(base / "nnUNet_results", results)
+    monkeypatch.setenv("nnUNet_results", str(results))
+    arguments = ["compare", "-d", "42", "-c", "2d", "-tr", "Off0Trainer", "Off1Trainer"]
+    assert main(arguments) == 0
+    (results / predictions(base, 1).relative_to(base / "nnUNet_results") / "summary.json").unlink()
+    assert main(arguments) == 2
+    assert "no finished validation" in capsys.readouterr().err
+
+
+def test_a_folder_can_have_an_equals_sign_in_its_name(base, tmp_path, capsys):
+    folder = tmp_path / "lr=0.1"
+    shutil.copytree(predictions(base, 1), folder)
+    arguments = ["compare", f"base={folder}", str(folder), "-g", str(references(base)), "-d", "42"]
+    assert main(arguments) == 0
+    assert f" {folder} " in capsys.readouterr().out
+
+
 def test_compare_folders_and_their_runs(base, capsys):
     folders = [f"ours={predictions(base, 1)}", f"ours={predictions(base, 0)}"]
     arguments = ["compare", f"base={predictions(base, 2)}", *folders, "-g", str(references(base)), "-d", "42"]
@@ -152,13 +173,20 @@ def test_overlay_draws_the_worst_cases(base, tmp_path, capsys):
         (["compare", "-d", "42", "-c", "2d", "-tr", "Off0Trainer", "Off9Trainer"], "--val"),
         (["overlay", "one=PRED", "-o", "OUT"], "-g and -i"),
         (["overlay", "one=PRED", "-d", "42", "-o", "OUT", "--worst", "0"], "--worst"),
+        (["overlay", "one=PRED", "one=PRED", "-d", "42", "-o", "OUT"], "several folders"),
+        (["overlay", "one=PRED", "-d", "42", "-o", "FILE"], "cannot be made"),
+        (["evaluate", "-p", "PRED", "-g", "GT", "-o", "FILE"], "cannot be made"),
+        (["evaluate", "-p", "PRED", "-g", "GT", "--file-ending", ".png"], "--file-ending"),
+        (["evaluate", "-p", "PRED", "-g", "LABELS", "--labels", "7"], "hold 1, 2"),
     ],
 )
 def test_mistakes_are_explained(base, tmp_path, capsys, arguments, message):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "dataset.json").write_bytes((references(base).parent / "dataset.json").read_bytes())
-    places = {"PRED": str(predictions(base, 0)), "GT": str(empty), "OUT": str(tmp_path / "out")}
+    (tmp_path / "file").write_text("")
+    places = {"PRED": predictions(base, 0), "GT": empty, "OUT": tmp_path / "out", "FILE": tmp_path / "file"}
+    places = {short: str(path) for short, path in {**places, "LABELS": references(base)}.items()}
     replaced = []
     for argument in arguments:
         for short, path in places.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import multiprocessing.pool
@@ -345,6 +346,8 @@ def test_pancreas_from_dicom(tmp_path, raw) -> None:
     np.testing.assert_array_equal(sitk.GetArrayFromImage(label), blob(2))
     np.testing.assert_allclose(center(label), center(as_image(blob(2))), atol=1e-4)
     assert len(report.notes) == 5 and "header does not fit" in report.notes[0].reason
+    again = convert_dataset("pancreas", tmp_path / "download", raw, labeled="1")
+    assert again.written == 0 and again.notes == report.notes, "said again by a run that converts nothing"
 
 
 FLIPS = [(x, y, z) for x in (1, -1) for y in (1, -1) for z in (1, -1)]
@@ -503,6 +506,24 @@ def test_an_interrupted_conversion_goes_on(tmp_path, raw, monkeypatch) -> None:
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     np.testing.assert_array_equal(load(raw / "imagesTr" / "CASE03_0000.nii.gz"), volume(3))
     assert not (raw / ".unfinished").exists()
+
+
+def test_a_full_disk_is_not_a_bad_case(tmp_path, raw, monkeypatch) -> None:
+    source = la_download(tmp_path / "download")
+    whole, written = BENCHMARKS["la"], []
+
+    def full(case, images, label):
+        written.append(case.name)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole.write(case, images, label)
+
+    monkeypatch.setitem(BENCHMARKS, "la", dataclasses.replace(whole, write=full))
+    with pytest.raises(UserError, match=r"could not be written.*No space left"):
+        convert_dataset("la", source, raw, labeled="1")
+    assert not (raw / "dataset.json").exists()
+    report = convert_dataset("la", source, raw, labeled="1")
+    assert not report.failed and report.written == len(report.train) + len(report.test) - 2
 
 
 def test_bad_cases_are_named_and_the_good_ones_go_on(tmp_path, raw) -> None:

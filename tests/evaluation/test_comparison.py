@@ -58,13 +58,26 @@ def test_one_case_more_is_not_compared():
         paired_difference(numbered([[1.0]]), numbered([[1.0, 2.0]]))
 
 
-def test_nothing_to_pair():
-    pair = paired_difference(numbered([[NAN]]), numbered([[1.0]]))
-    assert pair.cases == 0 and math.isnan(pair.mean) and math.isnan(pair.p_value)
+def test_nothing_to_pair_and_a_single_pair():
+    none = paired_difference(numbered([[NAN]]), numbered([[1.0]]))
+    assert none.cases == 0 and math.isnan(none.mean) and math.isnan(none.p_value)
+    one = paired_difference(numbered([[0.75, NAN]]), numbered([[0.5, 0.5]]))
+    assert (one.cases, one.mean) == (1, 0.25) and math.isnan(one.low) and math.isnan(one.p_value)
+    models = {"base": [run(a=0.5)], "ours": [run(a=0.75)]}
+    rows = compare(models, ["one"], "dice")[1]
+    assert rows[1][-4:-1] == ["+0.250", None, pytest.approx(NAN, nan_ok=True)], "shown as dashes"
+
+
+def test_a_structure_found_where_there_is_none_counts():
+    models = {"base": [run(a=0.8, b=NAN)], "ours": [run(a=0.8, b=0.0)]}
+    header, rows = compare(models, ["one"], "dice")
+    ours = dict(zip(header, rows[1], strict=True))
+    assert (ours["difference"], ours["pairs"], ours["missing"]) == ("-0.500", 2, 0)
+    assert compare(models, ["one"], "hd95")[1][1][-1] == 1, "a distance stays missing"
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 8), st.floats(-0.5, 0.5), st.integers(0, 99))
+@given(st.integers(1, 3), st.integers(2, 8), st.floats(-0.5, 0.5), st.integers(0, 99))
 def test_constant_shift(runs, cases, shift, seed):
     """A model that is better by the same amount in each case: no spread is left in the pairs."""
     baseline = np.random.default_rng(seed).random((1, cases)).repeat(runs, axis=0)
@@ -78,6 +91,8 @@ def test_same_scores_show_no_difference():
     same = numbered(np.random.default_rng(0).random((2, 9)))
     pair = paired_difference(same, same)
     assert pair.mean == 0 and pair.p_value == 1 and pair.low <= 0 <= pair.high
+    runs = np.random.default_rng(0).random((3, 9))
+    assert paired_difference(numbered(runs), numbered(runs[[2, 0, 1]])).p_value == 1, "rounding is no difference"
 
 
 def test_interval_holds_the_spread_of_trainings():

@@ -142,12 +142,32 @@ def test_natural_images_and_tiff_stacks(folders):
     assert (metrics.hd95, metrics.hd95_voxels) == (4.0, 2.0), "spacing comes from the file beside"
 
 
+def test_labels_that_nobody_named(folders):
+    predictions, references = folders
+    write(references / "a.nii.gz", 255 * slab(1))
+    write(predictions / "a.nii.gz", slab(1))
+    with pytest.raises(UserError, match=r"labels are 1, but the references in .* hold 255"):
+        evaluate_folder(predictions, references, SLAB)
+    known = Segmentations({"slab": 1, "both": [1, 2]}, ".nii.gz", 9, complete=True)
+    write(references / "b.nii.gz", slab(1) + 2 * slab(2) + 9 * slab(3))
+    write(predictions / "b.nii.gz", slab(1))
+    write(references / "c.nii.gz", slab(1))
+    write(predictions / "c.nii.gz", 7 * slab(1))
+    result = evaluate_folder(predictions, references, known)
+    assert [case.case for case in result.cases] == ["b"]
+    assert result.failed["a"] == "the reference holds 255; the dataset's labels are 0, 1, 2, 9"
+    assert "the prediction holds 7" in result.failed["c"]
+    write(references / "a.nii.gz", slab(1) + 5 * slab(2))
+    assert len(evaluate_folder(predictions, references, SLAB).cases) == 3, "--labels may name some of many"
+
+
 def test_labels_of_a_dataset_json(tmp_path):
     file = tmp_path / "dataset.json"
     labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     file.write_text(json.dumps({"labels": labels, "file_ending": ".mha", "overwrite_image_reader_writer": "X"}))
     found = Segmentations.from_dataset_json(file)
-    assert found == Segmentations({"whole": [1, 2], "core": 2}, ".mha", 3, "X")
+    assert found == Segmentations({"whole": [1, 2], "core": 2}, ".mha", 3, "X", True)
+    assert found.values == {0, 1, 2, 3}
     with pytest.raises(UserError, match="There is no"):
         Segmentations.from_dataset_json(tmp_path / "other.json")
     for text in ("{", "{}", "[]", '{"labels": 3, "file_ending": ".mha"}'):
@@ -168,7 +188,10 @@ def test_labels_of_a_command_line():
 def test_files_of_results(tmp_path):
     missed = CaseMetrics(0.0, 0.0)
     result = FolderResult(
-        [CaseResult("a", {"one": CaseMetrics(0.5, 0.25, 3.0, 2.0, 1.0, 6.0, 5.0, 4.0)}), CaseResult("b", {"one": missed})],
+        [
+            CaseResult("a", {"one": CaseMetrics(0.5, 0.25, 3.0, 2.0, 1.0, 6.0, 5.0, 4.0)}),
+            CaseResult("b", {"one": missed}),
+        ],
         {"c": "broken"},
         ["d"],
     )

@@ -70,6 +70,16 @@ def test_equals_medpy(pair, spacing):
 
 
 @settings(max_examples=40, deadline=None)
+@given(masks(min_dims=2, max_dims=2), st.integers(0, 2), spacings)
+def test_structures_of_one_slice_equal_medpy(pair, axis, spacing):
+    """Small structures in a large image: all of their voxels are surface."""
+    prediction, reference = (np.pad(np.expand_dims(mask, axis), 3) for mask in pair)
+    expected = [metric(prediction, reference, spacing) for metric in (medpy.hd95, medpy.asd, medpy.assd)]
+    result = structure_metrics(prediction, reference, spacing)
+    np.testing.assert_allclose((result.hd95, result.asd, result.assd), expected, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
 @given(masks(), spacings)
 def test_symmetry_identity_and_relation(pair, spacing):
     one, other = pair

@@ -12,9 +12,14 @@ def test_slice_of_interest():
     reference[1:4, 2:6, 2:6] = 1
     reference[2, 1:7, 1:7] = 1
     prediction = reference.copy()
-    assert slice_of_interest(reference, [prediction]) == 2, "no disagreement: most foreground"
+    labels = {"one": 1, "two": 2}
+    assert slice_of_interest(reference, [prediction], labels=labels) == 2, "no disagreement: most foreground"
     prediction[3, 2:4] = 2
-    assert slice_of_interest(reference, [reference, prediction]) == 3
+    assert slice_of_interest(reference, [reference, prediction], labels=labels) == 3
+    reference[1] = 9
+    assert slice_of_interest(reference, [prediction], labels=labels, ignore_label=9) == 3
+    prediction[4] = 7
+    assert slice_of_interest(reference, [prediction], labels=labels, ignore_label=9) == 3, "7 is not asked for"
 
 
 @pytest.mark.parametrize("shape", [(6, 24, 32), (24, 32)])

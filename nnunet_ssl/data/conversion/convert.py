@@ -6,6 +6,7 @@ two downloads are never mixed in one. ``dataset.json`` is written last.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -25,6 +26,9 @@ from nnunet_ssl.data.image_checks import BadImageError, one_line
 from nnunet_ssl.errors import UserError
 
 RECORD = "conversion.json"
+NOTES = "conversion_notes.json"
+_LEAST_FREE = 2**20
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
 _UNFINISHED = ".unfinished"
 
 
@@ -99,6 +103,7 @@ def convert_dataset(
             _describe(benchmark, dataset_folder, unfinished, len(report.train))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    report.notes = [CaseProblem(case, note) for case, note in sorted(_kept_notes(dataset_folder).items())]
     report.failed.sort(key=lambda problem: problem.identifier)
     return report
 
@@ -213,16 +218,40 @@ def _convert_case(
         except UserError:
             raise
         except Exception as error:
-            # Whatever is wrong with one case's files, the others can be converted.
             for file in [*made, *outputs]:
                 file.unlink(missing_ok=True)
+            if _machine_is_at_fault(error, unfinished):
+                raise UserError(
+                    f"{case.name} could not be written to {unfinished.parent}: {one_line(error)}. See to space, memory "
+                    "and permissions on this machine and run the command again; it goes on with this case."
+                ) from error
+            # Whatever is wrong with one case's files, the others can be converted.
             reason = str(error) if isinstance(error, BadImageError) else one_line(error)
             report.failed.append(CaseProblem(case.name, reason))
             return
         report.written += 1
         if note:
-            report.notes.append(CaseProblem(case.name, note))
+            _keep_note(unfinished, case.name, note)
     (report.test if case.test else report.train).append(case.name)
+
+
+def _machine_is_at_fault(error: Exception, folder: Path) -> bool:
+    """Not the case: leaving it out would make other folds of the others."""
+    # SimpleITK does not tell why it could not write.
+    full = shutil.disk_usage(folder).free < _LEAST_FREE
+    return full or isinstance(error, MemoryError) or getattr(error, "errno", None) in _MACHINE_ERRORS
+
+
+def _keep_note(unfinished: Path, case: str, note: str) -> None:
+    """Notes stay, so that a later run, which does not do the case again, can repeat them."""
+    notes = {**_kept_notes(unfinished.parent), case: note}
+    (unfinished / NOTES).write_text(json.dumps(notes, indent=4) + "\n", encoding="utf-8")
+    (unfinished / NOTES).replace(unfinished.parent / NOTES)
+
+
+def _kept_notes(folder: Path) -> dict[str, str]:
+    file = folder / NOTES
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _describe(benchmark: Benchmark, folder: Path, unfinished: Path, training_cases: int) -> None:
