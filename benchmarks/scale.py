@@ -40,7 +40,6 @@ def main() -> None:
         (args.folder / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(args.folder / name)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ["nnUNet_n_proc_DA"] = "0"
     from nnunet_ssl.evaluation.folders import write_text
 
     done_file = args.folder / "measured.json"
@@ -57,7 +56,9 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         preprocessing = time.perf_counter() - started
         command = [sys.executable, __file__, "--folder", str(args.folder), "-tr", args.tr, "--measure"]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        # Only for this command: nnU-Net's planner does not work with 0.
+        environment = {**os.environ, "nnUNet_n_proc_DA": "0"}
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         found = json.loads(output.splitlines()[-1])
         cells = [f"{found[key]:.2f}" for key in ("start", "loader", "step")]
         rows.append([f"{count:,}", f"{preprocessing:.0f}", *cells, f"{found['memory']:.0f}"])
@@ -88,6 +89,7 @@ def add_unlabeled(folder: Path, count: int) -> None:
         bin_folder = Path(sys.executable).parent
         plan = [str(bin_folder / "nnUNetv2_plan_and_preprocess"), "-d", "990", "-c", "3d_fullres", "-np", "1"]
         subprocess.run(plan, check=True, stdout=subprocess.DEVNULL)
+        make_small(folder / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json")
         planned.touch()
     there = sorted((raw / "imagesUn").iterdir())
     if len(there) > count:
@@ -103,6 +105,22 @@ def add_unlabeled(folder: Path, count: int) -> None:
         beside = folder / "half.nii.gz"
         sitk.WriteImage(changed, str(beside))
         beside.replace(target)
+
+
+def make_small(file: Path) -> None:
+    """A small network in the plans: its time does not depend on the number of cases, and is waited for."""
+    from nnunet_ssl.evaluation.folders import write_text
+
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {
+        "n_stages": 3,
+        "features_per_stage": [8, 16, 32],
+        "kernel_sizes": [[3, 3, 3]] * 3,
+        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+    }
+    write_text(file, json.dumps(plans, indent=4))
 
 
 def measure(args: argparse.Namespace) -> None:
