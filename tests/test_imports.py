@@ -22,7 +22,7 @@ def _lint_imports(project: Path) -> subprocess.CompletedProcess[str]:
         cwd=project,
         env={**os.environ, "PYTHONPATH": str(project)},
         capture_output=True,
-        encoding="utf-8",  # of its drawings; a test that writes DICOM files leaves the locale C
+        encoding="utf-8",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import locale
 import multiprocessing
 import multiprocessing.pool
 import sys
@@ -178,6 +179,14 @@ DOWNLOADS = {
     "brats19": brats_download,
     "isic2018": isic_download,
 }
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    """Writing DICOM files sets the process's locale to C, and later tests read what is not ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture
