@@ -43,7 +43,8 @@ def check_prediction(planned, output: Path) -> None:
     assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= {0, 1, 2}
 
 
-@pytest.mark.parametrize("trainer", ONE_BY_DEFAULT)
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_training_to_prediction_3d(trainer, planned_3d, tmp_path):
     folder = planned_3d.results(trainer)
     output = train(planned_3d, "--npz", trainer=trainer).stdout

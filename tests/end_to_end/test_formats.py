@@ -161,13 +161,14 @@ def write_dataset(raw: Path, kind: Format) -> None:
     (raw / "splits_final.json").write_text(json.dumps([split]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trainers"),
     [
         ("rgb_png", ("CrossMatchTrainer_short",)),
-        pytest.param("thick_ct", ("CrossMatchTrainer_short", "SimCVDTrainer_short"), marks=pytest.mark.slow),
-        pytest.param("masked_mri_and_map", ("CrossMatchTrainer_short",), marks=pytest.mark.slow),
-        pytest.param("tiff", ("CrossMatchTrainer_short",), marks=pytest.mark.slow),
+        ("thick_ct", ("CrossMatchTrainer_short", "SimCVDTrainer_short")),
+        ("masked_mri_and_map", ("CrossMatchTrainer_short",)),
+        ("tiff", ("CrossMatchTrainer_short",)),
     ],
     ids=FORMATS,
 )
