@@ -12,8 +12,8 @@ beside it to show how much such a choice would pretend. There are no test cases 
 
 Run again after a stop, and it goes on: a training from its last epoch, and what is in the table of results, a CSV file
 beside the other results of this folder with every case's metrics, is not trained again: remove what a change of a
-method has made outdated. Each seed has a folder of its
-own under nnUNet_results/left_atrium, with nnU-Net's usual content.
+method has made outdated. Each seed has a folder of its own under nnUNet_results/left_atrium, with nnU-Net's usual
+content.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunet_ssl.data.splits import write_splits
 from nnunet_ssl.evaluation.folders import write_text
 
 SMALL = {
@@ -88,7 +89,7 @@ def add_fold(file: Path, *, labeled: int) -> int:
     fold = {"train": train[:labeled], "val": splits[0]["val"], "unlabeled": unlabeled}
     if fold not in splits:
         splits.append(fold)
-        write_text(file, json.dumps(splits, indent=4) + "\n")
+        write_splits(file, splits)
     return splits.index(fold)
 
 

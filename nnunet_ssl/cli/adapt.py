@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.cli.preprocess import nnunet_folder, read_plans
+from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, read_plans
 from nnunet_ssl.errors import UserError
 
 HELP = "make a self-supervised checkpoint of nnssl fit nnUNetv2_train's -pretrained_weights"
@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
     preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net keeps the plans there.")
 
     import torch
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -47,10 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ssl.networks.checkpoints import read_checkpoint, with_pretrained_encoder
     from nnunet_ssl.networks.training_network import check_supported
 
-    try:
-        dataset = preprocessed / str(maybe_convert_to_dataset_name(args.d))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    dataset = preprocessed / dataset_name(args.d)
     plans = PlansManager(read_plans(dataset, args.p, args.d))
     if args.c not in plans.available_configurations:
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from nnunet_ssl.cli.prediction_arguments import (
     report_problems,
     segmentations_of,
 )
+from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,17 +148,10 @@ def _validations(args: argparse.Namespace) -> dict[str, list[Path]]:
         return {}
     if not (args.d and args.c):
         raise UserError("-tr names trained models: give their dataset and configuration too, with -d and -c.")
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    if not os.environ.get("nnUNet_results"):
-        raise UserError("The environment variable nnUNet_results is not set; nnU-Net keeps trained models there.")
-    try:
-        dataset = str(maybe_convert_to_dataset_name(args.d))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    dataset = nnunet_folder("nnUNet_results", "nnU-Net keeps trained models there.") / dataset_name(args.d)
     folders: dict[str, list[Path]] = {}
     for trainer in args.tr:
-        model = Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{args.p}__{args.c}"
+        model = dataset / f"{trainer}__{args.p}__{args.c}"
         for fold in args.f:
             validation = model / f"fold_{fold}" / "validation"
             # What nnU-Net writes last.

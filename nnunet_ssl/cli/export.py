@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.cli.doctor import find_trainer
-from nnunet_ssl.cli.preprocess import nnunet_folder
+from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.settings import PLANS_KEY
 
@@ -93,12 +93,7 @@ def _is_zip(output: Path) -> bool:
 def _model_folder(args: argparse.Namespace) -> Path:
     results = nnunet_folder("nnUNet_results", "nnU-Net keeps trained models there.")
 
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    try:
-        dataset = results / str(maybe_convert_to_dataset_name(args.d))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    dataset = results / dataset_name(args.d)
     model = dataset / f"{args.tr}__{args.p}__{args.c}"
     if not model.is_dir():
         if dataset.is_dir():

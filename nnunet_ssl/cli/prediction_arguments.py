@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ssl.cli.preprocess import dataset_name
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,15 +72,10 @@ def dataset_folder(dataset: str, *needed: str) -> Path:
     Raises:
         UserError: neither folder has them.
     """
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
     roots = [Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed") if os.environ.get(name)]
     if not roots:
         raise UserError("Neither nnUNet_raw nor nnUNet_preprocessed is set; nnU-Net keeps its datasets there.")
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    name = dataset_name(dataset)
     for root in roots:
         if all((root / name / one).exists() for one in needed):
             return root / name

@@ -108,6 +108,16 @@ def nnunet_folder(variable: str, purpose: str) -> Path:
     return Path(value)
 
 
+def dataset_name(dataset: str) -> str:
+    """The full name of a dataset that the user named by number or name."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        return str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
 def read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dict[str, Any]:
     """The plans of a dataset; ``dataset`` is how the user named it."""
     file = preprocessed_dataset / f"{plans_name}.json"

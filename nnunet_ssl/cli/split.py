@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunet_ssl.cli.preprocess import dataset_name
 from nnunet_ssl.errors import UserError
 
 HELP = "leave few training cases of a fold labeled; the others become unlabeled (the papers' protocol)"
@@ -45,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--seed is {args.seed}; give 0 or more.")
 
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     from nnunet_ssl.data.splits import split_dataset
     from nnunet_ssl.evaluation.tables import format_table
@@ -54,10 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "The environment variable nnUNet_preprocessed is not set; nnU-Net reads splits_final.json in that folder."
         )
-    try:
-        name = str(maybe_convert_to_dataset_name(args.d))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    name = dataset_name(args.d)
     raw = Path(nnUNet_raw) / name if nnUNet_raw.is_set() else None
     report = split_dataset(
         Path(nnUNet_preprocessed) / name,

@@ -115,6 +115,11 @@ def scores(runs: Sequence[FolderResult], cases: Sequence[str], structure: str, m
     return Scores(tuple(cases), np.array(rows, float).reshape(len(runs), len(cases)))
 
 
+def all_cases(models: Mapping[str, Sequence[FolderResult]]) -> list[str]:
+    """Every case of any run, sorted."""
+    return sorted({case.case for runs in models.values() for run in runs for case in run.cases})
+
+
 def compare(
     models: Mapping[str, Sequence[FolderResult]],
     structures: Sequence[str],
@@ -130,7 +135,7 @@ def compare(
         metric: attribute of :class:`~nnunet_ssl.evaluation.metrics.CaseMetrics`.
         best: runs of the same models with another checkpoint, for the last column.
     """
-    cases = sorted({case.case for runs in models.values() for run in runs for case in run.cases})
+    cases = all_cases(models)
     header = ["structure", "model", "runs", "cases", "mean", "median", "SD cases", "SD runs", "missing"]
     header += ["difference", "95 % interval", "p", "pairs", *(["best - last"] if best else [])]
     rows: list[list[object]] = []

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from nnunet_ssl.data.image_checks import BadImageError
-from nnunet_ssl.evaluation.comparison import scores
+from nnunet_ssl.evaluation.comparison import all_cases, scores
 from nnunet_ssl.evaluation.folders import FolderResult, Segmentations
 from nnunet_ssl.evaluation.metrics import Labels
 
@@ -154,7 +154,7 @@ def save_comparison(
         structures: names of classes or regions.
         metric: attribute of :class:`~nnunet_ssl.evaluation.metrics.CaseMetrics`.
     """
-    cases = sorted({case.case for runs in models.values() for run in runs for case in run.cases})
+    cases = all_cases(models)
     names = list(models)
     with matplotlib.style.context("default"):
         width = len(structures) * (1.3 * len(names) + 0.8)
@@ -162,14 +162,16 @@ def save_comparison(
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(structures), squeeze=False, sharey=metric in ("dice", "jaccard"))[0]
         for axis, structure in zip(panels, structures, strict=True):
-            values = np.array([scores(models[name], cases, structure, metric).by_case() for name in names])
-            axis.plot(range(len(names)), values, color="gray", alpha=0.35, linewidth=0.8, zorder=1)
-            for position, of_model in enumerate(values):
+            found = [scores(runs, cases, structure, metric) for runs in models.values()]
+            axis.plot(
+                range(len(names)), [one.by_case() for one in found], color="gray", alpha=0.35, linewidth=0.8, zorder=1
+            )
+            for position, of_model in enumerate(found):
                 color = _COLORS[position % len(_COLORS)]
-                axis.scatter([position] * len(cases), of_model, s=18, color=color, zorder=2)
-                if not np.isnan(of_model).all():
-                    mean = float(np.nanmean(of_model))
-                    axis.plot([position - 0.25, position + 0.25], [mean, mean], color="black", linewidth=2, zorder=3)
+                axis.scatter([position] * len(cases), of_model.by_case(), s=18, color=color, zorder=2)
+                # Nothing is drawn where the mean is nan.
+                ends = [position - 0.25, position + 0.25]
+                axis.plot(ends, [of_model.mean] * 2, color="black", linewidth=2, zorder=3)
             axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
             axis.set_xlim(-0.5, len(names) - 0.5)
             axis.set_title(structure, fontsize=11)
