@@ -83,6 +83,7 @@ def planned(planned_2d):
     (planned_2d.root / "trainers" / "recording.py").unlink()
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_network(planned, tmp_path):
     first, second = train_on_two_machines(planned)
     assert first.returncode == second.returncode == 0, first.stdout[-4000:] + second.stdout[-4000:]
