@@ -1,8 +1,8 @@
 """Label kinds × configurations × trainers, with nnU-Net's own commands from planning to postprocessing.
 
 Modelled on nnU-Net's integration tests: four label kinds, four configurations, a cascade among them, whose plans are
-added by hand as theirs are. The whole matrix is slow; by default runs a part of it in which every configuration meets two
-trainers and both regions and the ignore label, with fewer commands in each cell. Prints a table at the end.
+added by hand as theirs are. The whole matrix is slow. By default runs a part of it, with fewer commands in each cell:
+every trainer, and every configuration with both the ignore label and regions. Prints a table at the end.
 """
 
 from __future__ import annotations
