@@ -93,6 +93,14 @@ class SemiSupervisedSettings:
         "allow validation cases among the unlabeled cases; their validation scores are then optimistic",
         choices=(True, False),
     )
+    seed: int | None = setting(
+        None,
+        "for weights, batches, masks and noise; null: another one each time. On a CPU with one worker "
+        "(nnUNet_n_proc_DA=1 or 0) the same seed makes the same training",
+        minimum=0,
+        integer=True,
+        optional=True,
+    )
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):

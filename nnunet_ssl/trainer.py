@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
+import signal
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
@@ -35,7 +38,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 import nnunet_ssl
-from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases, no_unlabeled_cases_message
+from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases, folder_name, no_unlabeled_cases_message
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.leak_guard import check_leaks
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
@@ -45,17 +48,21 @@ from nnunet_ssl.data.views import UnlabeledViews
 from nnunet_ssl.distributed import alone, average_gradients, device_of_this_process, on_all_ranks, patient_group
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.curves import save_training_curves
+from nnunet_ssl.evaluation.shares import collapse_warning, collapsed
 from nnunet_ssl.memory import log_memory
+from nnunet_ssl.networks.checkpoints import read_checkpoint
 from nnunet_ssl.networks.outputs import Outputs, SplitOutputs, StackedOutputs
 from nnunet_ssl.networks.training_network import (
     SUPPORTED,
     Stream,
     TrainingNetwork,
     UNet,
+    check_architecture,
     check_supported,
     draw_dropout_masks,
     unsupported,
 )
+from nnunet_ssl.processes import Sigterm, derived_seed, handled_sigterm, killed_workers, seed_this_process
 from nnunet_ssl.settings import SemiSupervisedSettings
 
 LOG_PREFIX = "ssl/"
@@ -124,7 +131,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     the plans (:mod:`nnunet_ssl.settings`).
 
     Raises:
-        UserError: the plans hold a setting that is unknown or out of range.
+        UserError: the plans hold a setting that is unknown or out of range, or a path where a name should be.
     """
 
     settings_class: ClassVar[type[SemiSupervisedSettings]] = SemiSupervisedSettings
@@ -144,6 +151,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
     ) -> None:
+        for key in ("dataset_name", "plans_name"):
+            folder_name(plans[key], key)
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_ddp:
             # nnU-Net takes the GPU whose number is the rank, which on a second machine is none.
@@ -170,6 +179,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._skipped_steps = 0
         self._recorded: dict[str, Tensor] = {}
         self._seconds_waiting = 0.0
+        self._sigterm = Sigterm()
+        self._workers: dict[str, list[BaseProcess]] = {}
 
     # ---- hooks of a method ------------------------------------------------------------------------------------------
 
@@ -237,10 +248,50 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         counts = counts.float() if counts.is_floating_point() else counts.long()
         self._recorded[name] = self._recorded[name] + counts if name in self._recorded else counts
 
+    def record_prediction(self, logits: Tensor) -> None:
+        """Count what is predicted on unlabeled images, for the log and the warning of a collapse. Call it once a step.
+
+        Args:
+            logits: (U, C, *spatial), of the stream whose predictions are pseudo-labels.
+        """
+        if self.label_manager.has_regions:
+            self._record_share("unlabeled", logits > 0)
+        else:
+            # On a CPU many times faster than argmax.
+            self._record_share("unlabeled", logits.max(1).indices)
+
+    def _record_labeled_share(self, labeled: LabeledBatch) -> None:
+        labels = self.label_manager
+        target = labeled.target[0] if isinstance(labeled.target, list) else labeled.target
+        if not self.probabilistic_oversampling:
+            # nnU-Net centers the last patches of a batch on foreground; unlabeled ones are cut anywhere.
+            target = target[: round(len(target) * (1 - self.oversample_foreground_percent))]
+        if labels.has_regions:
+            regions = target[:, : labels.num_segmentation_heads] > 0
+            self._record_share("labeled", regions, target[:, -1] == 0 if labels.has_ignore_label else None)
+        else:
+            known = target[:, 0] != labels.ignore_label if labels.has_ignore_label else None
+            self._record_share("labeled", target[:, 0], known)
+
+    def _record_share(self, of: str, label: Tensor, known: Tensor | None = None) -> None:
+        """Of classes (B, *spatial), of regions (B, R, *spatial) bool; ``known`` is (B, *spatial) bool."""
+        regions = self.label_manager.has_regions
+        if known is None:
+            known = torch.ones_like(label[:, 0] if regions else label, dtype=torch.bool)
+        if regions:
+            counts = [(member & known).sum() for member in (label.any(1), *label.unbind(1))]
+        else:
+            # Class by class: of many classes, all at once would take many times the memory of an image.
+            counts = [((label == value) & known).sum() for value in self.label_manager.foreground_labels]
+            counts = [torch.stack(counts).sum(), *counts]
+        self.record(f"share/{of}", torch.stack(counts), known.sum().expand(len(counts)))
+
     # ---- network ----------------------------------------------------------------------------------------------------
 
     def initialize(self) -> None:
         """As nnU-Net; of several processes, each with its share of the batch and with the device it was given."""
+        if self.settings.seed is not None:
+            seed_this_process(derived_seed(self.settings.seed))
         distributed, self.is_ddp = self.is_ddp, False
         try:
             super().initialize()
@@ -265,6 +316,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
+        check_architecture(configuration_manager)
         stock_network = getattr(type(self), "build_network_architecture")  # noqa: B009 - shadowed on the instance
         if "plans_manager" not in inspect.signature(stock_network).parameters:
             raise NotImplementedError(
@@ -323,6 +375,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         previous_stage = self._segment_by_previous_stage(cases) if self.is_cascaded else None
         self._unlabeled_dataset = UnlabeledDataset(cases, previous_stage)
         super().on_train_start()
+        # From here on there is something to save first.
+        self._sigterm.held = True
 
     def _prepare_unlabeled_cases(self) -> list[UnlabeledCase]:
         preprocessed = Path(self.preprocessed_dataset_folder_base)
@@ -355,7 +409,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         labeled = Path(self.folder_with_segs_from_previous_stage)
         results = labeled.parents[1]
-        previous = self.configuration_manager.previous_stage_name
+        previous = folder_name(self.configuration_manager.previous_stage_name, "previous_stage")
         to_do = (
             f"Train all folds of the previous stage: nnUNetv2_train {self.plans_manager.dataset_name} {previous} FOLD "
             f"-tr {type(self).__name__}"
@@ -374,6 +428,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             Path(self.preprocessed_dataset_folder_base), manager.data_identifier, self.fold
         )
         build = getattr(type(self), "build_network_architecture")  # noqa: B009 - shadowed on the instance
+        check_architecture(manager)
         network = build(
             self.plans_manager,
             manager,
@@ -453,8 +508,32 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 pin_memory=self.device.type == "cuda",
                 wait_time=0.002,
             )
+        if self.settings.seed is not None:
+            self._seed(self.settings.seed)
         next(self.dataloader_unlabeled)
+        self._workers = {
+            f"{name} batches": list(one._processes) if isinstance(one, NonDetMultiThreadedAugmenter) else []
+            for name, one in self._loaders.items()
+        }
         return train, val
+
+    @property
+    def _loaders(self) -> dict[str, Any]:
+        loaders = {"training": self.dataloader_train, "validation": self.dataloader_val}
+        return loaders | {"unlabeled": self.dataloader_unlabeled}
+
+    def _seed(self, seed: int) -> None:
+        """Seed this process and the loaders' workers: unlike on each rank, and after a checkpoint unlike before it."""
+        rank = dist.get_rank() if self.is_ddp else 0
+        for number, loader in enumerate(self._loaders.values(), start=1):
+            if isinstance(loader, NonDetMultiThreadedAugmenter):
+                running = loader.initialized
+                loader._finish()
+                workers = range(loader.num_processes)
+                loader.seeds = [derived_seed(seed, rank, self.current_epoch, number, worker) for worker in workers]
+                if running:
+                    next(loader)
+        seed_this_process(derived_seed(seed, rank, self.current_epoch, 0))
 
     def _training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         stock_transforms = getattr(type(self), "get_training_transforms")  # noqa: B009 - shadowed on the instance
@@ -464,13 +543,40 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return ComposeTransforms([*transforms.transforms, *self._labeled_targets.values()])
 
     def run_training(self) -> None:
-        """Train as nnU-Net does, and stop all worker processes whatever happens: it stops its own two at a good end."""
-        try:
-            super().run_training()
-        finally:
-            for loader in (self.dataloader_train, self.dataloader_val, self.dataloader_unlabeled):
-                if isinstance(loader, NonDetMultiThreadedAugmenter):
-                    loader._finish()
+        """Train as nnU-Net does, and stop all worker processes whatever happens: it stops its own two at a good end.
+
+        Raises:
+            SystemExit: SIGTERM came; with code 143, after a checkpoint from which ``--c`` goes on.
+            RuntimeError: a worker was killed, a term is not finite, or a checkpoint could not be written.
+        """
+        with handled_sigterm() as self._sigterm:
+            try:
+                super().run_training()
+            except RuntimeError as error:
+                killed = killed_workers(self._workers)
+                if self._sigterm.came and "workers" in str(error):
+                    # The signal went to the workers too, and they ended first.
+                    self._stop_at_sigterm()
+                if not killed:
+                    raise
+                raise RuntimeError(
+                    f"Training stops in epoch {self.current_epoch}: {'; '.join(killed)}. The system does that when "
+                    f"memory runs out. Use fewer workers (environment variable nnUNet_n_proc_DA, "
+                    f"{get_allowed_n_proc_DA()} now) and go on with --c; the last checkpoint is untouched."
+                ) from error
+            finally:
+                for loader in self._loaders.values():
+                    if isinstance(loader, NonDetMultiThreadedAugmenter):
+                        loader._finish()
+
+    def _stop_at_sigterm(self) -> None:
+        file = Path(self.output_folder) / "checkpoint_latest.pth"
+        self._write_checkpoint(str(file), next_epoch=self.current_epoch)
+        self.print_to_log_file(
+            f"SIGTERM in epoch {self.current_epoch}, after {self._steps_in_epoch} steps of it: stopped, weights are in "
+            f"{file}. --c goes on from these weights at the start of the epoch."
+        )
+        raise SystemExit(128 + signal.SIGTERM)
 
     def _next_unlabeled(self) -> UnlabeledBatch:
         assert self.dataloader_unlabeled is not None
@@ -509,13 +615,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         weights = self.loss_weights(self.progress)
         terms = self._gradients_or_split(labeled, unlabeled, weights)
+        self._record_labeled_share(labeled)
         means = torch.stack(list(terms.values()))
+        stop = self._sigterm.came
         if self.is_ddp:
-            # Then all ranks stop at a term that is not finite on one.
+            # Then all ranks stop at a term that is not finite on one, and at a signal that came to one.
+            means = torch.cat((means, means.new_full((1,), float(stop))))
             dist.all_reduce(means)
             means /= dist.get_world_size()
         # One transfer, as nnU-Net makes one for its loss.
-        values = dict(zip(terms, means.cpu().numpy(), strict=True))
+        found = means.cpu().numpy()
+        stop = stop or bool(found[len(terms) :].any())
+        values = dict(zip(terms, found, strict=False))
         self._check_finite(values, labeled, unlabeled)
 
         parameters = self.network.parameters()
@@ -540,6 +651,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.after_optimizer_step()
         self._steps_in_epoch += 1
         self._first_step = False
+        if stop:
+            self._stop_at_sigterm()
         return {
             "loss": values["supervised"],
             "loss/total": sum(weights[name] * value for name, value in values.items()),
@@ -675,7 +788,27 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         values["seconds/unlabeled_wait"] = self._seconds_waiting
         if self.grad_scaler is not None:
             values["skipped_steps"] = self._skipped_steps
+        warnings = self._check_shares(values)
         self._log_ssl(values)
+        for warning in warnings:
+            self.print_to_log_file(warning)
+
+    def _check_shares(self, values: dict[str, Any]) -> list[str]:
+        """Add to the epoch's values which classes have collapsed; returns a warning for each that newly has."""
+        lists = self.logger.local_logger.my_fantastic_logging
+
+        def history(name: str) -> list[list[float]]:
+            # An epoch without this record has nan in place of a list.
+            return [epoch for epoch in lists.get(f"{LOG_PREFIX}share/{name}_per_class", []) if isinstance(epoch, list)]
+
+        if "share/unlabeled_per_class" not in values:
+            return []
+        predicted, labeled = ([*history(of), values[f"share/{of}_per_class"]] for of in ("unlabeled", "labeled"))
+        now = collapsed(predicted, labeled)
+        before = (history("collapsed") or [[0.0] * len(now)])[-1]
+        values["share/collapsed_per_class"] = [float(one) for one in now]
+        new = [index for index, (is_now, was) in enumerate(zip(now, before, strict=True)) if is_now and not was]
+        return [collapse_warning(index, predicted, labeled) for index in new]
 
     def _log_ssl(self, values: Mapping[str, Any]) -> None:
         # nnU-Net's logger wants known keys and one value per epoch for each; its picture is as long as the shortest
@@ -714,6 +847,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         ``network_weights`` are those of nnU-Net's own network under its own names, so that stock nnU-Net predicts
         with the file once its trainer name is changed. All else is tensors and plain values.
         """
+        self._write_checkpoint(filename, next_epoch=self.current_epoch + 1)
+
+    def _write_checkpoint(self, filename: str, *, next_epoch: int) -> None:
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
@@ -723,9 +859,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "network_weights": self.training_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": _plain(self.logger.get_checkpoint()),
+            "logging": {key: _plain(values[:next_epoch]) for key, values in self.logger.get_checkpoint().items()},
             "_best_ema": self._best_ema_so_far(),
-            "current_epoch": self.current_epoch + 1,
+            "current_epoch": next_epoch,
             # nnU-Net keeps the device itself, which older PyTorch does not read with weights_only.
             "init_args": {**self.my_init_kwargs, "device": str(self.device)},
             "trainer_name": type(self).__name__,
@@ -738,11 +874,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         }
         # Beside the file, so that the rename stays within one file system.
         partial = Path(f"{filename}.partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(filename)
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(filename)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer makes the one of the other
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(partial.parent).free / 2**20 if partial.parent.is_dir() else 0
+            raise RuntimeError(
+                f"The checkpoint {filename} could not be written ({error}); {free:.0f} MiB are free there. What was "
+                f"in its place before is untouched. Make room, then go on with --c."
+            ) from error
 
     def _best_ema_so_far(self) -> float | None:
         # nnU-Net writes checkpoint_latest before it compares the epoch's value with the best one. Continued from
@@ -800,13 +945,10 @@ def _plain(value: Any) -> Any:
 
 def _read_checkpoint(file: Path, device: torch.device) -> dict:
     try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
+        return read_checkpoint(file, device)
+    except UserError as error:
         raise UserError(
-            f"The checkpoint {file} could not be read as tensors and plain values: {error}. It is damaged, or another "
-            f"trainer wrote it; to start from the weights of a stock nnU-Net trainer use -pretrained_weights."
+            f"{error} If another trainer wrote it: to start from its weights use -pretrained_weights."
         ) from error
 
 

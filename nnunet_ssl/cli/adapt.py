@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_ssl.networks.checkpoints import read_checkpoint, with_pretrained_encoder
-    from nnunet_ssl.networks.training_network import check_supported
+    from nnunet_ssl.networks.training_network import check_architecture, check_supported
 
     dataset = preprocessed / dataset_name(args.d)
     plans = PlansManager(read_plans(dataset, args.p, args.d))
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         )
     configuration = plans.get_configuration(args.c)
     dataset_json = json.loads((dataset / "dataset.json").read_bytes())
+    check_architecture(configuration)
     network = get_network_from_plans(
         configuration.network_arch_class_name,
         configuration.network_arch_init_kwargs,

@@ -389,9 +389,10 @@ def check_network(
     import torch
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    from nnunet_ssl.networks.training_network import check_supported
+    from nnunet_ssl.networks.training_network import check_architecture, check_supported
 
     manager = plans.get_configuration(configuration)
+    check_architecture(manager)
     channels = determine_num_input_channels(plans, manager, dataset_json)
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads
     try:

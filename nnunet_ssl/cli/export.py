@@ -156,6 +156,8 @@ def _write_model(
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnunet_ssl.networks.training_network import check_architecture
+
     plans, dataset_json = _without_settings(_read_json(model / "plans.json")), _read_json(model / "dataset.json")
     (target / "plans.json").write_text(json.dumps(plans, indent=4), encoding="utf-8")
     _copy(model, target, "dataset.json", "dataset_fingerprint.json")
@@ -164,6 +166,7 @@ def _write_model(
     configuration = manager.get_configuration(args.c)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     heads = manager.get_label_manager(dataset_json).num_segmentation_heads
+    check_architecture(configuration)
     notes, as_validated = [], args.chk == "checkpoint_final.pth"
     for fold, file in checkpoints.items():
         network = trainer.build_network_architecture(manager, configuration, channels, heads, False)

@@ -135,13 +135,39 @@ def _channel_files(folder: Path, file_ending: str) -> tuple[dict[str, dict[int, 
 
 
 def unlabeled_folder(preprocessed_dataset_folder: Path, data_identifier: str) -> Path:
-    """Where the preprocessed cases of imagesUn are: nnU-Net's own files and nothing else."""
-    return preprocessed_dataset_folder / f"{data_identifier}_unlabeled"
+    """Where the preprocessed cases of imagesUn are: nnU-Net's own files and nothing else.
+
+    Raises:
+        UserError: see :func:`folder_name`.
+    """
+    return preprocessed_dataset_folder / f"{folder_name(data_identifier, 'data_identifier')}_unlabeled"
 
 
 def records_folder(preprocessed_dataset_folder: Path, data_identifier: str) -> Path:
-    """Where each of these cases has its record, ``CASE.json``: what it was made from, and what came of it."""
-    return preprocessed_dataset_folder / f"{data_identifier}_unlabeled_records"
+    """Where each of these cases has its record, ``CASE.json``: what it was made from, and what came of it.
+
+    Raises:
+        UserError: see :func:`folder_name`.
+    """
+    return preprocessed_dataset_folder / f"{folder_name(data_identifier, 'data_identifier')}_unlabeled_records"
+
+
+def folder_name(name: object, entry: str) -> str:
+    """A folder's name out of the plans. Plans may come from others, and must not lead out of the dataset's folder.
+
+    Args:
+        name: what the plans say.
+        entry: under which key, for the message.
+
+    Raises:
+        UserError: it is a path, or no name at all.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise UserError(
+            f"The plans' {entry} is {_shorten(name)}, which is no name of a folder. Plans that nnU-Net makes have "
+            "none like this: make them anew with nnUNetv2_plan_and_preprocess, and see SECURITY.md."
+        )
+    return name
 
 
 def list_names(folder: Path) -> set[str]:

@@ -176,7 +176,8 @@ def preprocess_unlabeled(
         log: takes lines of progress.
 
     Raises:
-        UserError: impossible arguments, or cases preprocessed with other plans whose images are not there.
+        UserError: impossible arguments, folders that are links, or cases preprocessed with other plans whose images
+            are not there.
     """
     if num_processes < 0:
         raise UserError(f"The number of processes must be 0 or more, got {num_processes}.")
@@ -198,6 +199,13 @@ def preprocess_unlabeled(
         _keep(job, report, ready_cases(preprocessed_dataset_folder, identifier), images_folder)
         return report
 
+    for folder in (job.folder, job.records):
+        if folder.is_symlink():
+            # What has no image any more is removed from them, whatever they contain.
+            raise UserError(
+                f"{folder} is a link, and files would be removed from where it leads. Remove the link; to keep the "
+                "preprocessed cases elsewhere, link the dataset's whole folder."
+            )
     cases, problems = find_raw_cases(
         images_folder, dataset_json["file_ending"], files_per_case(raw_dataset_folder, dataset_json)
     )

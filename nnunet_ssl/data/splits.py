@@ -177,6 +177,8 @@ def write_splits(file: Path, splits: Sequence[Mapping[str, Any]]) -> None:
     """Write a split file, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    # A link of this name, in a folder from elsewhere, would be written through.
+    unfinished.unlink(missing_ok=True)
     try:
         unfinished.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
         unfinished.replace(file)
@@ -233,7 +235,7 @@ def _planner_accepts(raw: Sequence[Mapping[str, Any]], splits: Sequence[Mapping[
 
 def _unused_name(file: Path) -> Path:
     candidate, number = file.with_name(f"{file.name}.bak"), 1
-    while candidate.exists():
+    while candidate.exists() or candidate.is_symlink():
         number += 1
         candidate = file.with_name(f"{file.name}.bak{number}")
     return candidate

@@ -9,16 +9,18 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 PREFIX = "ssl/"
-_FIRST, _LAST = ("loss", "weight", "coverage"), ("seconds", "other")
+_FIRST, _LAST = ("loss", "weight", "coverage"), ("share", "seconds", "other")
 _TITLES = {
     "loss": "loss: terms without their weights, and the total",
     "weight": "weights of the terms",
     "coverage": "pseudo-label coverage: share of voxels above the threshold",
+    "share": "share of voxels: predicted on unlabeled patches, labeled (dashed), x: warned of a collapse",
     "seconds": "seconds per epoch",
     "other": "other",
 }
@@ -28,8 +30,9 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
     """Draw what was logged under keys that start with ``ssl/``; the file is replaced atomically.
 
     One panel each for ``ssl/loss/<term>``, ``ssl/weight/<term>``, ``ssl/coverage`` with ``ssl/coverage_per_class``
-    (a list per epoch), ``ssl/seconds/<what>``, and every other ``ssl/<group>/<name>``, under the group's name. Values
-    that are not finite leave a gap. Nothing is written while nothing has been logged.
+    (a list per epoch), ``ssl/share/<of what>_per_class`` (lists), ``ssl/seconds/<what>``, and every other
+    ``ssl/<group>/<name>``, under the group's name. Values that are not finite leave a gap. Nothing is written while
+    nothing has been logged.
 
     Args:
         path: the picture, a PNG file.
@@ -55,6 +58,11 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
         colors = {name: f"C{index % 10}" for index, name in enumerate({**panels["loss"], **panels["weight"]})}
         epochs = max(len(series) for panel in panels.values() for series in panel.values())
         for axis, panel in zip(axes, drawn, strict=True):
+            axis.set_title(_TITLES.get(panel, panel), fontsize=10, loc="left")
+            axis.grid(alpha=0.3)
+            if panel == "share":
+                _draw_shares(axis, panels[panel])
+                continue
             for name, series in panels[panel].items():
                 overall = name == {"loss": "total", "coverage": "overall"}.get(panel)
                 axis.plot(
@@ -65,8 +73,6 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
                     marker="o" if epochs <= 20 else None,
                     markersize=3.5,
                 )
-            axis.set_title(_TITLES.get(panel, panel), fontsize=10, loc="left")
-            axis.grid(alpha=0.3)
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
             if panel in ("coverage", *groups) and axis.dataLim.ymin >= 0 and axis.dataLim.ymax <= 1:
                 axis.set_ylim(-0.03, 1.03)
@@ -88,6 +94,20 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
             unfinished.unlink(missing_ok=True)
 
 
+def _draw_shares(axis: Axes, lines: Mapping[str, np.ndarray]) -> None:
+    """Each class's share of the unlabeled and of the labeled voxels, and where it has collapsed."""
+    for index, (name, predicted) in enumerate((n, line) for n, line in lines.items() if n.startswith("unlabeled ")):
+        number, color = name.split()[-1], f"C{index % 10}"
+        axis.plot(predicted, color=color, label=f"class {number}", marker="o" if len(predicted) <= 20 else None, ms=3.5)
+        axis.plot(lines.get(f"labeled {number}", []), color=color, linestyle="--", linewidth=1)
+        epochs = np.flatnonzero(lines.get(f"collapsed {number}", np.empty(0)) == 1)
+        axis.plot(epochs, predicted[epochs], "x", color="red", ms=9, mew=2, clip_on=False)
+    # Shares of small structures are many times smaller than those of large ones, and may be 0.
+    axis.set_yscale("symlog", linthresh=1e-4)
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+
+
 def _place(key: str) -> tuple[str, str]:
     """The panel of a key and the name of its line."""
     group, _, term = key.partition("/")
@@ -97,6 +117,8 @@ def _place(key: str) -> tuple[str, str]:
         return "coverage", "class" if key == "coverage_per_class" else key
     if not term:
         return "other", key
+    if group == "share":
+        return group, term.removesuffix("_per_class") if term.endswith("_per_class") else f"overall {term}"
     return group, term.replace("_", " ") if group == "seconds" else term
 
 

@@ -377,6 +377,8 @@ def write_text(file: Path, text: str) -> None:
     beside = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        # A link of this name, in a folder from elsewhere, would be written through.
+        beside.unlink(missing_ok=True)
         beside.write_text(text, encoding="utf-8")
         beside.replace(file)
     except OSError as error:

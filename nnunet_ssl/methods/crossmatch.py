@@ -107,6 +107,7 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
 
         yield {"supervised": self.supervised_loss(outputs["x_dn"].logits, labeled.target)}
 
+        self.record_prediction(outputs["u_dn"].logits)
         teacher = self._pseudo_label(outputs["u_dn"].logits)
         self.record("coverage", *coverage(teacher, self.settings.confidence_threshold))
 

@@ -128,6 +128,8 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
                 if i not in lessons:
                     lessons[i] = self._lesson(output.detach())
                 terms = {}
+                if image == "u" and i == "a":
+                    self.record_prediction(output.full_resolution)
                 if image == "x":
                     terms[_supervised(i)] = self.supervised_loss(output.logits, labeled.target)
                 for j in self.decoders:

@@ -22,7 +22,7 @@ from nnunet_ssl.data.signed_distance import SignedDistanceTransform
 from nnunet_ssl.distributed import gather_over_ranks, num_processes, sum_over_ranks
 from nnunet_ssl.losses.contrastive import info_nce
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
-from nnunet_ssl.networks.boundary_head import BoundaryHead, coarse_grid
+from nnunet_ssl.networks.boundary_head import BoundaryHead, coarse_grid, unit_length
 from nnunet_ssl.networks.outputs import Outputs
 from nnunet_ssl.networks.training_network import Stream, StreamOutput, TrainingNetwork, UNet
 from nnunet_ssl.settings import SemiSupervisedSettings, setting
@@ -136,6 +136,7 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         del output  # the next pass needs its memory
 
         teacher, student = outputs["u_teacher"], outputs["u_student"]
+        self.record_prediction(teacher.logits)
         keys, first = gather_over_ranks(_head(teacher, "projection").flatten(0, 1))
         queries = _head(student, "projection").flatten(0, 1)
         yield {
@@ -199,11 +200,11 @@ def structure_distillation(student: StreamOutput, teacher: StreamOutput, *, voxe
         voxels: the most that are compared within a patch; where there are more, as many are drawn.
     """
     assert student.bottleneck is not None and teacher.bottleneck is not None
-    v_s, v_t = (tensor.flatten(2).transpose(1, 2).float() for tensor in (student.bottleneck, teacher.bottleneck))
+    v_s, v_t = (tensor.flatten(2).transpose(1, 2) for tensor in (student.bottleneck, teacher.bottleneck))
     if v_s.shape[1] > voxels:
         drawn = torch.randperm(v_s.shape[1], device=v_s.device)[:voxels]
         v_s, v_t = v_s[:, drawn], v_t[:, drawn]
-    return info_nce(functional.normalize(v_t, dim=-1), functional.normalize(v_s, dim=-1), temperature=1.0)
+    return info_nce(unit_length(v_t), unit_length(v_s), temperature=1.0)
 
 
 def consistency(student: Tensor, teacher: Tensor, *, regions: bool) -> Tensor:

@@ -50,7 +50,16 @@ class BoundaryHead(nn.Module):
         distance = torch.tanh(self.distance(features))
         view = torch.cat((image.to(distance.dtype), distance), 1)
         projected = self.projector(self.pool(view)).flatten(2).transpose(1, 2)
-        return {"distance": distance, "projection": functional.normalize(projected.float(), dim=-1)}
+        return {"distance": distance, "projection": unit_length(projected)}
+
+
+def unit_length(vectors: Tensor) -> Tensor:
+    """Vectors (..., D) divided by their length, in float32.
+
+    **[choice]** Those shorter than 0.01 are divided by 0.01: the gradient of a unit vector is as large as the vector is
+    short, and where features vanish it is beyond half precision.
+    """
+    return functional.normalize(vectors.float(), dim=-1, eps=1e-2)
 
 
 def coarse_grid(patch_size: Sequence[int], *, positions: int) -> tuple[int, ...]:

@@ -11,18 +11,29 @@ from torch import Tensor, nn
 
 from nnunet_ssl.errors import UserError
 
+# The first bytes of what torch.save writes.
+_ZIP = b"PK\x03\x04"
+
 # Where TrainingNetwork.training_state keeps a teacher. The network that predicts is in network_weights instead.
 _TEACHER = "training_only.teacher."
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Load a checkpoint's tensors and plain values to the CPU.
+def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Load a checkpoint's tensors and plain values; of classes and functions it may name PyTorch's own list alone.
 
     Raises:
         UserError: it holds anything else, or is damaged.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as opened:
+            # PyTorch before 2.6 runs code in files of its older formats, weights_only or not (CVE-2025-32434).
+            if opened.read(len(_ZIP)) != _ZIP:
+                raise ValueError("it is not in the format that PyTorch writes since version 1.6")
+            opened.seek(0)
+            checkpoint = torch.load(opened, map_location=device, weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds a {type(checkpoint).__name__} and no table of entries")
+        return checkpoint
     except OSError as error:
         raise UserError(f"The checkpoint {file} could not be opened: {error.strerror}.") from error
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pydoc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -10,14 +11,19 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from nnunet_ssl.errors import UserError
 
 UNet: TypeAlias = PlainConvUNet | ResidualEncoderUNet
 """The networks of nnU-Net that can be trained here."""
 
 SUPPORTED = {architecture.__name__: architecture for architecture in (PlainConvUNet, ResidualEncoderUNet)}
 """Their classes, by name."""
+
+_HOMES_OF_LAYERS = ("torch.nn.", "dynamic_network_architectures.")
 
 Logits: TypeAlias = Any
 """(N, C, *spatial), or with deep supervision nnU-Net's list of them, full resolution first."""
@@ -356,6 +362,36 @@ def check_supported(network: nn.Module) -> UNet:
     if isinstance(network, tuple(SUPPORTED.values())):
         return network
     raise unsupported(type(network).__name__)
+
+
+def check_architecture(configuration: ConfigurationManager) -> None:
+    """Refuse plans that name anything but networks and layers, before a network is built from them.
+
+    nnU-Net looks these names up in all of Python and calls what it finds: in a plans file from elsewhere,
+    ``"nonlin": "os.system"`` would be a command.
+
+    Raises:
+        UserError: a name is none of a network or layer of PyTorch or of dynamic_network_architectures.
+    """
+    options = configuration.network_arch_init_kwargs
+    named = {name: options.get(name) for name in configuration.network_arch_init_kwargs_req_import}
+    for entry, name in {"network_class_name": configuration.network_arch_class_name, **named}.items():
+        if name is not None and not _is_layer(name):
+            raise UserError(
+                f"The plans' architecture has {entry} = {name!r}, which is no network or layer of torch.nn or "
+                "dynamic_network_architectures. nnU-Net would import and call it, whatever it is. If the plans come "
+                "from elsewhere, do not use them (SECURITY.md)."
+            )
+
+
+def _is_layer(name: object) -> bool:
+    if not isinstance(name, str) or not name.startswith(_HOMES_OF_LAYERS):
+        return False
+    # A path through modules can lead out of the package again, to what one of them imports.
+    found = pydoc.locate(name)
+    if found is None:
+        return True  # nnU-Net then looks for it in dynamic_network_architectures
+    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(_HOMES_OF_LAYERS)
 
 
 def unsupported(architecture: str) -> NotImplementedError:

@@ -97,6 +97,7 @@ def test_a_case_without_prediction_counts_unless_it_may_be_missing(base, tmp_pat
     assert len(list(csv.DictReader((some / "evaluation.csv").open()))) == 2 * (CASES - 1), "the others were"
 
 
+@pytest.mark.slow
 def test_compare_trained_models(base, tmp_path, capsys):
     trainers = ["Off2Trainer", "Off1Trainer", "Off0Trainer"]
     arguments = ["compare", "-d", "42", "-c", "2d", "-tr", *trainers, "-o", str(tmp_path / "comparison")]

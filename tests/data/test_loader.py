@@ -185,6 +185,7 @@ def test_torch_state_is_seeded_anew_in_every_worker(cases):
     assert torch.initial_seed() != own
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss differs, or there is none")
 def test_memory_is_constant_over_1000_draws(cases):
     import resource

@@ -171,6 +171,7 @@ def test_a_killed_training_continues(trainer, planned_2d):
     assert {len(values) for values in final["logging"].values()} == {40}
 
 
+@pytest.mark.slow
 def test_a_validation_image_among_the_unlabeled_stops_training(planned_2d, tmp_path):
     (case, *_) = planned_2d.phantoms.validation
     copy = planned_2d.raw / "imagesUn" / "copied_0000.nii.gz"

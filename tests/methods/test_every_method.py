@@ -318,7 +318,9 @@ def test_bfloat16_autocast_gives_finite_losses_close_to_float32(make, planned_2d
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "autocast", [pytest.param(False, id="float32", marks=pytest.mark.slow), pytest.param(True, id="bfloat16")]
+)
 def test_compile_makes_one_graph_of_a_step_and_one_of_a_validation_and_no_more(
     make, backend, autocast, planned_2d, monkeypatch
 ):

@@ -21,7 +21,8 @@ TRAINERS = (CrossMatchTrainer, MutualReliableTrainer, SimCVDTrainer)
 def make_trainer(
     method, planned, monkeypatch, tmp_path, *, regions=False, ignore=False, residual=False, **settings
 ) -> SemiSupervisedTrainer:
-    monkeypatch.setenv("nnUNet_preprocessed", planned.environment["nnUNet_preprocessed"])
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        monkeypatch.setenv(name, planned.environment[name])
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     plans = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
     plans["continue_training"] = False

@@ -1,0 +1,61 @@
+"""Collapse of pseudo-labels, seen in how much of the unlabeled images each class takes up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLLAPSE_FACTOR = 5.0
+COLLAPSE_EPOCHS = 5
+
+
+def collapsed(
+    predicted: Sequence[Sequence[float]],
+    labeled: Sequence[Sequence[float]],
+    *,
+    factor: float = COLLAPSE_FACTOR,
+    epochs: int = COLLAPSE_EPOCHS,
+) -> list[bool]:
+    """Which classes have been predicted far too rarely or far too often for several epochs.
+
+    That is, in less than 1/``factor`` or more than ``factor`` times their share of the labeled images, in each of the
+    last ``epochs`` epochs. The band is wide, because few labeled patients are no census of the unlabeled ones. A class
+    without a labeled voxel has no share to compare with.
+
+    Args:
+        predicted: per epoch, each class's share of the voxels of unlabeled patches.
+        labeled: per epoch, each class's share of the voxels of labeled patches; their mean over all epochs counts.
+
+    Returns:
+        One entry per class; all False before there are ``epochs`` epochs.
+    """
+    reference = mean_share(labeled)
+    last = np.asarray(predicted[-epochs:], float)
+    if len(last) < epochs:
+        return [False] * len(reference)
+    outside = (last < reference / factor) | (last > reference * factor)
+    return [bool(one) for one in outside.all(0) & (reference > 0)]
+
+
+def mean_share(shares: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """Each class's mean over the epochs that have a value; 0 where none has.
+
+    Args:
+        shares: per epoch, one value per class, or nan.
+    """
+    values = np.asarray(shares, float)
+    known = np.isfinite(values)
+    return np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1)
+
+
+def collapse_warning(index: int, predicted: Sequence[Sequence[float]], labeled: Sequence[Sequence[float]]) -> str:
+    """What to tell about a class that :func:`collapsed` found; arguments as there, ``index`` counted from 0."""
+    return (
+        f"Warning: for {COLLAPSE_EPOCHS} epochs, class or region {index + 1} has been predicted in "
+        f"{predicted[-1][index]:.3%} of the unlabeled voxels, and is {mean_share(labeled)[index]:.3%} of the labeled "
+        f"ones. Either the unlabeled images are unlike the labeled ones, or the network has not learned this class "
+        f"yet, or its pseudo-labels have collapsed. If it stays so, use a longer ramp_length or smaller weights of the "
+        f"method's terms. progress_ssl.png shows it."
+    )

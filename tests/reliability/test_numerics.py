@@ -1,0 +1,164 @@
+"""Loss terms and gradients stay finite: extreme logits, half precision, empty and constant images, absent classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from method_steps import TRAINERS, make_batches, make_trainer
+
+from nnunet_ssl.networks.boundary_head import unit_length
+from nnunet_ssl.networks.training_network import StreamOutput
+
+METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
+ONE_BY_DEFAULT = [TRAINERS[0], *(pytest.param(method, marks=pytest.mark.slow) for method in TRAINERS[1:])]
+
+
+class Outputs(dict):
+    """Outputs of streams that were not run."""
+
+    def peek(self, name: str) -> StreamOutput:
+        return self[name].detach()
+
+
+def made_up_outputs(trainer, labeled, unlabeled, make) -> tuple[Outputs, list[torch.Tensor]]:
+    """Outputs of all streams in the right shapes, made by ``make(shape)``, and the tensors that need a gradient."""
+    streams, images = trainer.streams(), trainer.images(labeled, unlabeled)
+    with torch.no_grad():
+        shapes = trainer.training_network(images, streams, {})
+    leaves = []
+
+    def leaf(like: torch.Tensor, gradient: bool) -> torch.Tensor:
+        tensor = make(like.shape)
+        if gradient:
+            leaves.append(tensor.requires_grad_())
+        return tensor
+
+    def output(like: StreamOutput, gradient: bool) -> StreamOutput:
+        logits = like.logits
+        return StreamOutput(
+            [leaf(one, gradient) for one in logits] if isinstance(logits, list) else leaf(logits, gradient),
+            None if like.features is None else leaf(like.features, False),
+            None if like.bottleneck is None else leaf(like.bottleneck, gradient),
+            # Heads put out what is bounded: a tanh, and vectors of unit length.
+            None if like.head is None else {
+                "distance": torch.tanh(leaf(like.head["distance"], gradient)),
+                "projection": unit_length(leaf(like.head["projection"], gradient)),
+            },
+        )  # fmt: skip
+
+    return Outputs({name: output(shapes[name], stream.gradient) for name, stream in streams.items()}), leaves
+
+
+@METHODS
+@pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_terms_and_gradients_are_finite_for_any_logits(method, regions, dtype, planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path, regions=regions, ignore=regions)
+    labeled, unlabeled, _ = make_batches(trainer)
+    largest = min(torch.finfo(dtype).max, 1e6)
+    scales = st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 30.0, 1e3, largest])
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(seed=st.integers(0, 2**31), scale=scales, offset=scales, constant=st.booleans())
+    def check(seed, scale, offset, constant):
+        generator = torch.Generator().manual_seed(seed)
+
+        def make(shape):
+            values = torch.zeros(shape) if constant else torch.randn(shape, generator=generator)
+            values = values * scale
+            values[:, -1] += offset  # of logits, one class far ahead everywhere
+            return values.clamp(-largest, largest).to(dtype)
+
+        outputs, leaves = made_up_outputs(trainer, labeled, unlabeled, make)
+        terms: dict[str, torch.Tensor] = {}
+        for part in trainer.loss_terms(outputs, labeled, unlabeled):
+            for name, value in part.items():
+                # nnU-Net's own loss is not ours to hold to this.
+                if not name.startswith("supervised"):
+                    terms[name] = terms.get(name, 0) + value
+        for name, value in terms.items():
+            assert value.dtype == torch.float32 and torch.isfinite(value), (name, value)
+        torch.stack([*terms.values()]).sum().backward()
+        for tensor in leaves:
+            assert tensor.grad is None or torch.isfinite(tensor.grad).all()
+
+    check()
+
+
+def constant(value):
+    return lambda image: torch.full_like(image, value)
+
+
+def outliers(image):
+    image = image.clone()
+    image.flatten(1)[:, ::97] = 1e4
+    image.flatten(1)[:, 1::97] = -1e4
+    return image
+
+
+@METHODS
+@pytest.mark.parametrize(
+    "change", [constant(0.0), constant(3.0), outliers], ids=["zeros", "one value", "extreme outliers"]
+)
+def test_odd_unlabeled_images_train(method, change, planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path, ramp_length=0.0)
+    _, unlabeled, batch = make_batches(trainer)
+    odd = unlabeled._replace(weak=change(unlabeled.weak), strong=[change(view) for view in unlabeled.strong])
+    monkeypatch.setattr(trainer, "_next_unlabeled", lambda: odd)
+    for _ in range(3):
+        values = trainer.train_step(batch)
+        assert all(np.isfinite(value) for value in values.values()), values
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.network.parameters())
+
+
+@METHODS
+@pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
+def test_labels_and_pseudo_labels_without_a_class_train(method, regions, planned_2d, monkeypatch, tmp_path):
+    options = {"confidence_threshold": 1.0} if method.__name__ == "CrossMatchTrainer" else {}
+    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path, regions=regions, ramp_length=0.0, **options)
+    _, _, batch = make_batches(trainer)
+    ours = len(trainer._labeled_targets)
+    nnunets = batch["target"][: len(batch["target"]) - ours]
+    # No second class in the labels, and a network that puts out the first class alone, from pseudo-labels none of
+    # which reaches CrossMatch's threshold of 1.
+    batch["target"][: len(nnunets)] = [torch.zeros_like(one) if regions else one.clamp(max=1) for one in nnunets]
+    with torch.no_grad():
+        for layer in trainer.training_network.decoder.seg_layers:
+            layer.weight.zero_()
+            layer.bias.copy_(torch.arange(len(layer.bias), 0, -1))
+    for _ in range(3):
+        values = trainer.train_step(batch)
+        assert all(np.isfinite(value) for value in values.values()), values
+        if options:
+            assert values["loss/ip"] == values["loss/tkd"] == values["loss/dkd"] == pytest.approx(0, abs=1e-6)
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.network.parameters())
+
+
+@pytest.mark.parametrize("method", ONE_BY_DEFAULT)
+def test_a_collapse_is_said_once_and_drawn(method, planned_2d, monkeypatch, tmp_path):
+    """A network that predicts background alone, epoch for epoch."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path)
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 7, 2, 1
+    trainer.initial_lr = 0.0
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+    with torch.no_grad():
+        decoders = [trainer.training_network.decoder]
+        if method.__name__ == "SimCVDTrainer":
+            decoders.append(trainer.training_network.teacher.decoder)
+        for decoder in decoders:
+            for layer in decoder.seg_layers:
+                layer.weight.zero_()
+                layer.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
+    trainer.run_training()
+    logged = trainer.logger.local_logger.my_fantastic_logging
+    assert logged["ssl/share/unlabeled_per_class"] == [[0.0, 0.0]] * 7
+    share = np.mean(logged["ssl/share/labeled_per_class"], 0)
+    assert (share > 0).all() and share.sum() == pytest.approx(np.mean(logged["ssl/share/labeled"]))
+    assert logged["ssl/share/collapsed_per_class"] == [[0.0, 0.0]] * 4 + [[1.0, 1.0]] * 3
+    log = next(tmp_path.glob("*/*/fold_0/training_log*")).read_text()
+    assert log.count("Warning: for 5 epochs, class or region 1 has been predicted in 0.000%") == 1
+    assert log.count("Warning: for 5 epochs, class or region 2 has been predicted in 0.000%") == 1
