@@ -111,7 +111,10 @@ def main(planned_folders: dict[str, Path], results: Path) -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(trainer_module, "draw_dropout_masks", joined_masks(rank))
     planned = {
-        dim: SimpleNamespace(preprocessed=folder, environment={"nnUNet_preprocessed": str(folder.parent)})
+        dim: SimpleNamespace(
+            preprocessed=folder,
+            environment={name: str(folder.parent) for name in ("nnUNet_raw", "nnUNet_preprocessed")},
+        )
         for dim, folder in planned_folders.items()
     }
     report: dict[tuple, dict] = {}

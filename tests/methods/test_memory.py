@@ -351,6 +351,7 @@ def test_the_setting_switches_it_on(make, planned_2d) -> None:
     assert make(CrossMatchTrainer, planned_2d, activation_checkpointing=True).training_network.activation_checkpointing
 
 
+@pytest.mark.slow
 @METHODS
 def test_compile_takes_a_checkpointed_network_in_one_graph(make, planned_2d, method) -> None:
     trainer = make(method, planned_2d, memory_mode="stacked", activation_checkpointing=True)

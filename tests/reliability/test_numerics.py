@@ -13,7 +13,6 @@ from nnunet_ssl.networks.boundary_head import unit_length
 from nnunet_ssl.networks.training_network import StreamOutput
 
 METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
-ONE_BY_DEFAULT = [TRAINERS[0], *(pytest.param(method, marks=pytest.mark.slow) for method in TRAINERS[1:])]
 
 
 class Outputs(dict):
@@ -137,7 +136,8 @@ def test_labels_and_pseudo_labels_without_a_class_train(method, regions, planned
     assert all(torch.isfinite(parameter).all() for parameter in trainer.network.parameters())
 
 
-@pytest.mark.parametrize("method", ONE_BY_DEFAULT)
+@pytest.mark.slow
+@METHODS
 def test_a_collapse_is_said_once_and_drawn(method, planned_2d, monkeypatch, tmp_path):
     """A network that predicts background alone, epoch for epoch."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
