@@ -55,9 +55,10 @@ ARMS = {
         "simcvd_off",
     ),
     "SimCVD": Arm("SimCVDTrainer"),
+    "CrossMatch, τ 0.99": Arm("CrossMatchTrainer", {"confidence_threshold": 0.99}, "crossmatch_099"),
 }
 # Tried because of what docs/explanation/evidence.md suspects; trained when --arms names them.
-TRIALS = {"CrossMatch, τ 0.99": Arm("CrossMatchTrainer", {"confidence_threshold": 0.99}, "crossmatch_099")}
+TRIALS = ("CrossMatch, τ 0.99",)
 CONTROLS = {
     "CrossMatch": "nnU-Net",
     "CrossMatch, τ 0.99": "nnU-Net",
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--labeled", type=int, nargs="+", default=[2, 8], help="numbers of labeled cases")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5, help="of 250 labeled iterations; a length that nnU-Net has")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *TRIALS], metavar="ARM")
+    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm not in TRIALS], choices=list(ARMS))
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
     parser.add_argument("--results", type=Path, help="default: results/DATASET-PLANS-CONFIGURATION-ITERATIONS.csv")
     parser.add_argument("--train", nargs=5, help=argparse.SUPPRESS)
@@ -153,7 +154,7 @@ def plan(args: argparse.Namespace) -> list[Training]:
     plans = load_json(str(plans_file))
     controls = {
         f"{args.c}_{arm.suffix}": {"inherits_from": args.c, "semi_supervised": arm.settings}
-        for arm in {**ARMS, **TRIALS}.values()
+        for arm in ARMS.values()
         if arm.settings
     }
     if any(plans["configurations"].get(name) != control for name, control in controls.items()):
@@ -163,7 +164,7 @@ def plan(args: argparse.Namespace) -> list[Training]:
 
     trainings = []
     for seed, labeled, name in itertools.product(args.seeds, args.labeled, args.arms):
-        arm = {**ARMS, **TRIALS}[name]
+        arm = ARMS[name]
         configuration = f"{args.c}_{arm.suffix}" if arm.settings else args.c
         trainer = f"{arm.trainer}_{args.epochs}epoch{'s' if args.epochs > 1 else ''}"
         results = Path(str(nnUNet_results)) / "left_atrium" / f"seed_{seed}"

@@ -88,6 +88,11 @@ class LabeledBatch(NamedTuple):
     keys: list[str]
     extra: Mapping[str, Tensor] = MappingProxyType({})
 
+    @property
+    def full_resolution(self) -> Tensor:
+        """The target with deep supervision or without."""
+        return self.target[0] if isinstance(self.target, list) else self.target
+
 
 class UnlabeledBatch(NamedTuple):
     """A batch of :class:`~nnunet_ssl.data.loader.UnlabeledDataLoader`, on the training device.
@@ -235,6 +240,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         return self.loss(output, target)
 
+    def known_voxels(self, labeled: LabeledBatch) -> Tensor | None:
+        """Where the label is not the ignore label: (B, 1, *patch size), bool; None for a dataset without one."""
+        labels, target = self.label_manager, labeled.full_resolution
+        if not labels.has_ignore_label:
+            return None
+        return target[:, -1:] == 0 if labels.has_regions else target != labels.ignore_label
+
     def record(self, name: str, count: Tensor, total: Tensor) -> None:
         """Log the ratio of two counts, summed over the epoch, without a transfer from the device.
 
@@ -261,17 +273,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._record_share("unlabeled", logits.max(1).indices)
 
     def _record_labeled_share(self, labeled: LabeledBatch) -> None:
-        labels = self.label_manager
-        target = labeled.target[0] if isinstance(labeled.target, list) else labeled.target
-        if not self.probabilistic_oversampling:
-            # nnU-Net centers the last patches of a batch on foreground; unlabeled ones are cut anywhere.
-            target = target[: round(len(target) * (1 - self.oversample_foreground_percent))]
-        if labels.has_regions:
-            regions = target[:, : labels.num_segmentation_heads] > 0
-            self._record_share("labeled", regions, target[:, -1] == 0 if labels.has_ignore_label else None)
-        else:
-            known = target[:, 0] != labels.ignore_label if labels.has_ignore_label else None
-            self._record_share("labeled", target[:, 0], known)
+        labels, target, known = self.label_manager, labeled.full_resolution, self.known_voxels(labeled)
+        label = target[:, : labels.num_segmentation_heads] > 0 if labels.has_regions else target[:, 0]
+        # nnU-Net centers the last patches of a batch on foreground; unlabeled ones are cut anywhere.
+        anywhere = 1.0 if self.probabilistic_oversampling else 1 - self.oversample_foreground_percent
+        patches = round(len(label) * anywhere)
+        self._record_share("labeled", label[:patches], None if known is None else known[:patches, 0])
 
     def _record_share(self, of: str, label: Tensor, known: Tensor | None = None) -> None:
         """Of classes (B, *spatial), of regions (B, R, *spatial) bool; ``known`` is (B, *spatial) bool."""
@@ -511,28 +518,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.settings.seed is not None:
             self._seed(self.settings.seed)
         next(self.dataloader_unlabeled)
-        self._workers = {
-            f"{name} batches": list(one._processes) if isinstance(one, NonDetMultiThreadedAugmenter) else []
-            for name, one in self._loaders.items()
-        }
+        self._workers = {f"{name} batches": list(one._processes) for name, one in self._loaders_with_workers.items()}
         return train, val
 
     @property
-    def _loaders(self) -> dict[str, Any]:
+    def _loaders_with_workers(self) -> dict[str, NonDetMultiThreadedAugmenter]:
         loaders = {"training": self.dataloader_train, "validation": self.dataloader_val}
-        return loaders | {"unlabeled": self.dataloader_unlabeled}
+        loaders["unlabeled"] = self.dataloader_unlabeled
+        return {name: one for name, one in loaders.items() if isinstance(one, NonDetMultiThreadedAugmenter)}
 
     def _seed(self, seed: int) -> None:
         """Seed this process and the loaders' workers: unlike on each rank, and after a checkpoint unlike before it."""
         rank = dist.get_rank() if self.is_ddp else 0
-        for number, loader in enumerate(self._loaders.values(), start=1):
-            if isinstance(loader, NonDetMultiThreadedAugmenter):
-                running = loader.initialized
-                loader._finish()
-                workers = range(loader.num_processes)
-                loader.seeds = [derived_seed(seed, rank, self.current_epoch, number, worker) for worker in workers]
-                if running:
-                    next(loader)
+        for number, loader in enumerate(self._loaders_with_workers.values(), start=1):
+            running = loader.initialized
+            loader._finish()
+            workers = range(loader.num_processes)
+            loader.seeds = [derived_seed(seed, rank, self.current_epoch, number, worker) for worker in workers]
+            if running:
+                next(loader)
         seed_this_process(derived_seed(seed, rank, self.current_epoch, 0))
 
     def _training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
@@ -565,9 +569,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                     f"{get_allowed_n_proc_DA()} now) and go on with --c; the last checkpoint is untouched."
                 ) from error
             finally:
-                for loader in self._loaders.values():
-                    if isinstance(loader, NonDetMultiThreadedAugmenter):
-                        loader._finish()
+                for loader in self._loaders_with_workers.values():
+                    loader._finish()
 
     def _stop_at_sigterm(self) -> None:
         file = Path(self.output_folder) / "checkpoint_latest.pth"

@@ -131,7 +131,9 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         output = outputs["x"]
         yield {
             "supervised": self.supervised_loss(output.logits, labeled.target),
-            "distance": distance_error(_head(output, "distance"), labeled.extra["distance"], self._known(labeled)),
+            "distance": distance_error(
+                _head(output, "distance"), labeled.extra["distance"], self.known_voxels(labeled)
+            ),
         }
         del output  # the next pass needs its memory
 
@@ -159,14 +161,6 @@ class SimCVDTrainer(SemiSupervisedTrainer):
     def after_optimizer_step(self) -> None:
         """The teacher follows the student."""
         self.training_network.update_teacher(self.settings.ema_decay)
-
-    def _known(self, labeled: LabeledBatch) -> Tensor | None:
-        # Where the label is not the ignore label.
-        labels = self.label_manager
-        if not labels.has_ignore_label:
-            return None
-        target = labeled.target[0] if isinstance(labeled.target, list) else labeled.target
-        return target[:, -1:] == 0 if labels.has_regions else target != labels.ignore_label
 
 
 def _head(output: StreamOutput, name: str) -> Tensor:

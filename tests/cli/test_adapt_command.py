@@ -9,6 +9,7 @@ import torch
 from nnssl_checkpoint import nnssl_checkpoint
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from tiny_dataset import unet
 from torch import nn
 
 from nnunet_ssl.cli.main import main
@@ -21,27 +22,7 @@ ARCHITECTURES = {
 
 
 def architecture(name: str, **changes) -> dict:
-    return {
-        "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
-        "arch_kwargs": {
-            "n_stages": 3,
-            "features_per_stage": [4, 6, 8],
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3, 3, 3]] * 3,
-            "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
-            "n_conv_per_stage_decoder": [1, 1],
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-            **ARCHITECTURES.get(name, {}),
-            **changes,
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
+    return unet([4, 6, 8], name=name, **{**ARCHITECTURES.get(name, {}), **changes})
 
 
 def build(plan: dict, channels: int, classes: int = 3) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_dataset import unet
 
 from nnunet_ssl.cli import doctor
 from nnunet_ssl.cli.main import main
@@ -18,26 +19,7 @@ from nnunet_ssl.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
 
-ARCHITECTURE = {
-    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-    "arch_kwargs": {
-        "n_stages": 3,
-        "features_per_stage": [4, 8, 16],
-        "conv_op": "torch.nn.modules.conv.Conv2d",
-        "kernel_sizes": [[3, 3]] * 3,
-        "strides": [[1, 1], [2, 2], [2, 2]],
-        "n_conv_per_stage": [1, 1, 1],
-        "n_conv_per_stage_decoder": [1, 1],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    },
-    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-}
+ARCHITECTURE = unet([4, 8, 16], dim=2, n_conv_per_stage=[1, 1, 1])
 CASES = [f"case_{index}" for index in range(6)]
 SPLITS = [{"train": CASES[:2], "val": CASES[2:4], "unlabeled": CASES[4:]}]
 

@@ -254,7 +254,7 @@ def test_voxels_with_the_ignore_label_have_no_distance_error(planned_2d, monkeyp
     for regions in (False, True):
         trainer = make_trainer(planned_2d, monkeypatch, tmp_path, ignore=True, regions=regions)
         labeled, _, _ = make_batches(trainer)
-        known = trainer._known(labeled)
+        known = trainer.known_voxels(labeled)
         ignored = labeled.target[0][:, -1:] == (1 if regions else 3)
         assert ignored.any() and torch.equal(known, ~ignored)
         target = labeled.extra["distance"]

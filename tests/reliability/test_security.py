@@ -28,6 +28,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from tiny_dataset import unet
 
 from nnunet_ssl.cli.doctor import check_dataset
 from nnunet_ssl.cli.main import main
@@ -47,26 +48,7 @@ DATASET = "Dataset007_Tiny"
 CASES = [f"case_{number}" for number in range(4)]
 
 _RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-ARCHITECTURE: dict[str, Any] = {
-    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-    "arch_kwargs": {
-        "n_stages": 2,
-        "features_per_stage": [4, 6],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * 2,
-        "strides": [[1, 1, 1], [2, 2, 2]],
-        "n_conv_per_stage": [1, 1],
-        "n_conv_per_stage_decoder": [1],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    },
-    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-}
+ARCHITECTURE = unet([4, 6], n_conv_per_stage=[1, 1])
 PLANS: dict[str, Any] = {
     "dataset_name": DATASET,
     "plans_name": "nnUNetPlans",
