@@ -180,8 +180,6 @@ def run(args: argparse.Namespace, training: Training, name: str) -> float:
     results = training.folder.parents[2]
     results.mkdir(parents=True, exist_ok=True)
     environment = {
-        # Threads that spin while they wait take the cores from the loaders.
-        "OMP_WAIT_POLICY": "passive",
         "nnUNet_compile": "f",
         "nnUNet_n_proc_DA": "1" if args.device == "cpu" else "8",
         **os.environ,
@@ -207,7 +205,8 @@ def train(args: argparse.Namespace, trainer: str, configuration: str, fold: str,
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     device, output = torch.device(args.device), Path(folder)
-    torch.set_num_threads(os.cpu_count() or 1 if args.device == "cpu" else 1)
+    if args.device == "cuda":
+        torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
     lock = (output / "lock").open("w")
     try:

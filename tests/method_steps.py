@@ -6,6 +6,7 @@ import itertools
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from nnunet_ssl.data.signed_distance import signed_distance_map
@@ -44,6 +45,14 @@ def make_trainer(
     torch.manual_seed(0)
     trainer.initialize()
     trainer.network.train()
+    return trainer
+
+
+def make_short(method, planned, folder, epochs=50, steps=4, **settings) -> SemiSupervisedTrainer:
+    """A trainer of short epochs that writes a checkpoint after each, into a folder."""
+    trainer = make_trainer(method, planned, pytest.MonkeyPatch(), folder, **settings)
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, steps, 1
+    trainer.save_every = 1
     return trainer
 
 

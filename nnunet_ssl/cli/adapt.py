@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, read_plans
+from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
 
 HELP = "make a self-supervised checkpoint of nnssl fit nnUNetv2_train's -pretrained_weights"
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
             f"{args.p} has no configuration {args.c}; it has {', '.join(plans.available_configurations)}. Correct -c."
         )
     configuration = plans.get_configuration(args.c)
-    dataset_json = json.loads((dataset / "dataset.json").read_bytes())
+    dataset_json = read_dataset_json(
+        dataset / "dataset.json", otherwise=f"Make it anew with nnUNetv2_plan_and_preprocess -d {args.d}."
+    )
     check_architecture(configuration)
     network = get_network_from_plans(
         configuration.network_arch_class_name,

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import os
 import pkgutil
 import platform
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -239,9 +239,9 @@ def check_dataset(
     raw, preprocessed = (Path(os.environ[variable]) / name for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
     to_plan = f"nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration or 'CONFIGURATION'}"
 
-    description = _read_json(preprocessed / "dataset.json", otherwise=to_plan)
+    description = read_dataset_json(preprocessed / "dataset.json", otherwise=f"Run {to_plan}")
     yield ok(f"{name}: {description.get('numTraining', '?')} labeled cases, {len(description['labels'])} labels")
-    plans = _read_json(preprocessed / f"{plans_name}.json", otherwise=to_plan)
+    plans = read_plans(preprocessed / f"{plans_name}.json", otherwise=f"Run {to_plan}")
     known = ", ".join(plans["configurations"])
     if configuration is None:
         yield ok(f"{plans_name} has the configurations {known}; check one with -c")
@@ -265,15 +265,6 @@ def check_dataset(
     yield from _safely(check_fold(preprocessed, manager.data_identifier, fold, trainer, manager.configuration))
     unsupported = [*_safely(check_network(trainer, plans_manager, configuration, description))]
     yield from unsupported or _safely(check_memory(trainer, plans_manager, configuration, description))
-
-
-def _read_json(file: Path, *, otherwise: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: {otherwise}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error}): mend it, or run {otherwise}") from error
 
 
 def check_labeled(folder: Path, dataset_json: dict[str, Any], *, otherwise: str) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.cli.doctor import find_trainer
 from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder
+from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.settings import PLANS_KEY
 
@@ -158,7 +159,9 @@ def _write_model(
 
     from nnunet_ssl.networks.training_network import check_architecture
 
-    plans, dataset_json = _without_settings(_read_json(model / "plans.json")), _read_json(model / "dataset.json")
+    otherwise = "nnU-Net writes it when a training starts: train, or copy it from another fold's training."
+    plans = _without_settings(read_plans(model / "plans.json", otherwise=otherwise))
+    dataset_json = read_dataset_json(model / "dataset.json", otherwise=otherwise)
     (target / "plans.json").write_text(json.dumps(plans, indent=4), encoding="utf-8")
     _copy(model, target, "dataset.json", "dataset_fingerprint.json")
 
@@ -226,17 +229,6 @@ def _copy(source: Path, target: Path, *names: str) -> None:
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({error.strerror}); nnU-Net writes it when a training starts."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{file} is no valid JSON: {error}.") from None
 
 
 def _without_settings(plans: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         "nnUNetv2_train ... -tr CrossMatchTrainer.",
     )
     parser.add_argument("--version", action="version", version=f"nnunet-ssl {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an unexpected error comes from")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         try:
@@ -54,7 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 2 for a mistake the user can mend, 130 when interrupted."""
+    """Run one subcommand and return its exit code.
+
+    Beside the subcommand's own: 1 for an unexpected error, 2 for a mistake the user can mend, 130 when interrupted.
+    """
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
@@ -64,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"nnunet-ssl {args.command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"nnunet-ssl {args.command}: unexpected error: {what}", file=sys.stderr)
+        print(f"nnunet-ssl --debug {args.command} ... shows where; please report what it prints.", file=sys.stderr)
+        return 1
 
 
 def _unavailable(args: argparse.Namespace) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.data.nnunet_files import read_dataset_json
+from nnunet_ssl.data.nnunet_files import read_plans as plans_of_file
 from nnunet_ssl.errors import UserError
 
 HELP = "preprocess the images in imagesUn (training does it by itself; this does it beforehand)"
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 
     plans_manager = PlansManager(plans)
-    dataset_json = json.loads((preprocessed_dataset / "dataset.json").read_bytes())
+    dataset_json = read_dataset_json(preprocessed_dataset / "dataset.json", otherwise=_plan_again(args.d))
     num_processes = min(default_num_processes, os.cpu_count() or 1) if args.np is None else args.np
     failed = 0
     for configuration in _configurations(args.c, plans_manager, preprocessed_dataset, args.p):
@@ -128,10 +129,11 @@ def read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dic
             f"There are no plans {file}; {_list('plans there', found)} "
             f"Choose with -p, or run nnUNetv2_plan_and_preprocess -d {dataset} first."
         )
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is no valid JSON: {error}.") from None
+    return plans_of_file(file, otherwise=_plan_again(dataset))
+
+
+def _plan_again(dataset: str) -> str:
+    return f"Make it anew with nnUNetv2_plan_and_preprocess -d {dataset}."
 
 
 def _configurations(asked: list[str] | None, plans_manager: Any, preprocessed_dataset: Path, plans: str) -> list[str]:

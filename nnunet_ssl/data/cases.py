@@ -71,8 +71,8 @@ def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> 
     cases: list[RawCase] = []
     problems = [
         CaseProblem(
-            name.removesuffix(file_ending),
-            f"{name} has no channel number; name it {name.removesuffix(file_ending)}_0000{file_ending}",
+            _as_text(name.removesuffix(file_ending)),
+            _as_text(f"{name} has no channel number; name it {name.removesuffix(file_ending)}_0000{file_ending}"),
         )
         for name in unnamed
     ]
@@ -86,13 +86,25 @@ def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> 
             reasons.append(f"not expected: {', '.join(extra)} ({num_channels} per case in this dataset)")
         if identifier.endswith("_seg"):
             reasons.append("nnU-Net keeps the ending _seg for segmentations; rename the case")
+        if not _is_text(identifier):
+            # ITK ends the whole process over such a name.
+            reasons.append("its name is no valid UTF-8; rename its files")
         if reasons:
-            problems.append(CaseProblem(identifier, "; ".join(reasons)))
+            problems.append(CaseProblem(_as_text(identifier), _as_text("; ".join(reasons))))
         else:
             cases.append(RawCase(identifier, tuple(images_folder / names[c] for c in range(num_channels))))
     cases.sort(key=lambda case: case.identifier)
     problems.sort(key=lambda problem: (problem.identifier, problem.reason))
     return cases, problems
+
+
+def _is_text(name: str) -> bool:
+    return name == _as_text(name)
+
+
+def _as_text(name: str) -> str:
+    # Python keeps bytes that are no UTF-8 as characters that cannot be printed.
+    return name.encode(errors="backslashreplace").decode()
 
 
 def files_per_case(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> int:
@@ -124,7 +136,7 @@ def _channel_files(folder: Path, file_ending: str) -> tuple[dict[str, dict[int, 
     with os.scandir(folder) as entries:
         for entry in entries:
             # A dangling link is not passed over: that its image cannot be read must be seen.
-            if entry.name.startswith(".") or not entry.name.endswith(file_ending) or entry.is_dir():
+            if entry.name.startswith(".") or not entry.name.endswith(file_ending) or _is_folder(entry):
                 continue
             match = pattern.fullmatch(entry.name)
             if match is None:
@@ -132,6 +144,13 @@ def _channel_files(folder: Path, file_ending: str) -> tuple[dict[str, dict[int, 
             else:
                 channels.setdefault(match["case"], {})[int(match["channel"])] = entry.name
     return channels, unnamed
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # links in a circle
 
 
 def unlabeled_folder(preprocessed_dataset_folder: Path, data_identifier: str) -> Path:

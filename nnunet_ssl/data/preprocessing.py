@@ -226,9 +226,8 @@ def preprocess_unlabeled(
         else:
             report.add(case.identifier, record, False)
     if to_do:
-        _remove_abandoned(job)
-        job.folder.mkdir(exist_ok=True)
-        job.records.mkdir(exist_ok=True)
+        remove_abandoned(job.folder.parent, job.temporary_prefix)
+        _make_folders(job)
         # Folds that are started at the same time share the work: each in its own order, skipping what is done.
         random.SystemRandom().shuffle(to_do)
         _run(job, to_do, num_processes, report, log)
@@ -238,6 +237,19 @@ def preprocess_unlabeled(
     for found in (report.failed, report.warnings):
         found.sort(key=lambda problem: (problem.identifier, problem.reason))
     return report
+
+
+def _make_folders(job: _Job) -> None:
+    try:
+        for folder in (job.folder, job.records):
+            folder.mkdir(exist_ok=True)
+            # What is there already may belong to somebody else.
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"Nothing can be written into {job.folder.parent} ({error.strerror}), where preprocessed images go. Get "
+            "permission or space there, or let nnUNet_preprocessed lead to another folder."
+        ) from None
 
 
 def _run(
@@ -293,11 +305,16 @@ def _remove_case(job: _Job, identifier: str) -> None:
         (job.folder / f"{identifier}{ending}").unlink(missing_ok=True)
 
 
-def _remove_abandoned(job: _Job) -> None:
-    """Remove what killed runs left in the making."""
-    for name in list_names(job.folder.parent):
-        if name.startswith(job.temporary_prefix):
-            left = job.folder.parent / name
+def remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove folders in the making that killed runs have left.
+
+    Args:
+        folder: that holds them.
+        prefix: of their names.
+    """
+    for name in list_names(folder):
+        if name.startswith(prefix):
+            left = folder / name
             with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
                     shutil.rmtree(left)
@@ -353,6 +370,9 @@ def _process(job: _Job, case: RawCase) -> tuple[dict[str, Any], bool]:
         # Taken before reading: a file that changes meanwhile is done again next time.
         sources = _describe_files(_source_files(case))
         for file in case.images:
+            if file.exists() and not file.is_file():
+                # Opening a pipe would wait for ever.
+                raise OSError(f"{file.name} is no regular file")
             file.open("rb").close()
         with tempfile.TemporaryDirectory(**options) as folder:
             try:

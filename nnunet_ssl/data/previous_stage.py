@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunet_ssl.data.cases import UnlabeledCase, some_of
+from nnunet_ssl.data.preprocessing import remove_abandoned
 from nnunet_ssl.errors import UserError
 
 
@@ -107,10 +108,12 @@ def segment_by_previous_stage(
     log(f"Predicting {len(to_do)} unlabeled case(s) with the previous stage, {checkpoint}, into {folder}")
     manager = plans_manager.get_configuration(configuration)
     device = next(network.parameters()).device
+    in_the_making = f"{folder.name}_tmp_"
+    remove_abandoned(_made(folder.parent), in_the_making)
     predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type == "cuda", allow_tqdm=False)
     predictor.manual_initialization(network, plans_manager, manager, None, dataset_json, "", mirroring_axes)
     with (
-        tempfile.TemporaryDirectory(prefix=f"{folder.name}_tmp_", dir=_made(folder.parent)) as temporary,
+        tempfile.TemporaryDirectory(prefix=in_the_making, dir=folder.parent) as temporary,
         multiprocessing.get_context("spawn").Pool(min(default_num_processes, len(to_do))) as pool,
     ):
         workers: list[Any] = list(pool._pool)  # type: ignore[attr-defined]

@@ -19,9 +19,11 @@ import numpy as np
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunet_ssl.data.nnunet_files import read_json
 from nnunet_ssl.errors import UserError
 
 SPLITS_FILE = "splits_final.json"
+_MEND = "Correct it, or copy it from where the dataset came from."
 Fold = dict[str, list[str]]
 
 
@@ -193,7 +195,7 @@ def labeled_cases(preprocessed_folder: Path, raw_folder: Path | None) -> list[st
         UserError: neither folder has any.
     """
     if raw_folder is not None and (raw_folder / "dataset.json").is_file():
-        description = json.loads((raw_folder / "dataset.json").read_text(encoding="utf-8"))
+        description = read_json(raw_folder / "dataset.json", otherwise=_MEND, entries={"file_ending": str})
         if "dataset" in description or (raw_folder / "imagesTr").is_dir():
             dataset = get_filenames_of_train_images_and_targets(str(raw_folder), description)
             cases = sorted(str(case) for case, files in dataset.items() if Path(files["label"]).is_file())
@@ -201,7 +203,8 @@ def labeled_cases(preprocessed_folder: Path, raw_folder: Path | None) -> list[st
                 return cases
     references = preprocessed_folder / "gt_segmentations"
     if references.is_dir() and (preprocessed_folder / "dataset.json").is_file():
-        ending = json.loads((preprocessed_folder / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+        file = preprocessed_folder / "dataset.json"
+        ending = read_json(file, otherwise=_MEND, entries={"file_ending": str})["file_ending"]
         cases = sorted(file.name[: -len(ending)] for file in references.glob(f"*{ending}"))
         if cases:
             return cases

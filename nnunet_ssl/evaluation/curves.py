@@ -101,7 +101,9 @@ def _draw_shares(axis: Axes, lines: Mapping[str, np.ndarray]) -> None:
         axis.plot(predicted, color=color, label=f"class {number}", marker="o" if len(predicted) <= 20 else None, ms=3.5)
         axis.plot(lines.get(f"labeled {number}", []), color=color, linestyle="--", linewidth=1)
         epochs = np.flatnonzero(lines.get(f"collapsed {number}", np.empty(0)) == 1)
-        axis.plot(epochs, predicted[epochs], "x", color="red", ms=9, mew=2, clip_on=False)
+        if len(epochs):
+            # Without points it would lie at the figure's corner, and the layout make room for it.
+            axis.plot(epochs, predicted[epochs], "x", color="red", ms=9, mew=2, clip_on=False)
     # Shares of small structures are many times smaller than those of large ones, and may be 0.
     axis.set_yscale("symlog", linthresh=1e-4)
     axis.set_ylim(bottom=0)

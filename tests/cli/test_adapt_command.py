@@ -9,7 +9,7 @@ import torch
 from nnssl_checkpoint import nnssl_checkpoint
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from tiny_dataset import unet
+from tiny_dataset import PLANS, unet
 from torch import nn
 
 from nnunet_ssl.cli.main import main
@@ -44,7 +44,8 @@ class Dataset:
     def write(self, channels: int, **plans: dict) -> None:
         names = {str(channel): "MRI" for channel in range(channels)}
         labels = {"background": 0, "a": 1, "b": 2}
-        (self.folder / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": labels}))
+        description = {"channel_names": names, "labels": labels, "file_ending": ".nii.gz"}
+        (self.folder / "dataset.json").write_text(json.dumps(description))
         for name, plan in ({key: architecture(key) for key in ARCHITECTURES} | plans).items():
             configuration = {
                 "spacing": [2.0, 1.0, 1.0],
@@ -52,8 +53,8 @@ class Dataset:
                 "normalization_schemes": ["CTNormalization"],
                 "architecture": plan,
             }
-            text = json.dumps({"label_manager": "LabelManager", "configurations": {"3d_fullres": configuration}})
-            (self.folder / f"{name}.json").write_text(text)
+            written = {**PLANS, "configurations": {"3d_fullres": configuration}}
+            (self.folder / f"{name}.json").write_text(json.dumps(written))
 
     def adapt(self, checkpoint: dict | Path, plans: str, *options: str) -> int:
         file = checkpoint if isinstance(checkpoint, Path) else self.home / "nnssl.pth"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_dataset import unet
+from tiny_dataset import PLANS, unet
 
 from nnunet_ssl.cli import doctor
 from nnunet_ssl.cli.main import main
@@ -44,9 +44,7 @@ class Dataset:
             "file_ending": ".nii.gz",
         }
         self.plans: dict[str, Any] = {
-            "dataset_name": "Dataset007_Tiny",
-            "plans_name": "nnUNetPlans",
-            "label_manager": "LabelManager",
+            **PLANS,
             "configurations": {
                 "2d": {
                     "data_identifier": "nnUNetPlans_2d",
@@ -192,8 +190,8 @@ def _failed_before(dataset: Dataset) -> None:
 @pytest.mark.parametrize(
     ("spoil", "level", "expected"),
     [
-        (_no_plans, "FAIL", "nnUNetPlans.json does not exist: nnUNetv2_plan_and_preprocess -d 7 -c 2d"),
-        (_no_json, "FAIL", "dataset.json is no JSON"),
+        (_no_plans, "FAIL", "nnUNetPlans.json. Run nnUNetv2_plan_and_preprocess -d 7 -c 2d"),
+        (_no_json, "FAIL", "dataset.json is no valid JSON"),
         (_bad_setting, "FAIL", "'ramp_lenght'"),
         (_not_preprocessed, "FAIL", "no preprocessed case: nnUNetv2_plan_and_preprocess -d 7 -c 2d"),
         (_some_not_preprocessed, "warn", "6 of 9 preprocessed cases"),
@@ -225,7 +223,7 @@ def test_what_is_wrong_with_a_dataset_is_found(
         (["-d", "8"], "Could not find a dataset with the ID 8"),
         (["-d", "x"], "dataset x"),
         (["-d", "7", "-c", "3d_fullres"], "no configuration 3d_fullres; it has 2d, 2d_child"),
-        (["-d", "7", "-c", "2d", "-p", "Other"], "Other.json does not exist"),
+        (["-d", "7", "-c", "2d", "-p", "Other"], "Other.json. Run nnUNetv2_plan_and_preprocess -d 7"),
         (["-d", "7", "-c", "2d", "-tr", "NoSuchTrainer"], "does not find the trainer NoSuchTrainer"),
     ],
 )

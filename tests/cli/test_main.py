@@ -85,13 +85,16 @@ def test_user_error_is_one_message_without_traceback(trainers_command_does, caps
     assert captured.err == "nnunet-ssl trainers: error: nothing there; put something there.\n"
 
 
-def test_defects_are_not_hidden(trainers_command_does) -> None:
+def test_defects_are_not_hidden(trainers_command_does, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(args: object) -> int:
         raise RuntimeError("a defect")
 
     trainers_command_does(fail)
     with pytest.raises(RuntimeError, match="a defect"):
-        main(["trainers"])
+        main(["--debug", "trainers"])
+    assert main(["trainers"]) == 1
+    error = capsys.readouterr().err
+    assert "unexpected error: RuntimeError: a defect" in error and "--debug" in error and "Traceback" not in error
 
 
 def test_interruption(trainers_command_does, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import blosc2
 import numpy as np
@@ -12,56 +10,12 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from previous_stage import Stage
 
-from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases
 from nnunet_ssl.data.loader import UnlabeledDataset
-from nnunet_ssl.data.preprocessing import preprocess_unlabeled
-from nnunet_ssl.data.previous_stage import check_labeled_cases, previous_stage_folder, segment_by_previous_stage
+from nnunet_ssl.data.previous_stage import check_labeled_cases
 from nnunet_ssl.data.views import UnlabeledViews
 from nnunet_ssl.errors import UserError
-
-
-class Stage:
-    """The configuration ``tiny`` as a previous stage, with a network that has learned nothing."""
-
-    def __init__(self, planned, folder: Path) -> None:
-        self.plans = PlansManager(json.loads((planned.preprocessed / "nnUNetPlans.json").read_text()))
-        self.dataset_json = json.loads((planned.preprocessed / "dataset.json").read_text())
-        self.manager = self.plans.get_configuration("tiny")
-        preprocess_unlabeled(
-            raw_dataset_folder=planned.raw,
-            preprocessed_dataset_folder=planned.preprocessed,
-            plans_manager=self.plans,
-            configuration="tiny",
-            dataset_json=self.dataset_json,
-            num_processes=0,
-        )
-        self.cases = collect_unlabeled_cases(planned.preprocessed, self.manager.data_identifier, 0)
-        torch.manual_seed(0)
-        self.network = nnUNetTrainer.build_network_architecture(self.plans, self.manager, 1, 3, False).eval()
-        self.folder = previous_stage_folder(folder, "cascade", 0)
-        self.checkpoint = folder / "checkpoint_final.pth"
-        self.checkpoint.touch()
-
-    def segment(self, cases: list[UnlabeledCase] | None = None, images: list[UnlabeledCase] | None = None) -> list[str]:
-        log: list[str] = []
-        segment_by_previous_stage(
-            self.cases if cases is None else cases,
-            self.cases if images is None else images,
-            folder=self.folder,
-            checkpoint=self.checkpoint,
-            network=self.network,
-            mirroring_axes=(0, 1, 2),
-            plans_manager=self.plans,
-            configuration="tiny",
-            dataset_json=self.dataset_json,
-            log=log.append,
-        )
-        return log
-
-    def files(self) -> dict[str, int]:
-        return {file.stem: file.stat().st_mtime_ns for file in (self.folder / "imagesUn").glob("*.b2nd")}
 
 
 @pytest.fixture
@@ -79,8 +33,12 @@ def test_segmentations_are_made_once_and_anew_when_they_are_missing_or_outdated(
 
     first, second, *_ = sorted(made)
     (stage.folder / "imagesUn" / f"{first}.b2nd").unlink()
+    (stage.folder.parent / "fold_0_tmp_killed").mkdir()
+    os.utime(stage.folder.parent / "fold_0_tmp_killed", (0, 0))  # long ago
+    (stage.folder.parent / "fold_0_tmp_at_work").mkdir()
     os.utime(stage.folder / "imagesUn" / f"{second}.b2nd", ns=(1, 1))  # older than image and checkpoint
     assert "Predicting 2 unlabeled case(s)" in stage.segment()[0]
+    assert {path.name for path in stage.folder.parent.iterdir()} == {"fold_0", "fold_0_tmp_at_work"}
     again = stage.files()
     assert set(again) == set(made) and {name for name in made if made[name] == again[name]} == set(made) - {
         first,

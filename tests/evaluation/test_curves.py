@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import matplotlib
 import numpy as np
 import pytest
@@ -98,6 +100,22 @@ def test_every_other_group_has_its_own_panel(tmp_path, figures):
     assert learned.get_ylim() == (-0.03, 1.03), "shares"
     assert norm.get_ylim()[1] > 12
     assert list(drawn) == ["loss: terms without their weights, and the total", "learned", "norm", "seconds per epoch"]
+
+
+@pytest.mark.parametrize("collapsed", [0.0, 1.0])
+def test_shares_and_collapses_leave_no_gap_between_panels(tmp_path, figures, collapsed):
+    shares = {
+        "ssl/loss/total": [1.0, 0.5],
+        "ssl/share/unlabeled_per_class": [[0.1, 0.01], [0.1, 0.001]],
+        "ssl/share/labeled_per_class": [[0.1, 0.02], [0.1, 0.02]],
+        "ssl/share/collapsed_per_class": [[0.0, 0.0], [0.0, collapsed]],
+        "ssl/seconds/unlabeled_wait": [3.0, 4.0],
+    }
+    save_training_curves(tmp_path / "a.png", shares)
+    panels = [axis.get_position() for axis in figures[0].axes]
+    assert all(above.y0 - below.y1 < 0.1 for above, below in itertools.pairwise(panels))
+    marks = [line for line in figures[0].axes[1].lines if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in marks] == ([[1]] if collapsed else [])
 
 
 def test_nothing_logged_nothing_written(tmp_path):

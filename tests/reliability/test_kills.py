@@ -2,61 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import multiprocessing
-import os
 import random
-import signal
+import shutil
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import pytest
 import torch
-from method_steps import TRAINERS, make_trainer
+from method_steps import TRAINERS, make_short, make_trainer
+from own_process import duration, exit_code, kill_after
+from previous_stage import Stage
 from tiny_dataset import TinyDataset, voxels
 
 from nnunet_ssl.data.cases import ready_cases
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="forks")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")]
 
 KILLS = 30
-
-
-def kill_after(seconds: float, function, log: Path) -> bool:
-    """Run in a forked process and kill it and its children after a time; returns whether it had ended by then."""
-
-    def run():
-        os.setpgrp()
-        # A fork has no OpenMP threads, and would wait for them where this process has had some.
-        torch.set_num_threads(1)
-        sys.stdout = sys.stderr = log.open("w", buffering=1)
-        function()
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(seconds)
-    ended = process.exitcode is not None
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), log.read_text()[-3000:]
-    return ended
-
-
-def duration(function, log: Path) -> float:
-    """How long it takes undisturbed."""
-    began = time.monotonic()
-    assert kill_after(300, function, log)
-    return time.monotonic() - began
 
 
 def voxels_of(file: Path) -> bytes:
     """Not the file's bytes, which can differ where the voxels do not."""
     return blosc2.open(urlpath=str(file), mode="r")[:].tobytes()
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, "set by make_trainer, and restored here")
 
 
 def test_preprocessing(tmp_path):
@@ -70,13 +48,13 @@ def test_preprocessing(tmp_path):
         return {file.name: voxels_of(file) for file in sorted(of.folder.iterdir()) if file.suffix == ".b2nd"}
 
     undisturbed = dataset("undisturbed")
-    took = duration(undisturbed.run, tmp_path / "log")
+    took = duration(preprocess, undisturbed, log=tmp_path / "log")
     expected = contents(undisturbed)
     moments, numbers, killed, found = random.Random(0), itertools.count(), 0, set()
     while killed < KILLS:
         disturbed = dataset(f"disturbed_{next(numbers)}")
         for _ in range(50):
-            ended = kill_after(moments.uniform(0, 1.2 * took), disturbed.run, tmp_path / "log")
+            ended = kill_after(moments.uniform(0, 1.2 * took), preprocess, disturbed, log=tmp_path / "log")
             killed += not ended
             ready = ready_cases(disturbed.preprocessed, "nnUNetPlans_3d_fullres")
             found.add(len(ready))
@@ -85,30 +63,147 @@ def test_preprocessing(tmp_path):
                 assert voxels_of(disturbed.folder / name) == expected[name], "a case is whole, or it is not there"
             if ended:
                 break
-        disturbed.run()
+        preprocess(disturbed)
         assert contents(disturbed) == expected
     assert len(found) > 2, "kills came at different moments"
 
 
+def preprocess(dataset: TinyDataset) -> None:
+    dataset.run()
+
+
 @pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
-def test_checkpoint_writing(method, planned_2d, monkeypatch, tmp_path):
-    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path)
+def test_checkpoint_writing(method, planned_2d, environment, tmp_path):
     file = tmp_path / "checkpoint_latest.pth"
-
-    def write_for_ever():
-        while True:
-            with torch.no_grad():
-                for parameter in trainer.network.parameters():
-                    parameter.fill_(trainer.current_epoch)
-            trainer.save_checkpoint(str(file))
-            trainer.current_epoch += 1
-
+    took = duration(write_checkpoints, method, planned_2d, file, 10, log=tmp_path / "log")
+    file.unlink()
     moments, epochs = random.Random(1), []
     for _ in range(KILLS):
-        assert not kill_after(moments.uniform(0.05, 0.4), write_for_ever, tmp_path / "log")
+        seconds = moments.uniform(0.2, 1.2) * took
+        assert not kill_after(seconds, write_checkpoints, method, planned_2d, file, 10**6, log=tmp_path / "log")
         if file.is_file():
             checkpoint = torch.load(file, weights_only=True)
             epoch = checkpoint["current_epoch"] - 1
-            assert all((tensor == epoch).all() for name, tensor in checkpoint["network_weights"].items())
+            assert all((tensor == epoch).all() for tensor in checkpoint["network_weights"].values())
             epochs.append(epoch)
     assert len(set(epochs)) > 5, "kills came at different moments"
+
+
+def write_checkpoints(method, planned, file: Path, epochs: int) -> None:
+    """Without pause; every weight is the epoch's number."""
+    trainer = make_trainer(method, planned, pytest.MonkeyPatch(), file.parent)
+    for epoch in range(epochs):
+        with torch.no_grad():
+            for parameter in trainer.network.parameters():
+                parameter.fill_(epoch)
+        trainer.current_epoch = epoch
+        trainer.save_checkpoint(str(file))
+
+
+@pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
+def test_training(method, planned_2d, environment, tmp_path):
+    arguments = train, method, planned_2d, tmp_path
+    for epochs in (1, 3):  # the first one also preprocesses
+        undisturbed = tmp_path / f"undisturbed_{epochs}"
+        undisturbed.mkdir()
+        took = duration(train, method, planned_2d, undisturbed, epochs, log=tmp_path / "log")
+        shutil.rmtree(undisturbed)
+    moments, epochs = random.Random(2), [0]
+    for _ in range(KILLS // len(TRAINERS)):
+        assert not kill_after(moments.uniform(0.1, 1.1) * took, *arguments, 1000, log=tmp_path / "log")
+        for file in tmp_path.glob("*/*/fold_0/*.pth"):
+            checkpoint = torch.load(file, weights_only=True)
+            assert digest(checkpoint) in states(tmp_path, checkpoint["current_epoch"]), f"{file.name} is not whole"
+            if file.name == "checkpoint_latest.pth":
+                epochs.append(checkpoint["current_epoch"])
+    assert epochs == sorted(epochs) and len(set(epochs)) > 3, "no epoch was lost, kills came at different moments"
+    code, output = exit_code(*arguments, epochs[-1] + 1, log=tmp_path / "log")
+    assert code == 0, output[-3000:]
+    assert f"\nEpoch {epochs[-1]}" in output.replace(": ", "\n") and f"Epoch {epochs[-1] - 1}" not in output
+    assert [file.name for file in tmp_path.glob("*/*/fold_0/*latest.pth")] == []
+    (final,) = tmp_path.glob("*/*/fold_0/checkpoint_final.pth")
+    assert torch.load(final, weights_only=True)["current_epoch"] == epochs[-1] + 1
+
+
+def train(method, planned, folder: Path, epochs: int) -> None:
+    """As ``nnUNetv2_train --c`` does; what each checkpoint has to hold is noted before it is written."""
+    trainer = make_short(method, planned, folder, epochs)
+    write = trainer._write_checkpoint
+
+    def note_and_write(filename: str, *, next_epoch: int) -> None:
+        with (folder / "states").open("a") as file:
+            file.write(f"{next_epoch} {digest(state(trainer, next_epoch))}\n")
+        write(filename, next_epoch=next_epoch)
+
+    trainer._write_checkpoint = note_and_write
+    latest = Path(trainer.output_folder, "checkpoint_latest.pth")
+    if latest.is_file():
+        trainer.load_checkpoint(str(latest))
+        epoch = trainer.current_epoch
+        assert digest(state(trainer, epoch)) in states(folder, epoch), "the training is not what was saved"
+    trainer.run_training()
+
+
+def state(trainer, next_epoch: int) -> dict[str, Any]:
+    """Of a training: what decides how it goes on."""
+    return {
+        "network_weights": trainer.training_network.state_dict(),
+        "ssl": {"network": trainer.training_network.training_state()},
+        "optimizer_state": trainer.optimizer.state_dict(),
+        "logging": {name: list(values)[:next_epoch] for name, values in trainer.logger.get_checkpoint().items()},
+        "current_epoch": next_epoch,
+    }
+
+
+def digest(state: dict[str, Any]) -> str:
+    """Of :func:`state`, or of a checkpoint."""
+    hashed = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            hashed.update(value.detach().contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                hashed.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for entry in value:
+                add(entry)
+        else:
+            hashed.update((repr(value.item()) if hasattr(value, "item") else repr(value)).encode())
+
+    add([state["network_weights"], state["ssl"]["network"], state["optimizer_state"], state["logging"]])
+    return hashed.hexdigest()
+
+
+def states(folder: Path, epoch: int) -> set[str]:
+    """What was noted for an epoch: more than one state where a kill came before it was saved."""
+    lines = (line.split() for line in (folder / "states").read_text().splitlines())
+    return {digest for noted, digest in lines if int(noted) == epoch}
+
+
+def test_hand_over_to_the_next_stage(planned_3d, environment, tmp_path):
+    """Of what a cascade's first stage predicts for the second."""
+    took = duration(segment, planned_3d, tmp_path / "undisturbed", log=tmp_path / "log")
+    expected = segmentations(tmp_path / "undisturbed")
+    assert len(expected) == 4
+    moments, killed, found, number = random.Random(3), 0, set(), 0
+    while killed < KILLS:
+        disturbed = tmp_path / f"disturbed_{number}"
+        ended = kill_after(moments.uniform(0.3, 1.1) * took, segment, planned_3d, disturbed, log=tmp_path / "log")
+        killed += not ended
+        number += ended
+        there = segmentations(disturbed)
+        found.add(len(there))
+        assert there.items() <= expected.items(), "a segmentation is whole, or it is not there"
+        assert not ended or there == expected
+    assert len(found) > 2, "kills came at different moments"
+
+
+def segment(planned, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    Stage(planned, folder).segment()
+
+
+def segmentations(folder: Path) -> dict[str, bytes]:
+    return {file.name: voxels_of(file) for file in folder.glob("predicted_next_stage/*/fold_0/imagesUn/*.b2nd")}

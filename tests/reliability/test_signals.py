@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from contextlib import suppress
@@ -14,20 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_steps import TRAINERS, make_trainer
+from method_steps import TRAINERS, make_short
+from own_process import children, exit_code, shared_memory, until
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.processes import handled_sigterm, killed_workers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-
-
-def make_short(method, planned, folder, epochs=50):
-    """A trainer of short epochs that writes to a folder."""
-    trainer = make_trainer(method, planned, pytest.MonkeyPatch(), folder)
-    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, 4, 1
-    trainer.save_every = 1
-    return trainer
 
 
 def train(*arguments):
@@ -47,56 +42,6 @@ def write_with_little_room(method, planned, folder, size):
     trainer.save_checkpoint(str(folder / "checkpoint_latest.pth"))
 
 
-def _start(log, function, arguments):
-    os.setpgrp()
-    sys.stdout = sys.stderr = log.open("w", buffering=1)
-    function(*arguments)
-
-
-def in_a_process(function, *arguments, log, act=None) -> tuple[int, str]:
-    """Run in a new process and do ``act(its process)`` meanwhile; returns exit code and output.
-
-    Not in a fork: PyTorch's backward passes do not work in the fork of a process that has had some.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=_start, args=(log, function, arguments))
-    process.start()
-    try:
-        if act:
-            act(process)
-        process.join(120)
-        assert process.exitcode is not None, f"it hangs: {log.read_text()[-3000:]}"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join()
-    return process.exitcode, log.read_text()
-
-
-def until(condition, seconds=100.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, ValueError):
-            continue
-        if parent == pid:
-            found.append(int(status.parent.name))
-    return found
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("torch_", "psm_", "sem."))}
-
-
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
@@ -114,23 +59,23 @@ def checkpoint_of(folder) -> Path | None:
 @pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
 @pytest.mark.parametrize("to_workers_too", [False, True], ids=["to the training", "to all its processes"])
 def test_sigterm_leaves_a_checkpoint_and_no_process(method, to_workers_too, planned_2d, folder):
-    before = shared_memory()
-    workers: list[int] = []
+    pids: list[int] = []
 
     def act(process):
         until(lambda: checkpoint_of(folder))
-        workers.extend(children(process.pid))
+        workers = children(process.pid)
+        pids.extend([process.pid, *workers])
         assert len(workers) >= 3, "loaders of training, validation and unlabeled batches"
         for pid in [*(workers if to_workers_too else []), process.pid]:
             os.kill(pid, signal.SIGTERM)
 
-    code, output = in_a_process(train, method, planned_2d, folder, log=folder / "log", act=act)
+    code, output = exit_code(train, method, planned_2d, folder, log=folder / "log", act=act)
     assert code == 143, output[-3000:]
     assert "SIGTERM in epoch" in output
     # Where workers end first, the thread that waits for them says so with a traceback.
     assert to_workers_too or "Traceback" not in output
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), seconds=10)
-    assert shared_memory() <= before
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)
+    assert not shared_memory(pids)
 
     latest = checkpoint_of(folder)
     checkpoint = torch.load(latest, weights_only=True)
@@ -144,6 +89,38 @@ def test_sigterm_leaves_a_checkpoint_and_no_process(method, to_workers_too, plan
     assert {len(values) for values in resumed.logger.local_logger.my_fantastic_logging.values()} == {epoch + 1}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_the_command_ends_as_asked(sent, code, planned_2d, tmp_path):
+    """A signal to nnUNetv2_train and its workers, as from a scheduler or from Ctrl-C; a shell calls -2 130."""
+    command = [Path(sysconfig.get_path("scripts"), "nnUNetv2_train"), planned_2d.dataset_id, "tiny", 0]
+    command += ["-tr", "CrossMatchTrainer_1epoch", "-device", "cpu"]
+    environment = {**planned_2d.environment, "nnUNet_results": str(tmp_path)}
+    log = tmp_path / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            list(map(str, command)), env=environment, start_new_session=True, stdout=output, stderr=output
+        ) as process,
+    ):
+        try:
+            until(lambda: "Epoch 0" in log.read_text())
+            time.sleep(1)  # steps are done
+            pids = [process.pid, *children(process.pid)]
+            os.killpg(process.pid, sent)
+            assert process.wait(300) == code, log.read_text()[-3000:]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert len(pids) > 3
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)
+    assert not shared_memory(pids)
+    latest = checkpoint_of(tmp_path)
+    assert (latest is not None) == (sent == signal.SIGTERM)
+    assert latest is None or torch.load(latest, weights_only=True)["current_epoch"] == 0
+
+
 def test_sigterm_before_the_first_step_ends_at_once(planned_2d, folder):
     log = folder / "log"
 
@@ -151,7 +128,7 @@ def test_sigterm_before_the_first_step_ends_at_once(planned_2d, folder):
         until(lambda: log.is_file() and "preparing" in log.read_text())
         os.kill(process.pid, signal.SIGTERM)
 
-    code, output = in_a_process(prepare_for_ever, CrossMatchTrainer, planned_2d, folder, log=log, act=act)
+    code, output = exit_code(prepare_for_ever, CrossMatchTrainer, planned_2d, folder, log=log, act=act)
     assert code == 143 and "Traceback" not in output, output[-3000:]
     assert checkpoint_of(folder) is None
 
@@ -164,7 +141,7 @@ def test_a_killed_worker_is_named_and_training_does_not_hang(planned_2d, folder)
         # In the order in which they are started, the unlabeled loader's last.
         os.kill(sorted(children(process.pid))[-1], signal.SIGKILL)
 
-    code, output = in_a_process(train, CrossMatchTrainer, planned_2d, folder, log=folder / "log", act=act)
+    code, output = exit_code(train, CrossMatchTrainer, planned_2d, folder, log=folder / "log", act=act)
     assert code == 1
     assert "worker 1 of 1 that make unlabeled batches was ended by SIGKILL" in output
     assert "nnUNet_n_proc_DA, 1 now" in output and "--c" in output
@@ -176,7 +153,7 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_stays(planned_2d, folder):
     make_short(CrossMatchTrainer, planned_2d, folder).save_checkpoint(str(file))
     before = file.read_bytes()
     arguments = CrossMatchTrainer, planned_2d, folder, len(before) // 2
-    code, output = in_a_process(write_with_little_room, *arguments, log=folder / "log")
+    code, output = exit_code(write_with_little_room, *arguments, log=folder / "log")
     assert code == 1
     assert f"The checkpoint {file} could not be written" in output and "MiB are free there" in output
     assert file.read_bytes() == before and [path.name for path in folder.glob("*.p*")] == [file.name]

@@ -1,0 +1,70 @@
+"""nnU-Net's own JSON files, which a user may have edited, cut short or brought from another version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+
+_PLANS: dict[str, type] = {
+    "dataset_name": str,
+    "plans_name": str,
+    "image_reader_writer": str,
+    "transpose_forward": list,
+    "transpose_backward": list,
+    "foreground_intensity_properties_per_channel": dict,
+    "configurations": dict,
+}
+_KINDS: dict[type, str] = {str: "a text", list: "a list", dict: "a table"}
+
+
+def read_json(file: Path, *, otherwise: str, entries: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any]:
+    """A file that holds a table.
+
+    Args:
+        file: of any origin.
+        otherwise: what to do where it is missing or broken.
+        entries: that the table has to have, and of which type: str, list or dict.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"There is no {file}. {otherwise}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). {otherwise}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no valid JSON ({error}). {otherwise}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no table, but {str(content)[:60]!r}. {otherwise}")
+    for key, kind in entries.items():
+        if key not in content:
+            raise UserError(f"{file} has no {key!r}, which nnU-Net v2 writes there. {otherwise}")
+        if not isinstance(content[key], kind):
+            found = str(content[key])[:60]
+            raise UserError(f"{key!r} in {file} must be {_KINDS[kind]}, not {found!r}. {otherwise}")
+    return content
+
+
+def read_plans(file: Path, *, otherwise: str) -> dict[str, Any]:
+    """nnU-Net's plans; arguments and errors as for :func:`read_json`."""
+    plans = read_json(file, otherwise=otherwise, entries=_PLANS)
+    for name, configuration in plans["configurations"].items():
+        if not isinstance(configuration, dict):
+            raise UserError(f"Configuration {name!r} in {file} must be a table. {otherwise}")
+    return plans
+
+
+def read_dataset_json(file: Path, *, otherwise: str) -> dict[str, Any]:
+    """nnU-Net's description of a dataset; arguments and errors as for :func:`read_json`."""
+    description = read_json(file, otherwise=otherwise, entries={"labels": dict, "file_ending": str})
+    # Older datasets call their channels modality.
+    if not any(isinstance(description.get(name), dict) for name in ("channel_names", "modality")):
+        raise UserError(f"{file} has no 'channel_names' that are a table. {otherwise}")
+    return description
