@@ -190,7 +190,7 @@ def test_hand_over_to_the_next_stage(planned_3d, environment, tmp_path):
     moments, killed, found, number = random.Random(3), 0, set(), 0
     while killed < KILLS:
         disturbed = tmp_path / f"disturbed_{number}"
-        ended = kill_after(moments.uniform(0.3, 1.1) * took, segment, planned_3d, disturbed, log=tmp_path / "log")
+        ended = kill_after(moments.uniform(0.3, 1.0) * took, segment, planned_3d, disturbed, log=tmp_path / "log")
         killed += not ended
         number += ended
         there = segmentations(disturbed)
