@@ -139,6 +139,14 @@ def plan(planned: Planned, *, two_d: bool, patch_size: list[int]) -> Planned:
     return planned
 
 
+@pytest.fixture
+def environment(monkeypatch) -> None:
+    """For trainers in processes that inherit this one's environment: one worker for each loader."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    for name in NNUNET_FOLDERS:
+        monkeypatch.setenv(name, "set by make_trainer, and restored here")
+
+
 @pytest.fixture(scope="session")
 def planned_3d(tmp_path_factory) -> Planned:
     return plan_tiny(tmp_path_factory.mktemp("nnunet_3d"), 998, two_d=False)

@@ -30,13 +30,6 @@ def voxels_of(file: Path) -> bytes:
     return blosc2.open(urlpath=str(file), mode="r")[:].tobytes()
 
 
-@pytest.fixture
-def environment(monkeypatch):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, "set by make_trainer, and restored here")
-
-
 def test_preprocessing(tmp_path):
     def dataset(name: str) -> TinyDataset:
         made = TinyDataset(tmp_path / name)

@@ -55,10 +55,7 @@ def train(method, planned, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
-def test_nothing_grows(method, planned_2d, monkeypatch, tmp_path):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, "set by make_trainer, and restored here")
+def test_nothing_grows(method, planned_2d, environment, tmp_path):
     code, output = exit_code(train, method, planned_2d, tmp_path, log=tmp_path / "log", seconds=1200)
     assert code == 0, output[-3000:]
     epochs = json.loads((tmp_path / "resources.json").read_text())

@@ -43,10 +43,7 @@ def write_with_little_room(method, planned, folder, size):
 
 
 @pytest.fixture
-def folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, "set by make_trainer, and restored here")
+def folder(environment, tmp_path):
     return tmp_path
 
 
