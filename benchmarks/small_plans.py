@@ -26,7 +26,7 @@ SMALL = {
     "3d_small": ("3d_fullres", [40, 56, 64], 2, [8, 16, 32, 64]),
     "3d_medium": ("3d_fullres", [64, 80, 80], 2, [16, 32, 64, 128]),  # for memory alone: its steps take long
     "2d_small": ("2d", [80, 96], 12, [16, 32, 64, 128, 128]),
-    "2d_tiny": ("2d", [80, 96], 6, [8, 16, 32, 64, 64]),  # a sixth of the time of 2d_small
+    "2d_tiny": ("2d", [80, 96], 6, [8, 16, 32, 64, 64]),  # a step takes a fifth of 2d_small's time
 }
 ABLATIONS = {
     "2d_small_no_dkd": {"self_distillation": 0.0},  # CrossMatch without L_dkd

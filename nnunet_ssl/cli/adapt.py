@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, read_plans
+from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
 
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.p} has no configuration {args.c}; it has {', '.join(plans.available_configurations)}. Correct -c."
         )
     configuration = plans.get_configuration(args.c)
-    dataset_json = read_dataset_json(
-        dataset / "dataset.json", otherwise=f"Make it anew with nnUNetv2_plan_and_preprocess -d {args.d}."
-    )
+    dataset_json = read_dataset_json(dataset / "dataset.json", otherwise=plan_again(args.d))
     check_architecture(configuration)
     network = get_network_from_plans(
         configuration.network_arch_class_name,

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 
     plans_manager = PlansManager(plans)
-    dataset_json = read_dataset_json(preprocessed_dataset / "dataset.json", otherwise=_plan_again(args.d))
+    dataset_json = read_dataset_json(preprocessed_dataset / "dataset.json", otherwise=plan_again(args.d))
     num_processes = min(default_num_processes, os.cpu_count() or 1) if args.np is None else args.np
     failed = 0
     for configuration in _configurations(args.c, plans_manager, preprocessed_dataset, args.p):
@@ -129,10 +129,11 @@ def read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dic
             f"There are no plans {file}; {_list('plans there', found)} "
             f"Choose with -p, or run nnUNetv2_plan_and_preprocess -d {dataset} first."
         )
-    return plans_of_file(file, otherwise=_plan_again(dataset))
+    return plans_of_file(file, otherwise=plan_again(dataset))
 
 
-def _plan_again(dataset: str) -> str:
+def plan_again(dataset: str) -> str:
+    """What to do about plans or a dataset.json that are broken; ``dataset`` is how the user named it."""
     return f"Make it anew with nnUNetv2_plan_and_preprocess -d {dataset}."
 
 
