@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -211,12 +212,14 @@ def preprocess_unlabeled(
     )
     everyone = {case.identifier for case in cases} | {problem.identifier for problem in problems}
     mine = set(sorted(everyone)[part_id::num_parts])
-    cases = [case for case in cases if case.identifier in mine]
+    clashing = _clashing(job, cases)
+    cases = [case for case in cases if case.identifier in mine - {problem.identifier for problem in clashing}]
     report.failed = [problem for problem in problems if problem.identifier in mine]
     for name in {problem.identifier for problem in report.failed} - {case.identifier for case in cases}:
         _remove_case(job, name)
     if part_id == 0:
         report.removed = _remove_gone(job, everyone)
+    report.failed += [problem for problem in clashing if problem.identifier in mine]
 
     to_do = []
     for case in cases:
@@ -303,6 +306,34 @@ def _remove_case(job: _Job, identifier: str) -> None:
     (job.records / f"{identifier}.json").unlink(missing_ok=True)
     for ending in CASE_FILES:
         (job.folder / f"{identifier}{ending}").unlink(missing_ok=True)
+
+
+def _clashing(job: _Job, cases: Sequence[RawCase]) -> list[CaseProblem]:
+    """Cases whose files would replace those of another, where the file system takes their names for one."""
+    first: dict[str, str] = {}
+    alike = []
+    for case in cases:
+        other = first.setdefault(unicodedata.normalize("NFC", case.identifier).casefold(), case.identifier)
+        if other != case.identifier:
+            alike.append((case.identifier, other))
+    return [
+        CaseProblem(
+            name,
+            f"its files would replace those of {other}, because the file system of {job.folder.parent} takes the two "
+            "names for one; rename its images",
+        )
+        for name, other in alike
+        if _one_file(job, name, other)
+    ]
+
+
+def _one_file(job: _Job, name: str, other: str) -> bool:
+    try:
+        with tempfile.TemporaryDirectory(prefix=job.temporary_prefix, dir=job.folder.parent) as folder:
+            Path(folder, other).touch()
+            return Path(folder, name).exists()
+    except OSError:
+        return False  # that nothing can be written there is told elsewhere
 
 
 def remove_abandoned(folder: Path, prefix: str) -> None:

@@ -27,6 +27,7 @@ from own_process import exit_code
 from tiny_dataset import PLANS, TinyDataset, read_preprocessed, voxels
 
 from nnunet_ssl.cli.main import main
+from nnunet_ssl.data import preprocessing
 from nnunet_ssl.data.cases import ready_cases
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.crossmatch import CrossMatchSettings
@@ -235,6 +236,21 @@ def test_a_name_that_is_no_text_is_a_problem_of_that_case():
         assert code == 1 and list(ready_cases(dataset.preprocessed, IDENTIFIER)) == ["good"]
         assert "\\udcff" in printed and "rename" in printed
         printed.encode()
+
+
+def test_names_that_the_file_system_takes_for_one(monkeypatch):
+    """That it takes them for two, as here, is in test_any_name."""
+    monkeypatch.setattr(preprocessing, "_one_file", lambda job, name, other: {name, other} == {"ScanÄ", "scana\u0308"})
+    with good_dataset() as dataset:
+        for name in ("ScanÄ", "scana\u0308", "CASE", "case"):
+            dataset.add("written", voxels(1))
+            (dataset.images / "written_0000.nii.gz").rename(dataset.images / f"{name}_0000.nii.gz")
+        for _ in range(2):  # nothing is removed or done again the next time
+            code, printed = preprocess()
+            assert code == 1 and "1 failed" in printed, printed
+            assert "replace those of ScanÄ" in printed and "rename" in printed
+            assert list(ready_cases(dataset.preprocessed, IDENTIFIER)) == ["CASE", "ScanÄ", "case", "good"]
+        assert "(0 preprocessed now)" in printed
 
 
 # ---- files and folders ----------------------------------------------------------------------------------------------
