@@ -75,9 +75,20 @@ def exit_code(
         return process.exitcode, log.read_text()
 
 
-def kill_after(seconds: float, function: Callable[..., Any], *arguments: Any, log: Path) -> bool:
-    """Kill it and its children after a time; returns whether it had ended by then."""
+def kill_after(
+    seconds: float,
+    function: Callable[..., Any],
+    *arguments: Any,
+    log: Path,
+    once: Callable[[], Any] = lambda: True,
+) -> bool:
+    """Kill it and its children some time after ``once()`` is true; returns whether it had ended by then.
+
+    Counted from what it has done, kills come at different moments of its work however slow the machine is.
+    """
+    log.unlink(missing_ok=True)
     with started(function, *arguments, log=log) as process:
+        until(lambda: process.exitcode is not None or once(), 300)
         process.join(seconds)
         ended = process.exitcode is not None
     assert process.exitcode in (0, -signal.SIGKILL), log.read_text()[-3000:]
