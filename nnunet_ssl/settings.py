@@ -75,6 +75,13 @@ class SemiSupervisedSettings:
         integer=True,
         optional=True,
     )
+    foreground_crops: float = setting(
+        0.33,
+        "share of the unlabeled patches that are centered where the network predicts a rare class, one that fewer than "
+        "a third of the labeled patches cut anywhere hold; 0: cut all anywhere",
+        minimum=0.0,
+        maximum=1.0,
+    )
     ramp_length: float = ramp_length_setting(0.3)
     memory_mode: str = setting(
         "auto",

@@ -42,13 +42,14 @@ from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases, folder
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.leak_guard import check_leaks
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.predicted_foreground import RARE, Aim, PredictedForeground
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.data.previous_stage import check_labeled_cases, previous_stage_folder, segment_by_previous_stage
 from nnunet_ssl.data.views import UnlabeledViews
 from nnunet_ssl.distributed import alone, average_gradients, device_of_this_process, on_all_ranks, patient_group
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.curves import save_training_curves
-from nnunet_ssl.evaluation.shares import collapse_warning, collapsed
+from nnunet_ssl.evaluation.shares import collapse_warning, collapsed, mean_share
 from nnunet_ssl.memory import log_memory
 from nnunet_ssl.networks.checkpoints import read_checkpoint
 from nnunet_ssl.networks.outputs import Outputs, SplitOutputs, StackedOutputs
@@ -177,6 +178,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.memory_mode == "auto":
             self.memory_mode = "split" if self.device.type == "cpu" else "stacked"
         self._unlabeled_dataset: UnlabeledDataset | None = None
+        self._foreground: PredictedForeground | None = None
+        self._aims: list[Aim] = []
+        self._coordinates: Tensor | None = None
+        self._predicted: Tensor | None = None
         self._steps_in_epoch = 0
         self._first_step = True
         self._overflows = 0
@@ -261,16 +266,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._recorded[name] = self._recorded[name] + counts if name in self._recorded else counts
 
     def record_prediction(self, logits: Tensor) -> None:
-        """Count what is predicted on unlabeled images, for the log and the warning of a collapse. Call it once a step.
+        """Count what is predicted on unlabeled images, for the log and the warning of a collapse, and where later
+        patches are cut. Call it once a step.
 
         Args:
             logits: (U, C, *spatial), of the stream whose predictions are pseudo-labels.
         """
-        if self.label_manager.has_regions:
-            self._record_share("unlabeled", logits > 0)
-        else:
-            # On a CPU many times faster than argmax.
-            self._record_share("unlabeled", logits.max(1).indices)
+        # On a CPU max is many times faster than argmax.
+        label = logits > 0 if self.label_manager.has_regions else logits.max(1).indices
+        # Patches that are centered on foreground say nothing about its share.
+        anywhere = [number for number in range(len(label)) if not self._aims or self._aims[number].structure < 0]
+        self._record_share("unlabeled", label if len(anywhere) == len(label) else label[anywhere])
+        if self._coordinates is not None:
+            # It is kept for the rest of the step: a quarter of the memory.
+            self._predicted = label if label.dtype == torch.bool else label.to(torch.int16)
 
     def _record_labeled_share(self, labeled: LabeledBatch) -> None:
         labels, target, known = self.label_manager, labeled.full_resolution, self.known_voxels(labeled)
@@ -286,12 +295,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if known is None:
             known = torch.ones_like(label[:, 0] if regions else label, dtype=torch.bool)
         if regions:
-            counts = [(member & known).sum() for member in (label.any(1), *label.unbind(1))]
+            members: Iterator[Tensor] = iter((label.any(1), *label.unbind(1)))
         else:
             # Class by class: of many classes, all at once would take many times the memory of an image.
-            counts = [((label == value) & known).sum() for value in self.label_manager.foreground_labels]
-            counts = [torch.stack(counts).sum(), *counts]
-        self.record(f"share/{of}", torch.stack(counts), known.sum().expand(len(counts)))
+            members = (label == value if value else label > 0 for value in (0, *self.label_manager.foreground_labels))
+        # (K + 1, B)
+        voxels = torch.stack([(member & known).flatten(1).sum(1) for member in members])
+        self.record(f"share/{of}", voxels.sum(1), known.sum().expand(len(voxels)))
+        self.record(f"patches/{of}", (voxels > 0).sum(1), voxels.new_full((len(voxels),), len(label)))
 
     # ---- network ----------------------------------------------------------------------------------------------------
 
@@ -502,6 +513,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 intensity_properties=self.plans_manager.foreground_intensity_properties_per_channel,
             ),
             cutmix=views.cutmix,
+            foreground=self._predicted_foreground(),
+            foreground_share=self.settings.foreground_crops,
         )
         workers = get_allowed_n_proc_DA()
         if workers == 0:
@@ -520,6 +533,51 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         next(self.dataloader_unlabeled)
         self._workers = {f"{name} batches": list(one._processes) for name, one in self._loaders_with_workers.items()}
         return train, val
+
+    def _predicted_foreground(self) -> PredictedForeground | None:
+        self._foreground = None
+        if self.settings.foreground_crops == 0:
+            return None
+        if self.settings.seed is not None and get_allowed_n_proc_DA() > 0:
+            # What a worker has seen of the training when it cuts a patch depends on the time.
+            self.print_to_log_file(
+                "With a seed and workers (nnUNet_n_proc_DA), unlabeled patches are cut anywhere, also where a class is "
+                "rare: foreground_crops has no effect."
+            )
+            return None
+        labels = self.label_manager
+        structures = labels.num_segmentation_heads - (0 if labels.has_regions else 1)
+        assert self._unlabeled_dataset is not None
+        self._foreground = PredictedForeground(self._unlabeled_dataset.identifiers, structures)
+        self._update_rare()
+        return self._foreground
+
+    def _update_rare(self) -> None:
+        """Which classes fewer labeled patches hold than nnU-Net centers on foreground, by all epochs so far."""
+        history = self.logger.local_logger.my_fantastic_logging.get(f"{LOG_PREFIX}patches/labeled_per_class", [])
+        epochs = [epoch for epoch in history if isinstance(epoch, list)]
+        if self._foreground is None or not epochs:
+            return
+        before = self._foreground.rare
+        self._foreground.rare = [number for number, share in enumerate(mean_share(epochs)) if share < RARE]
+        if self._foreground.rare != before:
+            named = ", ".join(str(number + 1) for number in self._foreground.rare) or "none"
+            self.print_to_log_file(
+                f"Classes or regions that fewer than a third of the labeled patches hold: {named}. Of the unlabeled "
+                f"patches, {self.settings.foreground_crops:.0%} are centered where the network predicts such a class"
+            )
+
+    def _remember_foreground(self, keys: list[str]) -> None:
+        """Where the network has predicted rare classes in this step's patches, for later ones."""
+        if self._foreground is None or self._coordinates is None or self._predicted is None:
+            return
+        regions = self.label_manager.has_regions
+        rare = self._foreground.rare
+        names = self.label_manager.foreground_labels
+        for key, aim, label, coordinates in zip(keys, self._aims, self._predicted, self._coordinates, strict=True):
+            members = [label[number] if regions else label == names[number] for number in rare]
+            self._foreground.update(key, aim, members, coordinates)
+        self._predicted = None
 
     @property
     def _loaders_with_workers(self) -> dict[str, NonDetMultiThreadedAugmenter]:
@@ -586,6 +644,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         start = perf_counter()
         batch = next(self.dataloader_unlabeled)
         self._seconds_waiting += perf_counter() - start
+        self._aims, self._coordinates = batch.get("aims", []), batch.get("coordinates")
         return UnlabeledBatch(
             weak=self._to_device(batch["weak"]),
             strong=[self._to_device(view) for view in batch["strong"]],
@@ -652,6 +711,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             stepped = True
         if stepped:
             self.after_optimizer_step()
+        self._remember_foreground(unlabeled.keys)
         self._steps_in_epoch += 1
         self._first_step = False
         if stop:
@@ -793,6 +853,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             values["skipped_steps"] = self._skipped_steps
         warnings = self._check_shares(values)
         self._log_ssl(values)
+        self._update_rare()
         for warning in warnings:
             self.print_to_log_file(warning)
 

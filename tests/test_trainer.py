@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_steps import make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_ssl import trainer as trainer_module
+from nnunet_ssl.data.predicted_foreground import Aim, PredictedForeground, coordinates_of, sparse
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 
@@ -223,3 +225,85 @@ def test_a_cascade_names_what_it_needs_of_the_previous_stage(make, tmp_path):
     (previous / "checkpoint_final.pth").touch()
     with pytest.raises(UserError, match=r"have no segmentation of the previous stage in .*Train all folds"):
         trainer.run_training()
+
+
+def test_patches_are_centered_on_rare_classes_from_the_second_epoch_on(make, monkeypatch):
+    monkeypatch.setattr(trainer_module, "RARE", 1.1)  # every class
+    trainer = make(epochs=3, foreground_crops=1.0)
+    seen: list[tuple[int, list[int], torch.Tensor | None]] = []
+    next_unlabeled = trainer._next_unlabeled
+
+    def spied():
+        batch = next_unlabeled()
+        seen.append((trainer.current_epoch, [aim.structure for aim in trainer._aims], trainer._coordinates))
+        return batch
+
+    monkeypatch.setattr(trainer, "_next_unlabeled", spied)
+    trainer.run_training()
+    assert all(coordinates is None and not aims for epoch, aims, coordinates in seen if epoch == 0)
+    later = [aims for epoch, aims, _ in seen if epoch > 0]
+    assert all(later) and any(structure >= 0 for aims in later for structure in aims), later
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert log.count("fewer than a third of the labeled patches hold: 1, 2. Of the unlabeled patches, 100%") == 1
+    patches = trainer.logger.local_logger.my_fantastic_logging["ssl/patches/labeled_per_class"]
+    assert np.shape(patches) == (3, 2) and 0 < np.mean(patches) <= 1
+
+
+def test_a_resumed_training_knows_the_rare_classes(make, monkeypatch):
+    monkeypatch.setattr(trainer_module, "RARE", 1.1)
+    first = make(epochs=1)
+    first.run_training()
+    checkpoint = str(Path(first.output_folder) / "checkpoint_final.pth")
+    second = make(epochs=2)
+    second.initialize()
+    second.load_checkpoint(checkpoint)
+    second.on_train_start()
+    assert second._foreground.rare == [0, 1]
+
+
+def test_common_classes_have_no_patches_of_their_own(make, monkeypatch):
+    monkeypatch.setattr(trainer_module, "RARE", 0.0)
+    trainer = make(epochs=2)
+    trainer.run_training()
+    assert trainer._foreground.rare == [] and trainer._coordinates is None
+
+
+@pytest.mark.parametrize(("settings", "workers"), [({"foreground_crops": 0.0}, "0"), ({"seed": 1}, "1")])
+def test_when_all_patches_are_cut_anywhere(make, monkeypatch, settings, workers):
+    monkeypatch.setenv("nnUNet_n_proc_DA", workers)
+    trainer = make(**settings)
+    try:
+        trainer.on_train_start()
+    finally:
+        for loader in trainer._loaders_with_workers.values():
+            loader._finish()
+    assert trainer._foreground is None
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert ("foreground_crops has no effect" in log) == ("seed" in settings)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_share_counts_patches_cut_anywhere_and_all_are_searched(planned_2d, monkeypatch, tmp_path, regions):
+    trainer = make_trainer(CrossMatchTrainer, planned_2d, monkeypatch, tmp_path, regions=regions)
+    patch = tuple(trainer.configuration_manager.patch_size)
+    foreground = PredictedForeground(["a", "b"], 2)
+    foreground.rare = [1]
+    aim = Aim(1, np.asarray([0, 1, 1], np.int32))
+    foreground.put("b", aim)
+    foreground.put("a", aim)
+    trainer._foreground, trainer._aims = foreground, [Aim(-1, aim.voxel), aim]
+    trainer._coordinates = torch.stack([sparse(coordinates_of([[5, 6], [0, patch[0]], [0, patch[1]]])[:, 0])] * 2)
+    # The second structure is predicted in two voxels of a, and the first alone everywhere in b.
+    logits = torch.full((2, 2 if regions else 3, *patch), -1.0)
+    first, second = (0, 1) if regions else (1, 2)
+    logits[0, second, 8:10, 8] = 1.0
+    logits[1, first] = 1.0
+    if not regions:
+        logits[:, 0] = 0.0
+    trainer.record_prediction(logits)
+    trainer._remember_foreground(["a", "b"])
+    voxels = np.prod(patch)
+    expected = {"share/unlabeled": [[2, 0, 2], [voxels] * 3], "patches/unlabeled": [[1, 0, 1], [1, 1, 1]]}
+    assert {name: counts.tolist() for name, counts in trainer._recorded.items()} == expected
+    assert foreground.draw("b").structure == -1, "no longer predicted where the patch was centered on it"
+    assert {tuple(foreground.draw("a").voxel.tolist()) for _ in range(50)} == {(0, 1, 1), (5, 10, 10)}

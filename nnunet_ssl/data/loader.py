@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.cutmix import CutMix
+from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, sparse
 from nnunet_ssl.data.views import UnlabeledViews
 
 
@@ -62,7 +63,9 @@ class UnlabeledDataLoader(nnUNetDataLoader):
     - ``strong``: a list of tensors like ``weak``, one per strong view, of the same spatial samples;
     - ``boxes``: one CutMix box per strong view and sample, a list of (U, dim, 2) int64 (see :class:`CutMix`);
     - ``partner``: (U,) int64, for each sample another one of the batch to mix with;
-    - ``keys``: the U cases.
+    - ``keys``: the U cases;
+    - where a class is rare, ``aims``, what each patch was centered on, and ``coordinates`` of its voxels, (U, 3,
+      *:func:`~nnunet_ssl.data.predicted_foreground.sparse`).
 
     Args:
         labeled: nnU-Net's loader of labeled training batches, whose patch sizes and transforms this one shares.
@@ -70,6 +73,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         batch_size: U, at least 2.
         views: makes the views of a patch.
         cutmix: how boxes are drawn; None where there is no strong view.
+        foreground: where the network has predicted foreground; None to cut all patches anywhere.
+        foreground_share: of how many patches are centered there, where a class is rare.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         *,
         views: UnlabeledViews,
         cutmix: CutMix | None,
+        foreground: PredictedForeground | None = None,
+        foreground_share: float = 0.0,
     ) -> None:
         # Not nnUNetDataLoader's: it wants a label manager, whose only use is to find labels.
         super(nnUNetDataLoader, self).__init__(dataset, batch_size, 1, None, True, False, True, None)
@@ -91,34 +98,62 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         self.has_ignore = False
         self.views = views
         self.cutmix = cutmix
+        self.foreground = foreground
+        self.foreground_share = foreground_share
         self._seeded_in: int | None = os.getpid()
 
     def generate_train_batch(self) -> dict[str, Any]:
         """One batch; called by the worker processes."""
         self._seed_this_process()
         keys = list(self.get_indices())
+        aimed = self.foreground is not None and bool(self.foreground.rare)
+        aims = [self._aim(key) if aimed else ANYWHERE for key in keys]
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            patches = [self.views(*self._crop(key)) for key in keys]
-        weak = torch.stack([weak for weak, _ in patches])
-        strong = [torch.stack(view) for view in zip(*(strong for _, strong in patches), strict=True)]
+            patches = [self._patch(key, aim, with_coordinates=aimed) for key, aim in zip(keys, aims, strict=True)]
+        weak = torch.stack([weak for weak, _, _ in patches])
+        strong = [torch.stack(view) for view in zip(*(strong for _, strong, _ in patches), strict=True)]
         patch_size = weak.shape[2:]
         boxes = [torch.from_numpy(self.cutmix.draw(len(keys), patch_size)) for _ in strong] if self.cutmix else []
         partner = (torch.arange(len(keys)) + np.random.randint(1, len(keys))) % len(keys)
-        return {"weak": weak, "strong": strong, "boxes": boxes, "partner": partner, "keys": keys}
+        batch = {"weak": weak, "strong": strong, "boxes": boxes, "partner": partner, "keys": keys}
+        if aimed:
+            batch |= {"aims": aims, "coordinates": torch.stack([coordinates for _, _, coordinates in patches])}
+        return batch
 
-    def _crop(self, key: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _aim(self, key: str) -> Aim:
+        assert self.foreground is not None
+        return self.foreground.draw(key) if np.random.uniform() < self.foreground_share else ANYWHERE
+
+    def _patch(self, key: str, aim: Aim, *, with_coordinates: bool) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
+        """The views of a patch, and sparse coordinates of its voxels or None."""
+        image, segmentation, box = self._crop(key, aim)
+        channels = len(image)
+        if with_coordinates:
+            # As channels of the image they are moved as its voxels are.
+            coordinates = coordinates_of(box)
+            image = torch.cat((image, coordinates[:, 0] if self.patch_size_was_2d else coordinates))
+        sample = {"image": image} if segmentation is None else {"image": image, "segmentation": segmentation}
+        sample = self.views.spatial(**sample)
+        sample["image"], coordinates = sample["image"][:channels], sample["image"][channels:]
+        weak, strong = self.views.of_sample(sample)
+        return weak, strong, sparse(coordinates) if with_coordinates else None
+
+    def _crop(self, key: str, aim: Aim) -> tuple[torch.Tensor, torch.Tensor | None, list[list[int]]]:
         image, segmentation, previous = self._data.load_case(key)
-        lower, upper = self.get_bbox(image.shape[1:], force_fg=False, class_locations=None)
-        box = [[low, high] for low, high in zip(lower, upper, strict=True)]
+        shape = image.shape[1:]
+        # A voxel of any key is as good, and nnU-Net's are numbered with the channel first.
+        voxel = np.minimum(aim.voxel, np.asarray(shape) - 1)
+        lower, upper = self.get_bbox(shape, aim.structure >= 0, {0: np.asarray([[0, *voxel]])})
+        box = [[int(low), int(high)] for low, high in zip(lower, upper, strict=True)]
         crop = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
         crop = crop[:, 0] if self.patch_size_was_2d else crop
         if not self.views.needs_segmentation:
-            return crop, None
+            return crop, None, box
         channels = [crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)]
         if previous is not None:
             channels.append(crop_and_pad_nd(previous, box, -1, cast_cropped_to=np.int16)[None])
         labels = torch.from_numpy(np.concatenate(channels).astype(np.int16, copy=False))
-        return crop, labels[:, 0] if self.patch_size_was_2d else labels
+        return crop, labels[:, 0] if self.patch_size_was_2d else labels, box
 
     def _seed_this_process(self) -> None:
         # Workers inherit torch's random state from the process that starts them, or all begin with torch's default

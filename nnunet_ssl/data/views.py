@@ -256,7 +256,10 @@ class UnlabeledViews:
             the errors that nnU-Net puts into that of labeled images.
         """
         sample = {"image": image} if segmentation is None else {"image": image, "segmentation": segmentation}
-        sample = self.spatial(**sample)
+        return self.of_sample(self.spatial(**sample))
+
+    def of_sample(self, sample: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Views of what ``spatial`` has made of a patch, with its ``image`` and, where needed, ``segmentation``."""
         weak = sample["image"].contiguous()
         # The transforms work in place.
         strong = [self.intensity(image=weak.clone())["image"] for _ in range(self.strong)]

@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 PREFIX = "ssl/"
-_FIRST, _LAST = ("loss", "weight", "coverage"), ("share", "seconds", "other")
+_FIRST, _LAST = ("loss", "weight", "coverage"), ("share", "patches", "seconds", "other")
 _TITLES = {
     "loss": "loss: terms without their weights, and the total",
     "weight": "weights of the terms",
     "coverage": "pseudo-label coverage: share of voxels above the threshold",
     "share": "share of voxels: predicted on unlabeled patches, labeled (dashed), x: warned of a collapse",
+    "patches": "share of patches that hold it: predicted in unlabeled patches, labeled (dashed)",
     "seconds": "seconds per epoch",
     "other": "other",
 }
@@ -30,9 +31,9 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
     """Draw what was logged under keys that start with ``ssl/``; the file is replaced atomically.
 
     One panel each for ``ssl/loss/<term>``, ``ssl/weight/<term>``, ``ssl/coverage`` with ``ssl/coverage_per_class``
-    (a list per epoch), ``ssl/share/<of what>_per_class`` (lists), ``ssl/seconds/<what>``, and every other
-    ``ssl/<group>/<name>``, under the group's name. Values that are not finite leave a gap. Nothing is written while
-    nothing has been logged.
+    (a list per epoch), ``ssl/share/<of what>_per_class`` and ``ssl/patches/<of what>_per_class`` (lists),
+    ``ssl/seconds/<what>``, and every other ``ssl/<group>/<name>``, under the group's name. Values that are not
+    finite leave a gap. Nothing is written while nothing has been logged.
 
     Args:
         path: the picture, a PNG file.
@@ -60,8 +61,12 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
         for axis, panel in zip(axes, drawn, strict=True):
             axis.set_title(_TITLES.get(panel, panel), fontsize=10, loc="left")
             axis.grid(alpha=0.3)
-            if panel == "share":
+            if panel in ("share", "patches"):
                 _draw_shares(axis, panels[panel])
+                if panel == "share":
+                    # Shares of small structures are many times smaller than those of large ones, and may be 0.
+                    axis.set_yscale("symlog", linthresh=1e-4)
+                axis.set_ylim(bottom=0)
                 continue
             for name, series in panels[panel].items():
                 overall = name == {"loss": "total", "coverage": "overall"}.get(panel)
@@ -95,7 +100,7 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
 
 
 def _draw_shares(axis: Axes, lines: Mapping[str, np.ndarray]) -> None:
-    """Each class's share of the unlabeled and of the labeled voxels, and where it has collapsed."""
+    """Each class's share of the unlabeled and of the labeled voxels or patches, and where it has collapsed."""
     for index, (name, predicted) in enumerate((n, line) for n, line in lines.items() if n.startswith("unlabeled ")):
         number, color = name.split()[-1], f"C{index % 10}"
         axis.plot(predicted, color=color, label=f"class {number}", marker="o" if len(predicted) <= 20 else None, ms=3.5)
@@ -104,9 +109,6 @@ def _draw_shares(axis: Axes, lines: Mapping[str, np.ndarray]) -> None:
         if len(epochs):
             # Without points it would lie at the figure's corner, and the layout make room for it.
             axis.plot(epochs, predicted[epochs], "x", color="red", ms=9, mew=2, clip_on=False)
-    # Shares of small structures are many times smaller than those of large ones, and may be 0.
-    axis.set_yscale("symlog", linthresh=1e-4)
-    axis.set_ylim(bottom=0)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
 
 
@@ -119,7 +121,7 @@ def _place(key: str) -> tuple[str, str]:
         return "coverage", "class" if key == "coverage_per_class" else key
     if not term:
         return "other", key
-    if group == "share":
+    if group in ("share", "patches"):
         return group, term.removesuffix("_per_class") if term.endswith("_per_class") else f"overall {term}"
     return group, term.replace("_", " ") if group == "seconds" else term
 

@@ -19,6 +19,7 @@ from scipy.ndimage import gaussian_filter
 from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.predicted_foreground import Aim, PredictedForeground, sparse
 from nnunet_ssl.data.views import UnlabeledViews
 
 SHAPE = (20, 40, 44)
@@ -39,7 +40,9 @@ def cases(tmp_path_factory) -> list[UnlabeledCase]:
     return [UnlabeledCase(f"case_{index}", folder, "imagesUn") for index in range(4)]
 
 
-def make_loader(cases, patch=(12, 24, 24), batch_size=3, mask=False, cutmix=None) -> UnlabeledDataLoader:
+def make_loader(
+    cases, patch=(12, 24, 24), batch_size=3, mask=False, cutmix=None, foreground=None, share=0.33
+) -> UnlabeledDataLoader:
     rotation = (-0.3, 0.3)
     dummy_2d = len(patch) == 3 and max(patch) / patch[0] > 3
     transforms = nnUNetTrainer.get_training_transforms(
@@ -58,6 +61,8 @@ def make_loader(cases, patch=(12, 24, 24), batch_size=3, mask=False, cutmix=None
             transforms, strong=2, normalization_schemes=["ZScoreNormalization"], intensity_properties={}
         ),
         cutmix=cutmix or CutMix(),
+        foreground=foreground,
+        foreground_share=share,
     )
 
 
@@ -155,14 +160,99 @@ def test_cases_of_both_sources_may_share_a_name(cases):
     assert len(UnlabeledDataset([*cases, other]).identifiers) == 5
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_draw_differently(cases, method, monkeypatch):
+def foreground_at(cases, voxel, rare=True) -> PredictedForeground:
+    """The second of two classes at one voxel of every case."""
+    foreground = PredictedForeground(UnlabeledDataset(cases).identifiers, 2)
+    for case in cases:
+        foreground.put(f"imagesUn/{case.identifier}", Aim(1, np.asarray(voxel)))
+    foreground.rare = [1] if rare else []
+    return foreground
+
+
+@pytest.mark.parametrize(
+    ("patch", "voxel"), [((8, 16, 16), (10, 17, 30)), ((4, 32, 24), (3, 20, 20)), ((24, 32), (9, 21, 20))]
+)
+def test_patches_are_centered_on_predicted_foreground(cases, patch, voxel):
+    loader = make_loader(cases, patch, foreground=foreground_at(cases, voxel), share=1.0, batch_size=4)
+    loader.views.spatial.transforms = [t for t in loader.views.spatial.transforms if "Spatial" not in type(t).__name__]
+    loader.patch_size = loader.final_patch_size
+    batch = next(loader)
+    assert [(aim.structure, *aim.voxel) for aim in batch["aims"]] == [(1, *voxel)] * 4
+    middle = batch["coordinates"].flatten(2).mean(2)
+    assert (middle - torch.tensor(voxel)).abs().max() <= 2
+
+
+def test_the_share_of_patches_that_are_centered(cases):
+    np.random.seed(0)
+    loader = make_loader(cases, (8, 16, 16), foreground=foreground_at(cases, (10, 17, 30)), batch_size=4)
+    aims = [aim.structure for _ in range(75) for aim in next(loader)["aims"]]
+    assert 0.25 < np.mean(np.equal(aims, 1)) < 0.41 and set(aims) == {-1, 1}
+
+
+@pytest.mark.parametrize("voxel", [(0, 0, 0), (19, 39, 43), (1000, 5, 43)])
+def test_voxels_at_the_border_and_beyond(cases, voxel):
+    loader = make_loader(cases, foreground=foreground_at(cases, voxel), share=1.0)
+    assert next(loader)["weak"].std() > 0.1
+
+
+def test_without_a_rare_class_nothing_changes(cases):
+    batches = []
+    for foreground in (None, foreground_at(cases, (3, 4, 5), rare=False)):
+        np.random.seed(5)
+        torch.manual_seed(5)
+        batches.append(next(make_loader(cases, foreground=foreground)))
+    assert batches[0].keys() == batches[1].keys() and "aims" not in batches[1]
+    assert torch.equal(batches[0]["weak"], batches[1]["weak"])
+
+
+@pytest.mark.parametrize("patch", [(12, 24, 24), (4, 32, 24), (24, 32)])
+def test_coordinates_are_those_of_the_voxels_of_the_weak_view(cases, patch):
+    np.random.seed(1)
+    torch.manual_seed(1)
+    loader = make_loader(cases[:1], patch, foreground=foreground_at(cases[:1], (10, 20, 20)), batch_size=6)
+    # An image whose voxels say where they lie.
+    axes = torch.meshgrid(*(torch.arange(size) for size in SHAPE), indexing="ij")
+    loader._data.load_case = lambda key: (torch.stack(axes).float().numpy(), None, None)
+    loader.views.strong = 0
+    loader.cutmix = None
+    same = []
+    for _ in range(5):
+        batch = next(loader)
+        for weak, coordinates in zip(batch["weak"], batch["coordinates"], strict=True):
+            seen = sparse(weak)
+            inside = ((coordinates > 1) & (coordinates < torch.tensor(SHAPE).view(3, *[1] * len(patch)) - 2)).all(0)
+            same += (seen - coordinates).abs().amax(0)[inside].lt(1e-3).tolist()
+    assert len(same) > 300 and np.mean(same) > 0.95
+
+
+def use_start_method(method, monkeypatch) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this platform has no {method}")
     context = multiprocessing.get_context(method)
     module = sys.modules[NonDetMultiThreadedAugmenter.__module__]
     for name in ("Process", "Queue", "Event"):
         monkeypatch.setattr(module, name, getattr(context, name))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes_see_what_training_has_found(cases, method, monkeypatch):
+    use_start_method(method, monkeypatch)
+    foreground = PredictedForeground(["imagesUn/case_0"], 1)
+    loader = make_loader(cases[:1], (8, 16, 16), 2, foreground=foreground, share=1.0)
+    workers = NonDetMultiThreadedAugmenter(loader, None, 1, num_cached=1, wait_time=0.002)
+    try:
+        assert "aims" not in next(workers)
+        foreground.rare = [0]
+        foreground.put("imagesUn/case_0", Aim(0, np.asarray([9, 20, 30])))
+        later = [next(workers) for _ in range(10)][-1]
+    finally:
+        workers._finish()
+    assert [(aim.structure, *aim.voxel) for aim in later["aims"]] == [(0, 9, 20, 30)] * 2
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes_draw_differently(cases, method, monkeypatch):
+    use_start_method(method, monkeypatch)
     loader = make_loader(cases[:1], patch=(12, 24, 24), batch_size=2)
     workers = NonDetMultiThreadedAugmenter(loader, None, 2, num_cached=4, wait_time=0.002)
     try:

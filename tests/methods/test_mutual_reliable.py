@@ -167,7 +167,7 @@ def test_the_log_has_shares_and_reliability_of_each_direction(planned_2d, monkey
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
     labeled, unlabeled, _ = make_batches(trainer)
     summed_terms(trainer, random_outputs(trainer, labeled, unlabeled), labeled, unlabeled)
-    assert set(trainer._recorded) == {"share/unlabeled"} | {
+    assert set(trainer._recorded) == {"share/unlabeled", "patches/unlabeled"} | {
         f"{what}/{d}" for what in ("learned", "reliability") for d in ("a_from_b", "b_from_a")
     }
     voxels = 5 * np.prod(trainer.configuration_manager.patch_size)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from method_steps import TRAINERS, make_trainer
 
+from nnunet_ssl import trainer as trainer_module
+
 pytestmark = pytest.mark.slow
 
 
@@ -17,6 +19,7 @@ def train(request, planned_2d, monkeypatch, tmp_path):
 
     def run(seed, *, workers=1, checkpoint=None):
         monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))
+        monkeypatch.setattr(trainer_module, "RARE", 1.1)  # every class, where there is no worker
         trainer = make_trainer(request.param, planned_2d, monkeypatch, tmp_path, seed=seed)
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 3, 1
         trainer.save_every = 1
