@@ -71,7 +71,7 @@ def test_checkpoint_writing(method, planned_2d, environment, tmp_path):
     arguments, log = (write_checkpoints, method, planned_2d, file, 10**6), tmp_path / "log"
     moments, epochs = random.Random(1), []
     for _ in range(KILLS):
-        begun = moments.randrange(1, 20)
+        begun = moments.randrange(1, 8)
         assert not kill_after(moments.uniform(0, 0.1), *arguments, log=log, once=printed(f"writes {begun}\n", log))
         checkpoint = torch.load(file, weights_only=True)
         epoch = checkpoint["current_epoch"] - 1
