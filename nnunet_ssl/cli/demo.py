@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--all", action="store_true", help="compare all trainers, which takes longer")
     parser.add_argument("--raw", type=Path, metavar="FOLDER", help="a raw nnU-Net dataset to use instead of phantoms")
     parser.add_argument("--seed", type=int, default=0, help="seed of the phantoms (default: 0)")
+    parser.add_argument(
+        "--epochs", type=int, default=EPOCHS, metavar="N", help=f"of {ITERATIONS} iterations (default: {EPOCHS})"
+    )
     parser.add_argument("-np", type=int, default=None, metavar="N", help="worker processes (default: cores, at most 8)")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
     parser.add_argument("--overwrite", action="store_true", help="start afresh rather than continue in the folder")
@@ -79,7 +82,14 @@ def run(args: argparse.Namespace) -> int:
     raw = args.raw.resolve() if args.raw is not None else None
     if raw is not None and not (raw / "dataset.json").is_file():
         raise UserError(f"{raw} is no raw nnU-Net dataset: it has no dataset.json.")
-    settings = {"trainer": "all" if args.all else args.trainer, "raw": str(raw) if raw else None, "seed": args.seed}
+    if args.epochs < 1:
+        raise UserError(f"--epochs is {args.epochs}; give 1 or more.")
+    settings = {
+        "trainer": "all" if args.all else args.trainer,
+        "raw": str(raw) if raw else None,
+        "seed": args.seed,
+        "epochs": args.epochs,
+    }
     _prepare_folder(folder, settings, overwrite=args.overwrite)
     processes = args.np if args.np is not None else min(os.cpu_count() or 1, 8)
     if processes < 1:
@@ -88,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     compared = trainer_descriptions(trainers_folder()) if args.all else [args.trainer]
     trainers = {name: f"{name}_demo" for name in ("nnUNetTrainer", *compared)}
     environment = _environment(folder, processes)
-    _write_trainers(folder / "trainers", trainers)
+    _write_trainers(folder / "trainers", trainers, args.epochs)
 
     name = raw.name if raw is not None else "Dataset001_Phantom"
     dataset = _Dataset(
@@ -124,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
                 ],
             )
     steps.announce("evaluate")
-    table, overlay = _evaluate(folder, dataset, trainers, tested=tested)
+    table, overlay = _evaluate(folder, dataset, trainers, tested=tested, iterations=args.epochs * ITERATIONS)
     steps.done()
 
     print(f"\n{table}\n")
@@ -251,14 +261,14 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
     return environment
 
 
-def _write_trainers(folder: Path, trainers: Mapping[str, str]) -> None:
+def _write_trainers(folder: Path, trainers: Mapping[str, str], epochs: int) -> None:
     """nnU-Net's way to shorten a training is a subclass: one module each for the demo's."""
     for base, name in trainers.items():
         text = _TRAINER.format(
             base=base,
             name=name,
             module=_module_of(base),
-            epochs=EPOCHS,
+            epochs=epochs,
             iterations=ITERATIONS,
             validation_iterations=VALIDATION_ITERATIONS,
         )
@@ -353,7 +363,9 @@ def demo_configuration(parent: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _evaluate(folder: Path, dataset: _Dataset, trainers: Mapping[str, str], *, tested: bool) -> tuple[str, Path]:
+def _evaluate(
+    folder: Path, dataset: _Dataset, trainers: Mapping[str, str], *, tested: bool, iterations: int
+) -> tuple[str, Path]:
     """Evaluate and draw; return the table and the path of the overlay."""
     from nnunet_ssl.evaluation.folders import Segmentations, evaluate_folder, hardest_cases
     from nnunet_ssl.evaluation.pictures import draw_case
@@ -373,7 +385,7 @@ def _evaluate(folder: Path, dataset: _Dataset, trainers: Mapping[str, str], *, t
 
     by_trainer = {base: result.cases for base, result in results.items()}
     cases = f"{'test' if tested else 'validation'} cases, mean ± standard deviation"
-    caption = f"{EPOCHS * ITERATIONS} labeled iterations each; {cases}"
+    caption = f"{iterations} labeled iterations each; {cases}"
     table = summarize(by_trainer, style="markdown")
     (folder / "summary.md").write_text(f"{table}\n\n{caption}\n", encoding="utf-8")
 

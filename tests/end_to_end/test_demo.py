@@ -29,13 +29,14 @@ def run_demo(*arguments, cwd):
 @pytest.mark.slow
 def test_demo_of_all_trainers(tmp_path):
     trainers = ("nnUNetTrainer", "CrossMatchTrainer", "MutualReliableTrainer", "SimCVDTrainer")
-    finished = run_demo("-o", "out", "--all", cwd=tmp_path)
+    finished = run_demo("-o", "out", "--all", "--epochs", "4", cwd=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     rows = re.findall(r"^(chamber|neighbor) +(\S+) +(\d\.\d+) ± \d\.\d+ +(.*?) +4$", finished.stdout, re.MULTILINE)
     assert [row[:2] for row in rows] == [
         (structure, trainer) for structure in ("chamber", "neighbor") for trainer in trainers
     ]
-    assert all(0 < float(dice) <= 1 for _, _, dice, _ in rows)
+    assert "200 labeled iterations each" in finished.stdout
+    assert all(0 <= float(dice) <= 1 for _, _, dice, _ in rows)
     assert all(float(dice) > 0.5 for structure, _, dice, _ in rows if structure == "chamber")
     assert all(re.match(r"\d+\.\d\d", hd95) for structure, _, _, hd95 in rows if structure == "chamber")
 
@@ -54,12 +55,15 @@ def test_demo_of_all_trainers(tmp_path):
         assert (checkpoint / "checkpoint_final.pth").is_file()
     assert all(list(folder.iterdir()) == [] for folder in (tmp_path / "user").iterdir()), "the user's folders"
 
-    again = run_demo("-o", "out", "--all", cwd=tmp_path)
+    again = run_demo("-o", "out", "--all", "--epochs", "4", cwd=tmp_path)
     assert again.returncode == 0
     assert again.stdout.count("already done") == 12, "everything but the evaluation"
     assert all(
         line in again.stdout for line in finished.stdout.splitlines() if line.startswith(("chamber", "neighbor"))
     )
+
+
+SETTINGS = {"trainer": "CrossMatchTrainer", "raw": None, "seed": 0, "epochs": demo.EPOCHS}
 
 
 def test_refuses_a_folder_that_it_did_not_make(tmp_path):
@@ -73,7 +77,7 @@ def test_refuses_a_folder_that_it_did_not_make(tmp_path):
 
 def test_refuses_to_continue_a_demo_with_other_settings(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "demo.json").write_text(json.dumps({"trainer": "CrossMatchTrainer", "raw": None, "seed": 1}))
+    (tmp_path / "out" / "demo.json").write_text(json.dumps(SETTINGS | {"seed": 1}))
     finished = run_demo("-o", "out", "--seed", "2", cwd=tmp_path)
     assert finished.returncode == 2
     assert "other settings" in finished.stderr and "--overwrite" in finished.stderr
@@ -81,7 +85,7 @@ def test_refuses_to_continue_a_demo_with_other_settings(tmp_path):
 
 def test_refuses_to_compare_all_in_the_folder_of_one(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "demo.json").write_text(json.dumps({"trainer": "CrossMatchTrainer", "raw": None, "seed": 0}))
+    (tmp_path / "out" / "demo.json").write_text(json.dumps(SETTINGS))
     finished = run_demo("-o", "out", "--all", cwd=tmp_path)
     assert finished.returncode == 2
     assert "other settings" in finished.stderr and "--overwrite" in finished.stderr
@@ -105,7 +109,9 @@ def test_steps(tmp_path, monkeypatch, capsys, option, methods):
     monkeypatch.setattr(
         demo,
         "_evaluate",
-        lambda folder, dataset, trainers, tested: evaluated.extend(trainers) or ("table", folder / "overlay.png"),
+        lambda folder, dataset, trainers, tested, iterations: (
+            evaluated.extend(trainers) or ("table", folder / "overlay.png")
+        ),
     )
     assert main(["demo", option, "-o", str(tmp_path / "out")]) == 0
     announced = re.findall(r"\[(\d+)/(\d+)\] (\S+)", capsys.readouterr().out)
