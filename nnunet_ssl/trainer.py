@@ -644,7 +644,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         start = perf_counter()
         batch = next(self.dataloader_unlabeled)
         self._seconds_waiting += perf_counter() - start
-        self._aims, self._coordinates = batch.get("aims", []), batch.get("coordinates")
+        # batchgenerators makes plain tuples of them when it pins memory.
+        self._aims, self._coordinates = [Aim(*aim) for aim in batch.get("aims", [])], batch.get("coordinates")
         return UnlabeledBatch(
             weak=self._to_device(batch["weak"]),
             strong=[self._to_device(view) for view in batch["strong"]],

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from method_steps import make_trainer
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import pin_memory_of_all_eligible_items_in_dict
+from method_steps import make_batches, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_ssl import trainer as trainer_module
-from nnunet_ssl.data.predicted_foreground import Aim, PredictedForeground, coordinates_of, sparse
+from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, sparse
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 
@@ -280,6 +281,19 @@ def test_when_all_patches_are_cut_anywhere(make, monkeypatch, settings, workers)
     assert trainer._foreground is None
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     assert ("foreground_crops has no effect" in log) == ("seed" in settings)
+
+
+def test_aims_survive_pinned_memory(planned_2d, monkeypatch, tmp_path):
+    """On a GPU, batchgenerators pins each batch, and rebuilds what is in it."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    trainer = make_trainer(CrossMatchTrainer, planned_2d, monkeypatch, tmp_path)
+    make_batches(trainer)
+    batch = next(trainer.dataloader_unlabeled)
+    aims = [Aim(0, np.asarray([1, 2, 3], np.int32)), ANYWHERE, ANYWHERE]
+    pinned = pin_memory_of_all_eligible_items_in_dict({**batch, "aims": aims, "coordinates": torch.zeros(3, 3, 4, 4)})
+    trainer.dataloader_unlabeled = iter([pinned])
+    trainer._next_unlabeled()
+    assert [aim.structure for aim in trainer._aims] == [0, -1, -1] and trainer._aims[0].voxel.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("regions", [False, True])
