@@ -184,10 +184,10 @@ def test_hand_over_to_the_next_stage(planned_3d, environment, tmp_path):
     moments, killed, found, number, there = random.Random(3), 0, set(), 0, {}
     while killed < KILLS:
         disturbed = tmp_path / f"disturbed_{number}"
-        # In the middle of the next one, or, starting up, of anything.
+        # At any moment, or shortly after one more is there, in the middle of the next one.
         wait_for = min(len(there) + moments.randrange(2), 3)
         ended = kill_after(
-            moments.uniform(0, 0.5) * took,
+            moments.uniform(0, 0.5 if wait_for > len(there) else took),
             segment,
             planned_3d,
             disturbed,
