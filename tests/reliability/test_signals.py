@@ -98,7 +98,13 @@ def test_the_command_ends_as_asked(sent, code, planned_2d, tmp_path):
     with (
         log.open("w") as output,
         subprocess.Popen(
-            list(map(str, command)), env=environment, start_new_session=True, stdout=output, stderr=output
+            list(map(str, command)),
+            env=environment,
+            start_new_session=True,
+            stdout=output,
+            stderr=output,
+            # What a shell starts in the background has it ignored, and these tests may be.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process,
     ):
         try:
