@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -47,6 +48,8 @@ def train(method, planned, folder: Path) -> None:
 
     def on_epoch_end():
         epoch_end()
+        # Of the figures that nnU-Net draws each epoch 75 MB stay until Python's collector comes by, every few epochs.
+        gc.collect()
         found.append({**resources(), "seconds per step": statistics.median(seconds[-STEPS:])})
         (folder / "resources.json").write_text(json.dumps(found))
 
