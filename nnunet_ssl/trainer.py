@@ -239,6 +239,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     # ---- for methods to call ----------------------------------------------------------------------------------------
 
+    @property
+    def num_structures(self) -> int:
+        """Number of foreground classes, or of regions."""
+        return self.label_manager.num_segmentation_heads - (0 if self.label_manager.has_regions else 1)
+
     def supervised_loss(self, output: Any, target: Any) -> Tensor:
         """nnU-Net's own loss for the dataset: Dice and cross-entropy, or Dice and BCE for regions, ignore label and
         deep supervision included. **[choice]** The papers use Dice (and cross-entropy) on the full resolution alone.
@@ -295,14 +300,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if known is None:
             known = torch.ones_like(label[:, 0] if regions else label, dtype=torch.bool)
         if regions:
-            members: Iterator[Tensor] = iter((label.any(1), *label.unbind(1)))
+            voxels = [(member & known).flatten(1).sum(1) for member in (label.any(1), *label.unbind(1))]
         else:
             # Class by class: of many classes, all at once would take many times the memory of an image.
-            members = (label == value if value else label > 0 for value in (0, *self.label_manager.foreground_labels))
-        # (K + 1, B)
-        voxels = torch.stack([(member & known).flatten(1).sum(1) for member in members])
-        self.record(f"share/{of}", voxels.sum(1), known.sum().expand(len(voxels)))
-        self.record(f"patches/{of}", (voxels > 0).sum(1), voxels.new_full((len(voxels),), len(label)))
+            voxels = [((label == value) & known).flatten(1).sum(1) for value in self.label_manager.foreground_labels]
+            voxels = [torch.stack(voxels).sum(0), *voxels]
+        in_patches = torch.stack(voxels)  # (K + 1, B)
+        self.record(f"share/{of}", in_patches.sum(1), known.sum().expand(len(in_patches)))
+        self.record(f"patches/{of}", (in_patches > 0).sum(1), in_patches.new_full((len(in_patches),), len(known)))
 
     # ---- network ----------------------------------------------------------------------------------------------------
 
@@ -545,10 +550,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 "rare: foreground_crops has no effect."
             )
             return None
-        labels = self.label_manager
-        structures = labels.num_segmentation_heads - (0 if labels.has_regions else 1)
         assert self._unlabeled_dataset is not None
-        self._foreground = PredictedForeground(self._unlabeled_dataset.identifiers, structures)
+        self._foreground = PredictedForeground(self._unlabeled_dataset.identifiers, self.num_structures)
         self._update_rare()
         return self._foreground
 

@@ -132,8 +132,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
             # As channels of the image they are moved as its voxels are.
             coordinates = coordinates_of(box)
             image = torch.cat((image, coordinates[:, 0] if self.patch_size_was_2d else coordinates))
-        sample = {"image": image} if segmentation is None else {"image": image, "segmentation": segmentation}
-        sample = self.views.spatial(**sample)
+        sample = self.views.moved(image, segmentation)
         sample["image"], coordinates = sample["image"][:channels], sample["image"][channels:]
         weak, strong = self.views.of_sample(sample)
         return weak, strong, sparse(coordinates) if with_coordinates else None

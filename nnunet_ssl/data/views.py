@@ -255,11 +255,15 @@ class UnlabeledViews:
             each foreground label, which is 1 where the previous stage found it. **[choice]** In strong views it has
             the errors that nnU-Net puts into that of labeled images.
         """
+        return self.of_sample(self.moved(image, segmentation))
+
+    def moved(self, image: Tensor, segmentation: Tensor | None) -> dict[str, Tensor]:
+        """A patch as ``spatial`` moves it: its ``image``, of any channels, and ``segmentation`` where it has one."""
         sample = {"image": image} if segmentation is None else {"image": image, "segmentation": segmentation}
-        return self.of_sample(self.spatial(**sample))
+        return self.spatial(**sample)
 
     def of_sample(self, sample: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Views of what ``spatial`` has made of a patch, with its ``image`` and, where needed, ``segmentation``."""
+        """Views of what :meth:`moved` has made of a patch."""
         weak = sample["image"].contiguous()
         # The transforms work in place.
         strong = [self.intensity(image=weak.clone())["image"] for _ in range(self.strong)]

@@ -81,16 +81,11 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         head = BoundaryHead(
             image_channels=self.num_input_channels,
             features=network.encoder.output_channels[0],
-            maps=self._structures,
+            maps=self.num_structures,
             projection=s.projection_channels,
             grid=coarse_grid(self.configuration_manager.patch_size, positions=positions),
         )
         return TrainingNetwork(network, head=head, teacher=True, predict_with_teacher=s.predict_with == "teacher")
-
-    @property
-    def _structures(self) -> int:
-        # As many distance maps as foreground classes or regions.
-        return self.label_manager.num_segmentation_heads - (0 if self.label_manager.has_regions else 1)
 
     def labeled_targets(self) -> dict[str, SignedDistanceTransform]:
         """Signed distance maps, made by the workers that augment."""
@@ -98,7 +93,7 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         transform = SignedDistanceTransform(
             self.configuration_manager.spacing,
             labels=None if labels.has_regions else labels.foreground_labels,
-            regions=self._structures,
+            regions=self.num_structures,
         )
         return {"distance": transform}
 

@@ -23,7 +23,7 @@ def random_outputs(trainer, labeled, unlabeled) -> Given:
     def draw(*shape):
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    channels, maps = trainer.label_manager.num_segmentation_heads, trainer._structures
+    channels, maps = trainer.label_manager.num_segmentation_heads, trainer.num_structures
     outputs = Given()
     for name in trainer.streams():
         n = 2 if name == "x" else len(unlabeled.weak)
