@@ -47,11 +47,14 @@ class Arm:
 ARMS = {
     "nnU-Net": Arm("nnUNetTrainer"),
     "CrossMatch": Arm("CrossMatchTrainer"),
-    "mutual, terms off": Arm("MutualReliableTrainer", {"mutual_weight": 0.0}, "mutual_off"),
+    # Without weights, unlabeled images change nothing but the time: as few as there can be.
+    "mutual, terms off": Arm(
+        "MutualReliableTrainer", {"mutual_weight": 0.0, "unlabeled_batch_size": 2}, "mutual_off"
+    ),
     "mutual": Arm("MutualReliableTrainer"),
     "SimCVD, terms off": Arm(
         "SimCVDTrainer",
-        {"contrast_weight": 0.0, "structure_weight": 0.0, "consistency_weight": 0.0},
+        {"contrast_weight": 0.0, "structure_weight": 0.0, "consistency_weight": 0.0, "unlabeled_batch_size": 2},
         "simcvd_off",
     ),
     "SimCVD": Arm("SimCVDTrainer"),
@@ -105,6 +108,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5, help="of 250 labeled iterations; a length that nnU-Net has")
     parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm not in TRIALS], choices=list(ARMS))
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile on a CPU too, where nnU-Net itself never does"
+    )
     parser.add_argument("--table", action="store_true", help="train nothing, print what there is")
     parser.add_argument("--results", type=Path, help="default: results/DATASET-PLANS-CONFIGURATION-ITERATIONS.csv")
     parser.add_argument("--train", nargs=5, help=argparse.SUPPRESS)
@@ -152,8 +158,10 @@ def plan(args: argparse.Namespace) -> list[Training]:
     if args.c not in load_json(str(plans_file))["configurations"]:
         add_plans(plans_file)
     plans = load_json(str(plans_file))
+    # What a configuration inherits is replaced as a whole.
+    inherited = plans["configurations"][args.c].get("semi_supervised", {})
     controls = {
-        f"{args.c}_{arm.suffix}": {"inherits_from": args.c, "semi_supervised": arm.settings}
+        f"{args.c}_{arm.suffix}": {"inherits_from": args.c, "semi_supervised": {**inherited, **arm.settings}}
         for arm in ARMS.values()
         if arm.settings
     }
@@ -180,13 +188,17 @@ def run(args: argparse.Namespace, training: Training, name: str) -> float:
     results = training.folder.parents[2]
     results.mkdir(parents=True, exist_ok=True)
     environment = {
-        "nnUNet_compile": "f",
+        "nnUNet_compile": "t" if args.compile else "f",
         "nnUNet_n_proc_DA": "1" if args.device == "cpu" else "8",
+        # Processes that write predictions; each takes seconds to start.
+        "nnUNet_def_n_proc": "1" if args.device == "cpu" else "8",
         **os.environ,
         "nnUNet_results": str(results),
         "nnUNet_extTrainer": str(trainers_folder()),
     }
-    command = [sys.executable, __file__, "-d", args.d, "-p", args.p, "-device", args.device, "--train"]
+    command = [sys.executable, __file__, "-d", args.d, "-p", args.p, "-device", args.device]
+    command += ["--compile"] if args.compile else []
+    command += ["--train"]
     command += [training.trainer, training.configuration, str(training.fold), str(training.seed), str(training.folder)]
     started, log = time.monotonic(), results / f"{training.arm}, {training.labeled} labeled.log"
     with log.open("a") as output:
@@ -215,8 +227,10 @@ def train(args: argparse.Namespace, trainer: str, configuration: str, fold: str,
         raise SystemExit(f"another process, perhaps one whose parent was killed, trains in {output}: end it") from None
     validation, final, best = (output / name for name in ("validation", "validation_final", "validation_best"))
 
-    def make(continue_training: bool) -> Any:
+    def make(continue_training: bool, *, compiled: bool = False) -> Any:
         made = get_trainer_from_args(args.d, configuration, int(fold), trainer, args.p, continue_training, device)
+        # Not for validation: a compiled network would be compiled again for its shapes.
+        made._do_i_compile = lambda: compiled and args.compile
         made.save_every = 1
         save = made.save_checkpoint
 
@@ -235,13 +249,15 @@ def train(args: argparse.Namespace, trainer: str, configuration: str, fold: str,
             random.seed(int(seed))
             np.random.seed(int(seed))
             torch.manual_seed(int(seed))
-        model = make(begun and not trained)
-        maybe_load_checkpoint(model, begun and not trained, trained)
         if not trained:
+            model = make(begun, compiled=True)
+            maybe_load_checkpoint(model, begun, False)
             if begun:
                 # nnU-Net writes checkpoint_latest before it compares the epoch with the best one.
                 model._best_ema = max(model.logger.get_value("ema_fg_dice", step=None))
             model.run_training()
+        model = make(False)
+        maybe_load_checkpoint(model, False, True)
         model.perform_actual_validation(False)
         validation.rename(final)
     if not best.is_dir():
