@@ -48,9 +48,7 @@ ARMS = {
     "nnU-Net": Arm("nnUNetTrainer"),
     "CrossMatch": Arm("CrossMatchTrainer"),
     # Without weights, unlabeled images change nothing but the time: as few as there can be.
-    "mutual, terms off": Arm(
-        "MutualReliableTrainer", {"mutual_weight": 0.0, "unlabeled_batch_size": 2}, "mutual_off"
-    ),
+    "mutual, terms off": Arm("MutualReliableTrainer", {"mutual_weight": 0.0, "unlabeled_batch_size": 2}, "mutual_off"),
     "mutual": Arm("MutualReliableTrainer"),
     "SimCVD, terms off": Arm(
         "SimCVDTrainer",
