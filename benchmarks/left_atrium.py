@@ -285,6 +285,8 @@ def collect(args: argparse.Namespace, trainings: list[Training]) -> dict[str, Fo
                 results[training.key(checkpoint)] = result
     if len(results) > known:
         write_csv(args.results, results, key="training")
+        # With the table's decimals, so that a table printed now is the one that is printed from the file later.
+        results = read_csv(args.results, key="training")
     return results
 
 
