@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import pickletools
+import pkgutil
 import subprocess
 import sys
 import tarfile
@@ -30,6 +31,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tiny_dataset import unet
 
+import nnunet_ssl
 from nnunet_ssl.cli.doctor import check_dataset
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.cli.trainers import trainers_folder
@@ -314,8 +316,21 @@ def test_our_checkpoints_name_nothing_but_what_tensors_are_made_of(home) -> None
         "torch LongStorage",
         "torch._utils _rebuild_tensor_v2",
     }
-    # What may be loaded besides is PyTorch's own; this package and nnU-Net add nothing to it.
-    assert [one for one in torch.serialization.get_safe_globals() if not str(one.__module__).startswith("torch.")] == []
+
+
+def test_nothing_is_added_to_what_pytorch_takes_for_safe() -> None:
+    """What may be loaded besides is PyTorch's own; this package and nnU-Net add nothing to it."""
+    modules = [info.name for info in pkgutil.walk_packages(nnunet_ssl.__path__, "nnunet_ssl.")]
+    assert "nnunet_ssl.trainer" in modules
+    code = f"""
+import torch
+listed = torch.serialization.get_safe_globals
+alone = listed()
+import {", ".join(modules)}
+print([one for one in listed() if one not in alone and not str(one.__module__).startswith("torch.")])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
 
 
 # ---- plans that name code -------------------------------------------------------------------------------------------
