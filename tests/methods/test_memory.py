@@ -42,7 +42,7 @@ def larger(planned_3d, tmp_path):
         if path.name != "nnUNetPlans.json":
             (larger.preprocessed / path.name).symlink_to(path)
     plans = json.loads((planned_3d.preprocessed / "nnUNetPlans.json").read_text())
-    plans["configurations"]["tiny"]["patch_size"] = [16, 24, 32]
+    plans["configurations"]["tiny"]["patch_size"] = [24, 32, 40]
     plans["configurations"]["tiny"]["architecture"]["arch_kwargs"] |= {
         # oneDNN's copies have channels in blocks of 8 or 16, by the CPU's vector length; these fill both.
         "features_per_stage": [16, 32, 64],
