@@ -127,7 +127,8 @@ def nifti(
     generator = np.random.default_rng(0)
     if kind.kind in "iuf":
         image = generator.uniform(50, 120, count).astype(kind)
-        if value is not None and count and (kind.kind == "f" or math.isfinite(value)):
+        # Of the values drawn, 0 is the one that an integer can hold.
+        if value is not None and count and (kind.kind == "f" or value == 0):
             image[count // 2] = value
         content = image.tobytes()
     else:
@@ -171,6 +172,7 @@ def test_all_numeric_types_are_read(datatype, shape):
 @example(image={"shape": (12, 11)}, damage=None, where=0.0)
 @example(image={"shape": (12, 11, 1)}, damage=None, where=0.0)
 @example(image={"datatype": 128}, damage=None, where=0.0)  # RGB
+@example(image={"datatype": 2, "value": 1e30}, damage=None, where=0.0)
 @example(image={"shape": (30000, 30000, 30000)}, damage="header alone", where=0.0)
 def test_any_image(image, damage, where):
     if damage == "header alone":
