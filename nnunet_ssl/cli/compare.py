@@ -74,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate all folders, print a table per metric, write the files."""
-    from nnunet_ssl.evaluation.comparison import compare, join_runs
-    from nnunet_ssl.evaluation.folders import evaluate_folder, write_csv, write_text
+    from nnunet_ssl.evaluation.comparison import common_cases, compare, join_runs
+    from nnunet_ssl.evaluation.folders import FolderResult, evaluate_folder, write_csv, write_text
     from nnunet_ssl.evaluation.metrics import METRICS
     from nnunet_ssl.evaluation.pictures import save_comparison
     from nnunet_ssl.evaluation.tables import format_table
@@ -113,14 +113,25 @@ def run(args: argparse.Namespace) -> int:
 
     models = {name: evaluate(paths) for name, paths in folders.items()}
     best_runs = {name: evaluate(paths) for name, paths in best.items()}
-    # A fold's validation never has all the references.
-    trained = {str(path) for paths in validations.values() for path in paths}
-    named = {path: result for path, result in by_folder.items() if path not in trained}
-    problems = report_problems({path: by_folder[path] for path in by_folder if path in trained}, chill=True)
-    problems |= report_problems(named, chill=args.chill)
+    found = {path: FolderResult(failed=result.failed) for path, result in by_folder.items()}
+    for name, runs in [*models.items(), *((f"{name}, best", runs) for name, runs in best_runs.items())]:
+        # The validation of some folds never has all the references.
+        if name not in validations:
+            found |= {f"{name}, run {number}": FolderResult(missing=run.missing) for number, run in enumerate(runs, 1)}
+    problems = report_problems(found, chill=args.chill)
     empty = [name for name, runs in models.items() if not any(one.cases for one in runs)]
     if empty:
         raise UserError(f"No case of {', '.join(empty)} could be evaluated; the table above says why.")
+    cases = {name: common_cases(runs) for name, runs in models.items()}
+    baseline = next(iter(cases))
+    apart = [name for name in cases if not cases[name] & cases[baseline]]
+    if apart:
+        raise UserError(
+            f"{', '.join(apart)} and {baseline} have no case in common that all their runs have, so there is nothing "
+            "to compare. Predict the same cases, or name folders of the same folds."
+        )
+    if any(one != cases[baseline] for one in cases.values()):
+        print("\nNot all have the same cases: each mean is over a model's own, each difference over those in common.")
 
     structures = list(segmentations.labels)
     texts = []

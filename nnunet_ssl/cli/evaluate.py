@@ -23,7 +23,8 @@ cross; HD95 is the 95th percentile of the distances of both directions pooled, A
 prediction to the reference alone. Distances are in millimeters and, in the files, also in voxels.
 
 Where one of prediction and reference is empty, Dice and Jaccard are 0 and distances are missing: they are counted, and
-are no zero. Where both are, everything is missing, as in nnU-Net's own evaluation.
+are no zero. Where both are, everything is missing, as in nnU-Net's own evaluation. Pixels of images that hold no
+spacing, such as PNG, count as 1 mm.
 
 Writes evaluation.csv and evaluation.json. Exit code 1 if a case could not be evaluated or has no prediction.
 """
@@ -50,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ssl.evaluation.metrics import METRICS
     from nnunet_ssl.evaluation.tables import format_table, summarize
 
+    for option, folder in (("-p", args.p), ("-g", args.g)):
+        if not folder.is_dir():
+            raise UserError(f"{option} {folder}: there is no folder {folder.resolve()}.")
     segmentations = segmentations_of(args, [args.p])
     workers = processes(args.np, len(segmentations.cases(args.p)))
     output = make_folder(args.o or args.p)

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw and print what was drawn."""
+    from nnunet_ssl.data.cases import some_of
     from nnunet_ssl.data.image_checks import BadImageError
     from nnunet_ssl.evaluation.folders import evaluate_folder, hardest_cases
     from nnunet_ssl.evaluation.pictures import draw_case
@@ -67,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
 
     make_folder(args.o)
     common = set.intersection(*(set(segmentations.cases(folder)) for folder in folders.values()))
+    others = {case for folder in folders.values() for case in segmentations.cases(folder)} - common
+    if others and common and not args.cases:
+        print(f"Left out, because not all folders have them: {some_of(sorted(others))}")
     problems: dict[str, str] = {}
     if args.cases:
         cases = list(dict.fromkeys(args.cases))

@@ -93,6 +93,8 @@ def named_folders(arguments: Sequence[str], option: str) -> dict[str, list[Path]
         path = Path(folder)
         if not path.is_dir():
             raise UserError(f"{option} {argument}: there is no folder {path.resolve()}.")
+        if path.resolve() in [one.resolve() for one in folders.get(name, [])]:
+            raise UserError(f"{option} {argument}: {name} has that folder already.")
         folders.setdefault(name, []).append(path)
     return folders
 

@@ -104,6 +104,8 @@ def check_nifti(file: Path) -> None:
     Raises:
         BadImageError: the file is damaged, or hides one of these.
     """
+    if file.stat().st_size == 0:
+        raise BadImageError(f"{file.name} is empty")
     try:
         if file.suffix == ".gz":
             # Neither ITK nor nibabel goes on to the checksum at the end.
@@ -113,6 +115,8 @@ def check_nifti(file: Path) -> None:
         image = nibabel.load(file)
         # As stored: scaled, they would be 64-bit floating numbers.
         voxels = image.dataobj.get_unscaled()  # type: ignore[attr-defined]
+    except PermissionError as error:
+        raise BadImageError(f"{file.name} cannot be read: {error.strerror}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise BadImageError(f"{file.name} is damaged or incomplete: {' '.join(str(error).split())}") from error
     except (ImageFileError, HeaderDataError, ValueError, OverflowError):

@@ -88,9 +88,10 @@ def join_runs(results: Sequence[FolderResult]) -> list[FolderResult]:
             if names.isdisjoint(case.case for case in run.cases):
                 run.cases.extend(result.cases)
                 run.failed.update(result.failed)
+                run.missing = sorted(set(run.missing) & set(result.missing))
                 break
         else:
-            runs.append(FolderResult(list(result.cases), dict(result.failed)))
+            runs.append(FolderResult(list(result.cases), dict(result.failed), list(result.missing)))
     return runs
 
 
@@ -120,6 +121,11 @@ def all_cases(models: Mapping[str, Sequence[FolderResult]]) -> list[str]:
     return sorted({case.case for runs in models.values() for run in runs for case in run.cases})
 
 
+def common_cases(runs: Sequence[FolderResult]) -> set[str]:
+    """The cases that all runs have; means are over these."""
+    return set.intersection(*({case.case for case in run.cases} for run in runs))
+
+
 def compare(
     models: Mapping[str, Sequence[FolderResult]],
     structures: Sequence[str],
@@ -143,7 +149,7 @@ def compare(
         by_model = {name: scores(runs, cases, structure, metric) for name, runs in models.items()}
         baseline = next(iter(by_model))
         for name, found in by_model.items():
-            count = len({case.case for run in models[name] for case in run.cases})
+            count = len(common_cases(models[name]))
             row: list[object] = [structure, name, len(found.values), count, found.mean, found.median]
             row += [found.spread_of_cases, found.spread_of_runs, found.missing]
             if name == baseline:

@@ -58,6 +58,13 @@ class Segmentations:
         try:
             content = json.loads(file.read_bytes())
             labels = dict(content["labels"])
+            if not all(_is_label(value) for value in labels.values()):
+                raise TypeError(
+                    "labels should give each name its number, or its list of numbers (the first nnU-Net had it the "
+                    "other way round: nnUNetv2_convert_old_nnUNet_dataset)"
+                )
+            if not _is_ending(content["file_ending"]):
+                raise TypeError('file_ending should be such as ".nii.gz"')
             ignore_label = labels.pop("ignore", None)
             # A region may be called background as well; it is recognized by its value, as nnU-Net does.
             structures = {name: value for name, value in labels.items() if value not in (0, [0])}
@@ -91,15 +98,26 @@ class Segmentations:
                     f"--labels {text}: give numbers, such as 2, tumor=2 or, for a region, whole=1,2,3."
                 ) from None
             name = name or values
+            if min(numbers) < 1:
+                raise UserError(f"--labels {text}: labels are 1 or more; 0 is the background.")
             if name in structures:
                 raise UserError(f"--labels names {name} twice.")
             structures[name] = numbers[0] if len(numbers) == 1 else numbers
+        if not _is_ending(file_ending):
+            raise UserError(f"--file-ending {file_ending}: give it with its dot, such as .nii.gz or .png.")
         return cls(structures, file_ending, ignore_label)
 
     def cases(self, folder: Path) -> list[str]:
-        """The cases in a folder, sorted."""
+        """The cases in a folder, sorted.
+
+        Raises:
+            UserError: the folder cannot be listed.
+        """
         ending = self.file_ending
-        files = (file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else ()
+        try:
+            files = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+        except OSError as error:
+            raise UserError(f"{folder} cannot be listed: {error.strerror}. See to its permissions.") from None
         return sorted(name[: -len(ending)] for name in files if name.endswith(ending) and not name.startswith("."))
 
     def read_image(self, file: Path) -> NDArray[np.floating]:
@@ -131,7 +149,11 @@ class Segmentations:
         if not file.is_file():
             raise BadImageError(f"{file} does not exist")
         if file.name.endswith((".nii", ".nii.gz")):
-            check_nifti(file)
+            try:
+                check_nifti(file)
+            except BadImageError as error:
+                # Prediction and reference have one name.
+                raise BadImageError(f"in {file.parent}, {error}") from error
         asked = {"file_ending": self.file_ending, "overwrite_image_reader_writer": self.reader or "None"}
         try:
             # nnU-Net's readers print what troubles them; what matters comes with the error.
@@ -228,13 +250,14 @@ def evaluate_folder(
         num_processes: each holds one case in memory; 1 works in this process.
 
     Raises:
-        UserError: a folder does not exist or holds no segmentation, or the references hold none of the labels.
+        UserError: a folder does not exist or holds no segmentation, or it holds foreground but none of the labels.
     """
     predicted, known = _cases(predictions, segmentations), _cases(references, segmentations)
     evaluate = functools.partial(_evaluate_file, predictions, references, segmentations)
     workers = min(num_processes, len(predicted))
-    results: Iterator[tuple[str, tuple[CaseResult, set[int]] | str | None]]
-    held: set[int] = set()
+    results: Iterator[tuple[str, tuple[CaseResult, set[int], set[int]] | str | None]]
+    held_by_references: set[int] = set()
+    held_by_predictions: set[int] = set()
     if workers > 1:
         results = in_worker_processes(evaluate, predicted, workers)
     else:
@@ -243,30 +266,42 @@ def evaluate_folder(
     for case, result in tqdm(results, total=len(predicted), desc="evaluate", unit="case", disable=None, leave=False):
         if isinstance(result, tuple):
             report.cases.append(result[0])
-            held |= result[1]
+            held_by_references |= result[1]
+            held_by_predictions |= result[2]
         else:
             report.failed[case] = result or "the process that evaluated it ended, most often for lack of memory: -np 1"
     report.cases.sort(key=lambda one: one.case)
-    if report.cases and not held & (segmentations.values - {0}):
-        # A mask of 255 where 1 was meant must not pass for one in which nothing is to be found.
-        named, found = (", ".join(map(str, sorted(values))) for values in (segmentations.values - {0}, held))
-        raise UserError(f"The labels are {named}, but the references in {references} hold {found or 'none'}.")
+    # A mask of 255 where 1 was meant must not pass for one in which nothing is to be found, or was.
+    named = segmentations.values - {0}
+    for what, folder, held, allowed in (
+        ("references", references, held_by_references, named),
+        ("predictions", predictions, held_by_predictions, named | held_by_references),
+    ):
+        if held and not held & allowed:
+            labels, found = (", ".join(map(str, sorted(values))) for values in (named, held))
+            raise UserError(f"The labels are {labels}, but the {what} in {folder} hold {found}.")
     return report
 
 
 def _cases(folder: Path, segmentations: Segmentations) -> list[str]:
     cases = segmentations.cases(folder)
     if not cases:
-        there = "holds no file" if folder.is_dir() else "does not exist: no file"
-        raise UserError(f"The folder {folder} {there} that ends in {segmentations.file_ending}.")
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder.resolve()}.")
+        raise UserError(
+            f"The folder {folder} holds no file that ends in {segmentations.file_ending}. The ending is that of the "
+            "dataset given with -d, or of --file-ending, with --labels."
+        )
     return cases
 
 
 def _evaluate_file(
     predictions: Path, references: Path, segmentations: Segmentations, case: str
-) -> tuple[CaseResult, set[int]] | str:
-    """A case's result and the foreground labels of its reference, or why there is none."""
+) -> tuple[CaseResult, set[int], set[int]] | str:
+    """A case's result and the foreground labels of its reference and prediction, or why there is none."""
     name = case + segmentations.file_ending
+    if not (references / name).is_file():
+        return f"it has no reference: {references / name} does not exist"
     try:
         reference, reference_geometry = segmentations.read(references / name)
         prediction, geometry = segmentations.read(predictions / name)
@@ -275,8 +310,8 @@ def _evaluate_file(
     difference = geometry.difference(reference_geometry)
     if difference:
         return f"the prediction's {difference}, the reference's: predict on the image that the reference belongs to"
-    held = set(np.unique(reference).tolist())
-    for what, values in (("reference", held), ("prediction", set(np.unique(prediction).tolist()))):
+    held, predicted = (set(np.unique(array).tolist()) for array in (reference, prediction))
+    for what, values in (("reference", held), ("prediction", predicted)):
         unknown = sorted(values - segmentations.values)
         if unknown and segmentations.complete:
             known = ", ".join(map(str, sorted(segmentations.values)))
@@ -288,7 +323,16 @@ def _evaluate_file(
         reference_geometry.spacing,
         ignore_label=segmentations.ignore_label,
     )
-    return CaseResult(case, metrics), held - {0}
+    return CaseResult(case, metrics), held - {0}, predicted - {0}
+
+
+def _is_label(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return bool(numbers) and all(type(number) is int for number in numbers)
+
+
+def _is_ending(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(".") and len(value) > 1
 
 
 def write_csv(file: Path, results: Mapping[str, FolderResult], *, key: str = "name") -> None:

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from nnunet_ssl.data.image_checks import BadImageError
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.comparison import all_cases, scores
 from nnunet_ssl.evaluation.folders import FolderResult, Segmentations
 from nnunet_ssl.evaluation.metrics import Labels
@@ -64,6 +65,8 @@ def save_overlay(
     low, high = np.percentile(image[index], [1, 99.5])
     aspect = spacing[-2] / spacing[-1]
 
+    # Regions share contours: each line leaves those beneath it to be seen.
+    widths = np.linspace(1.7 + 0.6 * min(len(labels) - 1, 3), 1.7, len(labels))
     panels: list[tuple[str, NDArray[np.integer] | None]] = [("image", None), ("reference", reference[index])]
     panels += [(name, prediction[index]) for name, prediction in predictions.items()]
     with matplotlib.style.context("default"):
@@ -76,10 +79,10 @@ def save_overlay(
             axis.set_axis_off()
             if segmentation is None:
                 continue
-            for color, value in zip(_cycle(len(labels)), labels.values(), strict=True):
+            for color, width, value in zip(_cycle(len(labels)), widths, labels.values(), strict=True):
                 if name != "reference":
                     _contour(axis, np.isin(reference[index], value), colors="white", linestyles=":", linewidths=1.1)
-                _contour(axis, np.isin(segmentation, value), colors=color, linewidths=1.7)
+                _contour(axis, np.isin(segmentation, value), colors=color, linewidths=width)
             axis.set_xlim(-0.5, image.shape[2] - 0.5)
             axis.set_ylim(image.shape[1] - 0.5, -0.5)
         lines = [Line2D([], [], color=color, linewidth=2) for color in _cycle(len(labels))]
@@ -93,7 +96,7 @@ def save_overlay(
             frameon=False,
         )
         figure.suptitle(f"{title} (slice {index + 1} of {len(image)})".strip(), fontsize=11)
-        figure.savefig(path, format="png")
+        _save(figure, path)
 
 
 def draw_case(
@@ -178,7 +181,7 @@ def save_comparison(
             axis.grid(axis="y", alpha=0.3)
         panels[0].set_ylabel(AXIS_LABELS[metric])
         figure.suptitle("one dot per case, bar: mean", fontsize=10)
-        figure.savefig(path, format="png")
+        _save(figure, path)
 
 
 def slice_of_interest(
@@ -197,6 +200,13 @@ def slice_of_interest(
         for prediction in predictions:
             disagreement += ((np.isin(prediction, value) != mask) & counts).sum(axis=(1, 2))
     return int(np.argmax(disagreement if disagreement.any() else structures))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. Choose another place with -o.") from error
 
 
 def _cycle(count: int) -> list[str]:

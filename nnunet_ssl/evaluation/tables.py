@@ -109,6 +109,10 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": "\\textbackslash{}",
     "~": "\\textasciitilde{}",
     "^": "\\textasciicircum{}",
+    # In LaTeX's default font encoding these are other characters outside formulas.
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
     "±": "$\\pm$",
     "−": "$-$",
     "Δ": "$\\Delta$",

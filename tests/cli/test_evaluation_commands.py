@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +146,44 @@ def test_compare_folders_and_their_runs(base, capsys):
     assert header.split()[2] == "runs" and ours.split()[2] == "2"
 
 
+def copied(base, folder, model, cases):
+    """Predictions of some of the cases, by number."""
+    folder.mkdir()
+    for file in [sorted(references(base).glob("*.nii.gz"))[number] for number in cases]:
+        shutil.copy(predictions(base, model) / file.name, folder)
+    return folder
+
+
+def test_folders_that_are_joined_miss_what_none_of_them_has(base, tmp_path, capsys):
+    folds = [f"ours={copied(base, tmp_path / 'f0', 1, [0, 1])}", f"ours={copied(base, tmp_path / 'f1', 1, [2, 3])}"]
+    options = ["-g", str(references(base)), "-d", "42"]
+    assert main(["compare", f"base={predictions(base, 2)}", *folds, *options]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("has no prediction") == 1 and "Not all have the same cases" in printed
+    folds.append(f"ours={copied(base, tmp_path / 'f2', 1, [4])}")
+    assert main(["compare", f"base={predictions(base, 2)}", *folds, *options]) == 0
+    assert "Not all have the same cases" not in capsys.readouterr().out
+
+
+def test_models_without_a_common_case_are_not_compared(base, tmp_path, capsys):
+    folders = [f"{name}={copied(base, tmp_path / name, 0, cases)}" for name, cases in (("a", [0, 1]), ("b", [2, 3]))]
+    assert main(["compare", *folders, "-g", str(references(base)), "-d", "42", "--chill"]) == 2
+    assert "b and a have no case in common" in capsys.readouterr().err
+
+
+def test_overlay_names_cases_that_only_some_folders_have(base, tmp_path, capsys):
+    some = copied(base, tmp_path / "some", 1, [0])
+    assert main(["overlay", "-d", "42", f"a={some}", f"b={predictions(base, 2)}", "-o", str(tmp_path / "o")]) == 0
+    assert "Left out, because not all folders have them" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written(base, tmp_path, capsys):
+    (tmp_path / f"{first_case(base)}.png").mkdir()
+    arguments = ["overlay", "-d", "42", f"a={predictions(base, 2)}", "-o", str(tmp_path), "--cases", first_case(base)]
+    assert main(arguments) == 2
+    assert f"{first_case(base)}.png cannot be written" in capsys.readouterr().err
+
+
 def test_overlay_draws_the_worst_cases(base, tmp_path, capsys):
     arguments = ["overlay", "-d", "42", f"off by 2={predictions(base, 2)}", f"exact={predictions(base, 0)}"]
     assert main([*arguments, "-o", str(tmp_path), "--worst", "2"]) == 0
@@ -164,7 +203,10 @@ def test_overlay_draws_the_worst_cases(base, tmp_path, capsys):
         (["evaluate", "-p", "PRED", "-g", "GT", "-np", "0"], "-np"),
         (["evaluate", "-p", "PRED", "-g", "GT", "--ignore-label", "3"], "--ignore-label"),
         (["evaluate", "-p", "GT", "-g", "GT"], "holds no file"),
-        (["evaluate", "-p", "nowhere", "-g", "GT"], "No dataset.json"),
+        (["evaluate", "-p", "nowhere", "-g", "GT"], "-p nowhere: there is no folder"),
+        (["evaluate", "-p", "PRED", "-g", "nowhere"], "-g nowhere: there is no folder"),
+        (["evaluate", "-p", "PRED", "-g", "GT", "--labels", "1", "--file-ending", "nii.gz"], "with its dot"),
+        (["evaluate", "-p", "PRED", "-g", "GT", "--labels", "none=0"], "1 or more"),
         (["compare", "one=PRED"], "at least two"),
         (["compare", "one=PRED", "two=nowhere"], "no folder"),
         (["compare", "one=PRED", "two=PRED"], "-g"),
@@ -174,7 +216,8 @@ def test_overlay_draws_the_worst_cases(base, tmp_path, capsys):
         (["compare", "-d", "42", "-c", "2d", "-tr", "Off0Trainer", "Off9Trainer"], "--val"),
         (["overlay", "one=PRED", "-o", "OUT"], "-g and -i"),
         (["overlay", "one=PRED", "-d", "42", "-o", "OUT", "--worst", "0"], "--worst"),
-        (["overlay", "one=PRED", "one=PRED", "-d", "42", "-o", "OUT"], "several folders"),
+        (["overlay", "one=PRED", "one=GT", "-d", "42", "-o", "OUT"], "several folders"),
+        (["compare", "one=PRED", "one=PRED", "two=GT", "-d", "42"], "one has that folder already"),
         (["overlay", "one=PRED", "-d", "42", "-o", "FILE"], "cannot be made"),
         (["evaluate", "-p", "PRED", "-g", "GT", "-o", "FILE"], "cannot be made"),
         (["evaluate", "-p", "PRED", "-g", "GT", "--file-ending", ".png"], "--file-ending"),
@@ -197,3 +240,4 @@ def test_mistakes_are_explained(base, tmp_path, capsys, arguments, message):
         replaced.append(argument)
     assert main(replaced) == 2
     assert message in capsys.readouterr().err
+    assert not (Path.cwd() / "nowhere").exists()

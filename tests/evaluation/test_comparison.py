@@ -46,6 +46,13 @@ def test_folds_are_joined_and_repetitions_are_runs():
     assert len(folds[0].cases) == 2, "the folders' own results stay as they were"
 
 
+def test_cases_are_those_that_means_are_over():
+    models = {"base": [run(a=0.5, b=0.7), run(b=0.5, c=0.5)], "ours": [run(a=0.6, b=0.8)]}
+    header, rows = compare(models, ["one"], "dice")
+    base = dict(zip(header, rows[0], strict=True))
+    assert (base["runs"], base["cases"], base["mean"]) == (2, 1, pytest.approx(0.6))
+
+
 def test_difference_by_hand():
     model, baseline = numbered([[0.9, 0.8, 0.5, NAN]]), numbered([[0.5, 0.6, 0.5, 0.5]])
     pair = paired_difference(model, baseline)

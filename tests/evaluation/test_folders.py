@@ -99,19 +99,21 @@ def test_rounding_of_a_header_is_no_other_geometry(folders):
 
 def test_bad_files_are_named_and_the_others_evaluated(folders):
     predictions, references = folders
-    for name in ("good", "truncated", "garbage", "fractions", "no_reference"):
+    for name in ("good", "truncated", "garbage", "empty", "fractions", "no_reference"):
         write(predictions / f"{name}.nii.gz", slab(1))
         write(references / f"{name}.nii.gz", slab(1))
     (references / "no_reference.nii.gz").unlink()
     (predictions / "garbage.nii.gz").write_bytes(b"not an image")
+    (predictions / "empty.nii.gz").write_bytes(b"")
     write(predictions / "fractions.nii.gz", slab(1) / 2, dtype=np.float32)
     write(predictions / "truncated.nii.gz", np.random.default_rng(0).integers(0, 2, (20, 30, 30)))
     whole = (predictions / "truncated.nii.gz").read_bytes()
     (predictions / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
     result = evaluate_folder(predictions, references, SLAB)
     assert [case.case for case in result.cases] == ["good"]
-    assert "does not exist" in result.failed["no_reference"]
-    assert "garbage.nii.gz" in result.failed["garbage"]
+    assert result.failed["no_reference"].startswith("it has no reference: ")
+    assert str(predictions) in result.failed["garbage"] and "garbage.nii.gz" in result.failed["garbage"]
+    assert str(predictions) in result.failed["empty"] and "is empty" in result.failed["empty"]
     assert "no whole numbers" in result.failed["fractions"]
     assert "damaged or incomplete" in result.failed["truncated"], "ITK would fill it up with background"
 
@@ -119,8 +121,40 @@ def test_bad_files_are_named_and_the_others_evaluated(folders):
 def test_empty_folders_are_errors(folders, tmp_path):
     with pytest.raises(UserError, match=r"holds no file that ends in \.nii\.gz"):
         evaluate_folder(*folders, SLAB)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="There is no folder"):
         evaluate_folder(tmp_path / "none", folders[1], SLAB)
+
+
+def test_a_folder_that_cannot_be_listed(folders, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(folders[0]), "iterdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be listed: Permission denied\. See to its permissions"):
+        SLAB.cases(folders[0])
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(folders, monkeypatch):
+    for folder in folders:
+        write(folder / "a.nii.gz", slab(1))
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("nnunet_ssl.data.image_checks.gzip.open", refuse)
+    assert evaluate_folder(*folders, SLAB).failed["a"] == f"in {folders[1]}, a.nii.gz cannot be read: Permission denied"
+
+
+def test_references_without_foreground(folders):
+    """A lesion-free case is one like others: what is found there counts as Dice 0."""
+    predictions, references = folders
+    for name in ("found", "not found"):
+        write(references / f"{name}.nii.gz", 0 * slab(1))
+    write(predictions / "found.nii.gz", slab(1))
+    write(predictions / "not found.nii.gz", 0 * slab(1))
+    found, nothing = (case.metrics["slab"] for case in evaluate_folder(predictions, references, SLAB).cases)
+    assert found.dice == 0 and math.isnan(found.hd95)
+    assert math.isnan(nothing.dice) and math.isnan(nothing.hd95)
 
 
 def test_natural_images_and_tiff_stacks(folders):
@@ -148,6 +182,8 @@ def test_labels_that_nobody_named(folders):
     write(predictions / "a.nii.gz", slab(1))
     with pytest.raises(UserError, match=r"labels are 1, but the references in .* hold 255"):
         evaluate_folder(predictions, references, SLAB)
+    with pytest.raises(UserError, match=r"labels are 1, but the predictions in .* hold 255"):
+        evaluate_folder(references, predictions, SLAB)
     known = Segmentations({"slab": 1, "both": [1, 2]}, ".nii.gz", 9, complete=True)
     write(references / "b.nii.gz", slab(1) + 2 * slab(2) + 9 * slab(3))
     write(predictions / "b.nii.gz", slab(1))
@@ -170,10 +206,18 @@ def test_labels_of_a_dataset_json(tmp_path):
     assert found.values == {0, 1, 2, 3}
     with pytest.raises(UserError, match="There is no"):
         Segmentations.from_dataset_json(tmp_path / "other.json")
-    for text in ("{", "{}", "[]", '{"labels": 3, "file_ending": ".mha"}'):
+    for text in (
+        *("{", "{}", "[]", '{"labels": 3, "file_ending": ".mha"}'),
+        '{"labels": {"background": 0, "organ": "1"}, "file_ending": ".mha"}',
+        '{"labels": {"background": 0, "organ": []}, "file_ending": ".mha"}',
+        '{"labels": {"background": 0, "organ": 1}, "file_ending": null}',
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match="is no dataset"):
             Segmentations.from_dataset_json(file)
+    file.write_text('{"labels": {"0": "background", "1": "organ"}, "file_ending": ".mha"}')
+    with pytest.raises(UserError, match="nnUNetv2_convert_old_nnUNet_dataset"):
+        Segmentations.from_dataset_json(file)
 
 
 def test_labels_of_a_command_line():

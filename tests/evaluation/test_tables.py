@@ -27,13 +27,14 @@ def test_markdown():
 
 
 def test_latex():
-    table = format_table(["a_b", "n"], [["50 % ± 1", 1], ["x & y\\", None]], style="latex")
+    table = format_table(["a_b", "n"], [["50 % ± 1", 1], ["< 0.001", 2], ["x & y\\", None]], style="latex")
     assert table.splitlines() == [
         r"\begin{tabular}{lr}",
         r"\toprule",
         r"a\_b                   &   n \\",
         r"\midrule",
         r"50 \% $\pm$ 1          &   1 \\",
+        r"$<$ 0.001              &   2 \\",
         r"x \& y\textbackslash{} &   - \\",
         r"\bottomrule",
         r"\end{tabular}",
