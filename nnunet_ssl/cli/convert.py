@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -71,10 +72,11 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ssl.data.conversion import BENCHMARKS, convert_dataset, write_folds
     from nnunet_ssl.evaluation.tables import format_table
 
+    name = f"Dataset{args.d:03d}_{args.name or BENCHMARKS[args.dataset].dataset_name}"
     for variable, purpose in ((nnUNet_raw, "the dataset goes there"), (nnUNet_preprocessed, "the folds go there")):
         if not variable.is_set():
             raise UserError(f"The environment variable {variable.env_var_name} is not set; {purpose}.")
-    name = f"Dataset{args.d:03d}_{args.name or BENCHMARKS[args.dataset].dataset_name}"
+        _check_writable(Path(variable) / name, f"the environment variable {variable.env_var_name}; {purpose}")
     others = [str(one) for one in find_candidate_datasets(args.d) if one != name]
     if others:
         raise UserError(f"The number {args.d} is taken by {', '.join(others)}. Choose another with -d.")
@@ -103,3 +105,17 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{format_table(['fold', 'labeled', 'unlabeled', 'validation'], counts)}\n\n{file}")
     print(f"Next: nnUNetv2_plan_and_preprocess -d {args.d}")
     return 1 if report.failed else 0
+
+
+def _check_writable(folder: Path, remedy: str) -> None:
+    """Find out before the work begins whether a folder can be made and written to.
+
+    Args:
+        folder: need not exist, nor those above it.
+        remedy: what to correct if not.
+    """
+    nearest = next(one for one in (folder, *folder.parents) if os.access(one, os.F_OK))
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is no folder. Remove it, or correct {remedy}.")
+    if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"Nothing can be written to {nearest}. See to its permissions, or correct {remedy}.")

@@ -176,16 +176,25 @@ def read_splits(file: Path) -> list[dict[str, Any]]:
 
 
 def write_splits(file: Path, splits: Sequence[Mapping[str, Any]]) -> None:
-    """Write a split file, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a split file, atomically.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    # A link of this name, in a folder from elsewhere, would be written through.
-    unfinished.unlink(missing_ok=True)
     try:
-        unfinished.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
-        unfinished.replace(file)
-    finally:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A link of this name, in a folder from elsewhere, would be written through.
         unfinished.unlink(missing_ok=True)
+        try:
+            unfinished.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error}. See to space and permissions there and run the command again."
+        ) from error
 
 
 def labeled_cases(preprocessed_folder: Path, raw_folder: Path | None) -> list[str]:

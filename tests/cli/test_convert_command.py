@@ -93,6 +93,16 @@ def test_a_number_that_is_taken(folders, capsys):
 
 
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_a_file_in_place_of_nnunets_folder(folders, monkeypatch, capsys, variable):
+    (folders / "file").write_text("")
+    monkeypatch.setenv(variable, str(folders / "file"))
+    assert convert(folders, "--labeled", "2") == 2
+    error = capsys.readouterr().err
+    assert "file is no folder" in error and variable in error
+    assert not list((folders / "nnUNet_raw").iterdir()) and not list((folders / "nnUNet_preprocessed").iterdir())
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
 def test_needs_nnunets_folders(folders, monkeypatch, capsys, variable):
     monkeypatch.delenv(variable)
     assert convert(folders, "--labeled", "2") == 2

@@ -8,6 +8,8 @@ import json
 import locale
 import multiprocessing
 import multiprocessing.pool
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -458,7 +460,23 @@ def test_brats_cases_with_missing_files_or_unknown_labels(tmp_path, raw) -> None
     report = convert_dataset("brats19", source, raw, labeled="1")
     reasons = {problem.identifier[-5:-2]: problem.reason for problem in report.failed}
     assert list(reasons) == ["A00", "A01", "A02"]
-    assert "t2" in reasons["A00"] and "no label" in reasons["A01"] and "unexpected label" in reasons["A02"]
+    assert "t2" in reasons["A00"] and "no label" in reasons["A01"]
+    assert reasons["A02"] == "BraTS19_CBICA_A02_1_seg.nii has the value 7; expected 0, 1, 2, 4"
+
+
+def test_brats_channels_must_have_one_spacing(tmp_path, raw) -> None:
+    """nnU-Net reads no case whose channels differ, be it by rounding."""
+    source = brats_download(tmp_path / "download", cases=7)
+    for number, spacing in ((0, (1.0, 1.0, 1.0)), (1, (0.7 + 1e-5, 0.8, 2.0))):
+        file = next(source.rglob(f"BraTS19_CBICA_A{number:02d}_1_t2.nii"))
+        image = sitk.ReadImage(str(file))
+        image.SetSpacing(spacing)
+        save(image, file)
+    report = convert_dataset("brats19", source, raw, labeled="1")
+    (failed,) = report.failed
+    assert failed.identifier == "BraTS19_CBICA_A00_1" and "BraTS19_CBICA_A00_1_t2.nii's 1 x 1 x 1 mm" in failed.reason
+    files = sorted((raw / "imagesTr").glob("BraTS19_CBICA_A01_1_*"))
+    assert len({sitk.ReadImage(str(file)).GetSpacing() for file in files}) == 1
 
 
 def test_isic_pixels_are_those_of_the_jpeg(tmp_path, raw) -> None:
@@ -610,6 +628,74 @@ def test_too_few_cases_and_empty_folders(tmp_path, raw) -> None:
     with pytest.raises(UserError, match="is no folder"):
         convert_dataset("la", tmp_path / "nowhere", raw, labeled="1")
     assert not raw.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [("pancreas", "TCIA_pancreas_labels-02-05-2017"), ("isic2018", "ISIC2018_Task1_Training_GroundTruth")],
+)
+def test_labels_that_were_not_downloaded(kind, labels, tmp_path, raw) -> None:
+    source = DOWNLOADS[kind](tmp_path / "download")
+    shutil.rmtree(source / labels)
+    with pytest.raises(UserError, match=r"found 0\. . were left out, the first of them .* no label .* should hold"):
+        convert_dataset(kind, source, raw, labeled="1")
+
+
+@pytest.mark.parametrize(("kind", "part"), [("acdc", "database/testing"), ("la", "Testing Set")])
+def test_test_cases_alone_do_not_become_training_cases(kind, part, tmp_path, raw) -> None:
+    download = {"acdc": acdc_download, "la": la_download}[kind](tmp_path / "download", train=1, test=6)
+    with pytest.raises(UserError, match=r"All cases in .* are test cases.* Give the folder above"):
+        convert_dataset(kind, download / part, raw, labeled="1")
+    assert not raw.exists()
+
+
+def test_a_download_may_be_called_test(tmp_path, raw) -> None:
+    report = convert_dataset("la", la_download(tmp_path / "test"), raw, labeled="1")
+    assert (len(report.train), len(report.test)) == (6, 2)
+
+
+@pytest.mark.parametrize("kind", DOWNLOADS)
+def test_linked_parts_of_a_download_are_like_others(kind, tmp_path, raw) -> None:
+    real = DOWNLOADS[kind](tmp_path / "real")
+    expected = convert_dataset(kind, real, raw, labeled="1")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for part in real.iterdir():
+        (linked / part.name).symlink_to(part)
+    (linked / "round").symlink_to(linked)
+    found = convert_dataset(kind, linked, tmp_path / "again", labeled="1")
+    assert (found.train, found.test, found.failed) == (expected.train, expected.test, [])
+
+
+def test_a_linked_test_folder_stays_one(tmp_path, raw) -> None:
+    la_download(tmp_path / "real")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "a").symlink_to(tmp_path / "real" / "Training Set")
+    (linked / "b").symlink_to(tmp_path / "real" / "Testing Set")
+    report = convert_dataset("la", linked, raw, labeled="1")
+    assert (len(report.train), len(report.test)) == (6, 2)
+
+
+def refused(*arguments: object, **options: object) -> None:
+    raise PermissionError(13, "Permission denied", "CASE00")
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, raw, monkeypatch) -> None:
+    source = la_download(tmp_path / "download")
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"CASE00 cannot be read: Permission denied\. See to its permissions"):
+        convert_dataset("la", source, raw, labeled="1")
+
+
+def test_a_file_that_may_not_be_read_is_not_one_that_cannot_be_written(tmp_path, raw, monkeypatch) -> None:
+    source = la_h5_download(tmp_path / "download")
+    closed = next(source.rglob("CASE00")) / "mri_norm2.h5"
+    monkeypatch.setattr(h5py, "File", refused)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda file, mode: access(file, mode) and not (mode and file == closed.resolve()))
+    with pytest.raises(UserError, match=r"CASE00/mri_norm2\.h5 cannot be read.*it goes on with CASE00"):
+        convert_dataset("la", source, raw, labeled="1")
 
 
 def test_folds_are_repeated_and_never_replaced(tmp_path) -> None:

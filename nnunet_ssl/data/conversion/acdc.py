@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.data.conversion.benchmark import (
@@ -21,11 +20,12 @@ from nnunet_ssl.data.conversion.benchmark import (
     SourceCase,
     check_sizes,
     check_spacings,
+    check_values,
     in_test_folder,
     read_image,
+    walk,
     write_image,
 )
-from nnunet_ssl.data.image_checks import BadImageError
 
 _ENDING = ".nii.gz"
 _IMAGE = re.compile(r"(patient\d{3}_frame\d{2})\.nii(\.gz)?")
@@ -34,9 +34,9 @@ _PATIENT = len("patient000")
 
 def _find(source: Path) -> Findings:
     cases = []
-    for file in sorted(source.rglob("patient*_frame*.nii*")):
+    for file in sorted(folder / name for folder, _, files in walk(source) for name in files):
         match = _IMAGE.fullmatch(file.name)
-        if match is None or not file.is_file():
+        if match is None:
             continue
         label = file.with_name(f"{match[1]}_gt.nii{match[2] or ''}")
         cases.append(SourceCase(match[1], (file,), label if label.is_file() else None, in_test_folder(file, source)))
@@ -50,9 +50,7 @@ def _write(case: SourceCase, images: Sequence[Path], label: Path | None) -> str:
         mask = read_image(case.label)
         check_sizes(image, mask)
         check_spacings(image, mask)
-        unknown = set(np.unique(sitk.GetArrayViewFromImage(mask)).tolist()) - {0, 1, 2, 3}
-        if unknown:
-            raise BadImageError(f"the label has the value {min(unknown):g}; expected 0 to 3")
+        check_values(mask, case.label, range(4))
         _copy(case.label, mask, label)
     return ""
 

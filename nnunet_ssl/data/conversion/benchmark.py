@@ -1,8 +1,10 @@
-"""What the converters of benchmark datasets share: the description of a dataset, and reading and writing images."""
+"""What converters share: the description of a dataset, looking through a download, reading and writing images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import SimpleITK as sitk
 from nnunet_ssl.data.image_checks import BadImageError, check_nifti
 
 Label = int | tuple[int, ...]
+_TEST_FOLDER = re.compile(r"test(ing)?([ _-]?set)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,31 @@ class Benchmark:
     regions_class_order: tuple[int, ...] | None = None
 
 
+def walk(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Every folder of a download once, with its subfolders and files, through links too.
+
+    As with ``os.walk``, subfolders that the caller removes from their list are not entered.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    pending, seen = [source], set()
+    while pending:
+        for name, subfolders, files in os.walk(pending.pop(0), onerror=_raise):
+            folder = Path(name)
+            if folder.resolve() in seen:
+                subfolders.clear()
+                continue
+            seen.add(folder.resolve())
+            yield folder, subfolders, files
+            # Links come last: what lies in the download itself is found where it lies, which may make it a test case.
+            pending += [folder / one for one in subfolders if (folder / one).is_symlink()]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def read_image(file: Path) -> sitk.Image:
     """Read a 3D image of one component.
 
@@ -101,20 +129,29 @@ def write_image(image: sitk.Image, file: Path) -> None:
     sitk.WriteImage(image, str(file), useCompression=True)
 
 
-def check_sizes(image: sitk.Image, label: sitk.Image) -> None:
-    """Raise BadImageError if image and label differ in size."""
-    if image.GetSize() != label.GetSize():
+def check_sizes(image: sitk.Image, other: sitk.Image, name: str = "its label") -> None:
+    """Raise BadImageError if an image and its label, or what the name says, differ in size."""
+    if image.GetSize() != other.GetSize():
         raise BadImageError(
-            f"the image has {_times(image.GetSize())} voxels, its label {_times(label.GetSize())}; they do not belong "
+            f"the image has {_times(image.GetSize())} voxels, {name} {_times(other.GetSize())}; they do not belong "
             "together, or one is damaged"
         )
 
 
-def check_spacings(image: sitk.Image, label: sitk.Image) -> None:
+def check_spacings(image: sitk.Image, other: sitk.Image, name: str = "its label") -> None:
     """Raise BadImageError if the spacings differ by more than rounding."""
-    if not np.allclose(image.GetSpacing(), label.GetSpacing(), rtol=0.01):
+    if not np.allclose(image.GetSpacing(), other.GetSpacing(), rtol=0.01):
         raise BadImageError(
-            f"the image's spacing is {_times(image.GetSpacing())} mm, its label's {_times(label.GetSpacing())} mm"
+            f"the image's spacing is {_times(image.GetSpacing())} mm, {name}'s {_times(other.GetSpacing())} mm"
+        )
+
+
+def check_values(label: sitk.Image, file: Path, expected: Collection[int]) -> None:
+    """Raise BadImageError if a label read from a file has other values."""
+    unknown = set(np.unique(sitk.GetArrayViewFromImage(label)).tolist()) - set(expected)
+    if unknown:
+        raise BadImageError(
+            f"{file.name} has the value {min(unknown):g}; expected {', '.join(map(str, sorted(expected)))}"
         )
 
 
@@ -141,8 +178,18 @@ def image_from_array(array: np.ndarray, like: sitk.Image) -> sitk.Image:
 
 
 def in_test_folder(file: Path, source: Path) -> bool:
-    """Whether one of the folders between the download's and the file is called test or testing something."""
-    return any(part.lower().startswith("test") for part in file.relative_to(source).parts[:-1])
+    """Whether one of the folders between the download's and the file is called test or testing something.
+
+    The download's own folder and what links lead to may have any name. There, only an official one counts, and only
+    where no folder between says that it is for training.
+    """
+    below = file.relative_to(source).parts[:-1]
+    if any(part.lower().startswith("test") for part in below):
+        return True
+    folders = list(file.parents)[: len(below) + 1]
+    return any(_TEST_FOLDER.fullmatch(folder.resolve().name) for folder in folders) and not any(
+        part.lower().startswith("train") for part in below
+    )
 
 
 def _times(values: Sequence[float]) -> str:

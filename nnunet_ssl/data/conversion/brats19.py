@@ -18,7 +18,9 @@ from nnunet_ssl.data.conversion.benchmark import (
     SourceCase,
     check_sizes,
     check_spacings,
+    check_values,
     read_image,
+    walk,
     write_image,
 )
 from nnunet_ssl.data.image_checks import BadImageError
@@ -29,7 +31,7 @@ _NAME = re.compile(r"BraTS19_\w+", re.ASCII)
 
 def _find(source: Path) -> Findings:
     cases = []
-    for folder in sorted(path for path in source.rglob("BraTS19_*") if path.is_dir()):
+    for folder in sorted(inner / name for inner, subfolders, _ in walk(source) for name in subfolders):
         if not _NAME.fullmatch(folder.name):
             continue
         images = tuple(_file(folder, sequence) for sequence in SEQUENCES)
@@ -55,12 +57,16 @@ def _write(case: SourceCase, images: Sequence[Path], label: Path | None) -> str:
     first = read_image(case.images[0])
     for file, destination in zip(case.images, images, strict=True):
         image = read_image(file)
-        check_sizes(first, image)
+        check_sizes(first, image, file.name)
+        check_spacings(first, image, file.name)
+        # nnU-Net takes no channels whose spacings differ, be it by rounding.
+        image.SetSpacing(first.GetSpacing())
         write_image(image, destination)
     if label is not None and case.label is not None:
         mask = read_image(case.label)
         check_sizes(first, mask)
         check_spacings(first, mask)
+        check_values(mask, case.label, (0, 1, 2, 4))
         copy_BraTS_segmentation_and_convert_labels_to_nnUNet(str(case.label), str(label))
     return ""
 

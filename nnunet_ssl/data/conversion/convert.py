@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -70,29 +71,51 @@ def convert_dataset(
             came with the download.
 
     Raises:
-        UserError: no cases found, an unusable list, or a dataset folder with other content.
+        UserError: too few cases found, an unusable list, a folder that cannot be read or written, or a dataset folder
+            with other content.
     """
     benchmark = BENCHMARKS[kind]
-    if not source.is_dir():
-        raise UserError(f"{source} is no folder. Give the folder of the download; it should hold {benchmark.expects}.")
-    source = source.resolve()
-    findings = benchmark.find(source)
+    whole = f"Give the folder of the whole download; it should hold {benchmark.expects}."
+    try:
+        if not source.is_dir():
+            raise UserError(f"{source} is no folder. {whole}")
+        source = source.resolve()
+        findings = benchmark.find(source)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or source} cannot be read: {error.strerror}. See to its permissions and run the command "
+            "again."
+        ) from None
     if not findings.cases:
         raise UserError(f"No case found in {source}. It should hold {benchmark.expects}. Source: {benchmark.source}")
+    if all(case.test for case in findings.cases):
+        raise UserError(
+            f"All cases in {source} are test cases. Is it a part of the download? Give the folder above. "
+            f"It should hold {benchmark.expects}."
+        )
     report = ConversionReport(remarks=list(findings.notes))
     cases = _usable(findings.cases, report)
     test_list = test_list or findings.test_list
     if test_list is not None:
         cases = _hold_out(cases, benchmark, test_list, report)
-    check_labeled(labeled, len({benchmark.group(case.name) for case in cases if not case.test}))
+    if report.failed:
+        first = report.failed[0]
+        whole = f"{len(report.failed)} were left out, the first of them {first.identifier}: {first.reason}. {whole}"
+    check_labeled(labeled, len({benchmark.group(case.name) for case in cases if not case.test}), whole)
 
     outputs = {case.name: _outputs(case, benchmark, dataset_folder) for case in cases}
-    _claim(dataset_folder, kind, source, [file for files in outputs.values() for file in files])
     unfinished = dataset_folder / _UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    for name in ("imagesTr", "labelsTr"):
-        (dataset_folder / name).mkdir(exist_ok=True)
+    try:
+        _claim(dataset_folder, kind, source, [file for files in outputs.values() for file in files])
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        for name in ("imagesTr", "labelsTr"):
+            (dataset_folder / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{dataset_folder} cannot be made or written to: {one_line(error)}. See to space and permissions there and "
+            "run the command again."
+        ) from error
     total = sum(len(files) for files in outputs.values())
     try:
         with tqdm(total=total, desc=dataset_folder.name, unit="file", disable=None, file=sys.stderr) as progress:
@@ -138,7 +161,10 @@ def _hold_out(
     try:
         lines = [line.strip() for line in test_list.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The list of test cases {test_list} cannot be read: {error}.") from None
+        raise UserError(
+            f"The list of test cases {test_list} cannot be read: {error}. Give a text file (UTF-8) with one case or "
+            "patient per line, and see to its permissions."
+        ) from None
     groups: set[str] = set()
     for line in filter(None, lines):
         group = benchmark.listed_group(line)
@@ -220,6 +246,11 @@ def _convert_case(
         except Exception as error:
             for file in [*made, *outputs]:
                 file.unlink(missing_ok=True)
+            if unreadable := _unreadable(case, error):
+                raise UserError(
+                    f"{unreadable} cannot be read: {one_line(error)}. See to its permissions and run the command "
+                    f"again; it goes on with {case.name}."
+                ) from error
             if _machine_is_at_fault(error, unfinished):
                 raise UserError(
                     f"{case.name} could not be written to {unfinished.parent}: {one_line(error)}. See to space, memory "
@@ -233,6 +264,18 @@ def _convert_case(
         if note:
             _keep_note(unfinished, case.name, note)
     (report.test if case.test else report.train).append(case.name)
+
+
+def _unreadable(case: SourceCase, error: Exception) -> Path | None:
+    """The file of the download that permissions keep from being read, if there is one."""
+    given = [*case.images, *([case.label] if case.label is not None else [])]
+    if isinstance(error, PermissionError) and error.filename is not None:
+        named = Path(os.fsdecode(error.filename))
+        if any(named.is_relative_to(one) for one in given):
+            return named
+    # h5py does not name the file, and SimpleITK does not even name the reason.
+    files = (file for one in given for file in (one, *one.rglob("*")))
+    return next((file for file in files if os.access(file, os.F_OK) and not os.access(file, os.R_OK)), None)
 
 
 def _machine_is_at_fault(error: Exception, folder: Path) -> bool:

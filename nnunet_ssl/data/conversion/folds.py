@@ -16,18 +16,23 @@ from nnunet_ssl.errors import UserError
 _FOLDS = 5
 
 
-def check_labeled(labeled: str, groups: int) -> None:
+def check_labeled(
+    labeled: str, groups: int, remedy: str = "Mend the cases that were left out, or complete the download."
+) -> None:
     """Find out before a long conversion whether so many can be labeled.
 
     Args:
         labeled: a number or a percentage.
         groups: training cases; where a patient has several, patients.
+        remedy: what to do if these are too few.
 
     Raises:
         UserError: too many, too few, or no number.
     """
     if groups < _FOLDS:
-        raise UserError(f"{_FOLDS} folds need at least {_FOLDS} training cases of different patients; found {groups}.")
+        raise UserError(
+            f"{_FOLDS} folds need at least {_FOLDS} training cases of different patients; found {groups}. {remedy}"
+        )
     parse_count(labeled, groups - math.ceil(groups / _FOLDS))
 
 

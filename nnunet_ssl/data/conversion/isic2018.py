@@ -14,7 +14,7 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 
-from nnunet_ssl.data.conversion.benchmark import Benchmark, Findings, SourceCase, binary_mask
+from nnunet_ssl.data.conversion.benchmark import Benchmark, Findings, SourceCase, binary_mask, walk
 from nnunet_ssl.data.image_checks import BadImageError
 
 _INPUTS = "ISIC2018_Task1-2_{}_Input"
@@ -24,21 +24,19 @@ _MASKS = "ISIC2018_Task1_{}_GroundTruth"
 def _find(source: Path) -> Findings:
     cases: list[SourceCase] = []
     notes: list[str] = []
+    named: dict[str, list[Path]] = {source.name: [source]}
+    for inner, subfolders, _ in walk(source):
+        for name in sorted(subfolders):
+            named.setdefault(name, []).append(inner / name)
     for part in ("Training", "Test"):
-        folders = _folders(source, _INPUTS.format(part))
-        masks = _folders(source, _MASKS.format(part))
+        folders, masks = (named.get(name.format(part), []) for name in (_INPUTS, _MASKS))
         for image in sorted(file for folder in folders for file in folder.glob("ISIC_*.jpg")):
             found = [folder / f"{image.stem}_segmentation.png" for folder in masks]
             label = next((file for file in found if file.is_file()), None)
             cases.append(SourceCase(image.stem, (image,), label, test=part == "Test"))
-    if _folders(source, _INPUTS.format("Validation")):
+    if _INPUTS.format("Validation") in named:
         notes.append("The official validation images are left out: nnU-Net validates on a part of the training images.")
     return Findings(cases, notes=notes)
-
-
-def _folders(source: Path, name: str) -> list[Path]:
-    here = [source] if source.name == name else []
-    return here + sorted(folder for folder in source.rglob(name) if folder.is_dir())
 
 
 def _write(case: SourceCase, images: Sequence[Path], label: Path | None) -> str:

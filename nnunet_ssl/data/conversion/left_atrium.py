@@ -24,6 +24,7 @@ from nnunet_ssl.data.conversion.benchmark import (
     image_from_array,
     in_test_folder,
     read_image,
+    walk,
     write_image,
 )
 from nnunet_ssl.data.image_checks import BadImageError
@@ -34,7 +35,8 @@ _IMAGE, _LABEL, _H5, _TEST_LIST = "lgemri.nrrd", "laendo.nrrd", "mri_norm2.h5", 
 
 
 def _find(source: Path) -> Findings:
-    images, cases = sorted(source.rglob(_IMAGE)), []
+    found = sorted(folder / name for folder, _, files in walk(source) for name in files if name in (_IMAGE, _H5))
+    images, cases = [file for file in found if file.name == _IMAGE], []
     notes: list[str] = []
     for image in images:
         label = image.with_name(_LABEL)
@@ -42,7 +44,7 @@ def _find(source: Path) -> Findings:
         cases.append(SourceCase(image.parent.name, (image,), label if label.is_file() else None, is_test))
     if not cases:
         # Only without the original files: where both lie side by side, the h5 files were made from them.
-        images = sorted(source.rglob(_H5))
+        images = found
         cases = [SourceCase(file.parent.name, (file,), file) for file in images]
         if cases:
             _h5py()

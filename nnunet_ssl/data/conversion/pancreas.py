@@ -13,7 +13,6 @@ always sees patients in the same position.
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from nnunet_ssl.data.conversion.benchmark import (
     check_spacings,
     image_from_array,
     read_image,
+    walk,
     write_image,
 )
 from nnunet_ssl.data.image_checks import BadImageError
@@ -44,16 +44,16 @@ _MOST_AIR = 0.2
 def _find(source: Path) -> Findings:
     labels: dict[str, Path] = {}
     scans: list[tuple[str, Path]] = []
-    for folder, subfolders, files in os.walk(source):
+    for folder, subfolders, files in walk(source):
         for name in sorted(files):
             if match := _LABEL.fullmatch(name):
-                labels[match[1]] = Path(folder, name)
+                labels[match[1]] = folder / name
             elif (match := _SCAN.fullmatch(name)) and ".nii" in name:
-                scans.append((match[1], Path(folder, name)))
+                scans.append((match[1], folder / name))
         for name in sorted(subfolders):
             match = _SCAN.fullmatch(name)
             if match and ".nii" not in name:
-                scans.append((match[1], Path(folder, name)))
+                scans.append((match[1], folder / name))
                 subfolders.remove(name)
     return Findings([SourceCase(f"PANCREAS_{number}", (scan,), labels.get(number)) for number, scan in sorted(scans)])
 
@@ -76,10 +76,10 @@ def read_series(folder: Path) -> sitk.Image:
         BadImageError: there is none, or several, or slices are missing.
     """
     series = []
-    for inner, _, files in os.walk(folder):
+    for inner, _, files in walk(folder):
         if files:
-            for identifier in sitk.ImageSeriesReader.GetGDCMSeriesIDs(inner):
-                slices = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(inner, identifier)
+            for identifier in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(inner)):
+                slices = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(inner), identifier)
                 if len(slices) > 1:
                     series.append(slices)
     if len(series) != 1:
