@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -99,6 +100,16 @@ def test_a_file_in_place_of_nnunets_folder(folders, monkeypatch, capsys, variabl
     assert convert(folders, "--labeled", "2") == 2
     error = capsys.readouterr().err
     assert "file is no folder" in error and variable in error
+    assert not list((folders / "nnUNet_raw").iterdir()) and not list((folders / "nnUNet_preprocessed").iterdir())
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_nnunets_folder_without_permission_to_write(folders, monkeypatch, capsys, variable):
+    closed, access = folders / variable, os.access
+    monkeypatch.setattr(os, "access", lambda file, mode: access(file, mode) and not (mode & os.W_OK and file == closed))
+    assert convert(folders, "--labeled", "2") == 2
+    error = capsys.readouterr().err
+    assert f"Nothing can be written to {closed}." in error and f"the environment variable {variable}" in error
     assert not list((folders / "nnUNet_raw").iterdir()) and not list((folders / "nnUNet_preprocessed").iterdir())
 
 

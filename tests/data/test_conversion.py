@@ -26,6 +26,7 @@ from skimage import io
 from nnunet_ssl.cli.convert import DATASETS
 from nnunet_ssl.data.conversion import BENCHMARKS, convert_dataset, write_folds
 from nnunet_ssl.data.conversion.pancreas import match_label
+from nnunet_ssl.data.splits import write_splits
 from nnunet_ssl.errors import UserError
 
 SHAPE = (5, 7, 9)  # (Z, Y, X), no two axes alike
@@ -637,7 +638,7 @@ def test_too_few_cases_and_empty_folders(tmp_path, raw) -> None:
 def test_labels_that_were_not_downloaded(kind, labels, tmp_path, raw) -> None:
     source = DOWNLOADS[kind](tmp_path / "download")
     shutil.rmtree(source / labels)
-    with pytest.raises(UserError, match=r"found 0\. . were left out, the first of them .* no label .* should hold"):
+    with pytest.raises(UserError, match=r"found 0\. Cases left out: ., the first .* no label .* should hold"):
         convert_dataset(kind, source, raw, labeled="1")
 
 
@@ -649,9 +650,11 @@ def test_test_cases_alone_do_not_become_training_cases(kind, part, tmp_path, raw
     assert not raw.exists()
 
 
-def test_a_download_may_be_called_test(tmp_path, raw) -> None:
-    report = convert_dataset("la", la_download(tmp_path / "test"), raw, labeled="1")
-    assert (len(report.train), len(report.test)) == (6, 2)
+@pytest.mark.parametrize("name", ["test", "Testing Set", "test_downloads"])
+@pytest.mark.parametrize(("kind", "train", "test"), [("la", 6, 2), ("acdc", 12, 4)])
+def test_a_download_may_be_called_test(kind, train, test, name, tmp_path, raw) -> None:
+    report = convert_dataset(kind, DOWNLOADS[kind](tmp_path / name), raw, labeled="1")
+    assert (len(report.train), len(report.test)) == (train, test)
 
 
 @pytest.mark.parametrize("kind", DOWNLOADS)
@@ -675,6 +678,27 @@ def test_a_linked_test_folder_stays_one(tmp_path, raw) -> None:
     (linked / "b").symlink_to(tmp_path / "real" / "Testing Set")
     report = convert_dataset("la", linked, raw, labeled="1")
     assert (len(report.train), len(report.test)) == (6, 2)
+
+
+def test_linked_dicom_folders_are_read(tmp_path, raw) -> None:
+    source = pancreas_download(tmp_path / "download")
+    (tmp_path / "real").mkdir()
+    for name in ("PANCREAS_0001", "PANCREAS_0002/11-24-2015-Pancreas"):
+        part = source / "Pancreas-CT" / name
+        part.rename(tmp_path / "real" / part.name)
+        part.symlink_to(tmp_path / "real" / part.name)
+    assert len(convert_dataset("pancreas", source, raw, labeled="1").train) == 5
+
+
+def test_a_list_that_cannot_be_read_and_a_folder_that_cannot_be_made(tmp_path, raw) -> None:
+    source, listed = la_download(tmp_path / "download"), tmp_path / "papers.txt"
+    listed.write_bytes(b"CASE01\xff")
+    with pytest.raises(UserError, match=r"cannot be read.*Give a text file \(UTF-8\)"):
+        convert_dataset("la", source, raw, labeled="1", test_list=listed)
+    with pytest.raises(UserError, match=r"cannot be made or written to.*See to space and permissions"):
+        convert_dataset("la", source, listed / raw.name, labeled="1")
+    with pytest.raises(UserError, match=r"splits_final\.json cannot be written.*See to space and permissions"):
+        write_splits(listed / raw.name / "splits_final.json", [])
 
 
 def refused(*arguments: object, **options: object) -> None:

@@ -99,6 +99,7 @@ def walk(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
                 subfolders.clear()
                 continue
             seen.add(folder.resolve())
+            subfolders.sort()
             yield folder, subfolders, files
             # Links come last: what lies in the download itself is found where it lies, which may make it a test case.
             pending += [folder / one for one in subfolders if (folder / one).is_symlink()]

@@ -90,8 +90,7 @@ def convert_dataset(
         raise UserError(f"No case found in {source}. It should hold {benchmark.expects}. Source: {benchmark.source}")
     if all(case.test for case in findings.cases):
         raise UserError(
-            f"All cases in {source} are test cases. Is it a part of the download? Give the folder above. "
-            f"It should hold {benchmark.expects}."
+            f"All cases in {source} are test cases. Give the folder above, which should hold {benchmark.expects}."
         )
     report = ConversionReport(remarks=list(findings.notes))
     cases = _usable(findings.cases, report)
@@ -100,7 +99,7 @@ def convert_dataset(
         cases = _hold_out(cases, benchmark, test_list, report)
     if report.failed:
         first = report.failed[0]
-        whole = f"{len(report.failed)} were left out, the first of them {first.identifier}: {first.reason}. {whole}"
+        whole = f"Cases left out: {len(report.failed)}, the first {first.identifier}: {first.reason}. {whole}"
     check_labeled(labeled, len({benchmark.group(case.name) for case in cases if not case.test}), whole)
 
     outputs = {case.name: _outputs(case, benchmark, dataset_folder) for case in cases}

@@ -26,7 +26,7 @@ def _find(source: Path) -> Findings:
     notes: list[str] = []
     named: dict[str, list[Path]] = {source.name: [source]}
     for inner, subfolders, _ in walk(source):
-        for name in sorted(subfolders):
+        for name in subfolders:
             named.setdefault(name, []).append(inner / name)
     for part in ("Training", "Test"):
         folders, masks = (named.get(name.format(part), []) for name in (_INPUTS, _MASKS))
