@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
     images = args.i or dataset_folder(args.d, "imagesTr") / "imagesTr"
 
     make_folder(args.o)
-    common = set.intersection(*(set(segmentations.cases(folder)) for folder in folders.values()))
-    others = {case for folder in folders.values() for case in segmentations.cases(folder)} - common
+    held = [set(segmentations.cases(folder)) for folder in folders.values()]
+    common = set.intersection(*held)
+    others = set.union(*held) - common
     if others and common and not args.cases:
         print(f"Left out, because not all folders have them: {some_of(sorted(others))}")
     problems: dict[str, str] = {}
