@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -21,6 +20,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.data.nnunet_files import read_json
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_text
 
 SPLITS_FILE = "splits_final.json"
 _MEND = "Correct it, or copy it from where the dataset came from."
@@ -181,20 +181,8 @@ def write_splits(file: Path, splits: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # A link of this name, in a folder from elsewhere, would be written through.
-        unfinished.unlink(missing_ok=True)
-        try:
-            unfinished.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be written: {error}. See to space and permissions there and run the command again."
-        ) from error
+    text = json.dumps(splits, indent=4) + "\n"
+    write_text(file, text, otherwise="See to space and permissions there and run the command again.")
 
 
 def labeled_cases(preprocessed_folder: Path, raw_folder: Path | None) -> list[str]:

@@ -22,6 +22,9 @@ from nnunet_ssl.data.image_checks import BadImageError, check_nifti, one_line
 from nnunet_ssl.data.worker_processes import in_worker_processes
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, CaseResult, Labels, evaluate_case
+from nnunet_ssl.files import write_text
+
+_ELSEWHERE = "Choose another place with -o."
 
 
 @dataclass(frozen=True)
@@ -353,7 +356,7 @@ def write_csv(file: Path, results: Mapping[str, FolderResult], *, key: str = "na
                 values = [_number(getattr(metrics, metric)) for metric in METRICS]
                 row = [case.case, structure, *("" if value is None else value for value in values)]
                 writer.writerow([name, *row] if named else row)
-    write_text(file, text.getvalue())
+    write_text(file, text.getvalue(), otherwise=_ELSEWHERE)
 
 
 def read_csv(file: Path, *, key: str = "name") -> dict[str, FolderResult]:
@@ -388,7 +391,7 @@ def write_json(file: Path, result: FolderResult) -> None:
         "failed": result.failed,
         "without_prediction": result.missing,
     }
-    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n", otherwise=_ELSEWHERE)
 
 
 def summary(values: Iterable[float]) -> dict[str, float | int | None]:
@@ -410,23 +413,6 @@ def _as_json(metrics: CaseMetrics) -> dict[str, float | None]:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 6)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is whole or not there; its folder is made.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    beside = file.with_name(f".{file.name}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # A link of this name, in a folder from elsewhere, would be written through.
-        beside.unlink(missing_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}. Choose another place with -o.") from error
 
 
 def _list(values: Sequence[float]) -> str:

@@ -554,6 +554,39 @@ def test_a_full_disk_is_not_a_bad_case(tmp_path, raw, monkeypatch) -> None:
     assert not report.failed and report.written == len(report.train) + len(report.test) - 2
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "conversion_notes.json"])
+def test_a_disk_that_is_full_at_the_end(name, tmp_path, raw, monkeypatch) -> None:
+    source = la_download(tmp_path / "download")
+    whole, replace = BENCHMARKS["la"], Path.replace
+    noted = dataclasses.replace(whole, write=lambda *case: whole.write(*case) or "a note")
+    monkeypatch.setitem(BENCHMARKS, "la", noted)
+
+    def full(file, target):
+        if target.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(file, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(UserError, match=r"written to.*No space left.*run the command again"):
+            convert_dataset("la", source, raw, labeled="1")
+    assert not (raw / "dataset.json").exists() and not (raw / ".unfinished").exists()
+    report = convert_dataset("la", source, raw, labeled="1")
+    assert not report.failed
+    assert sorted(one.identifier for one in report.notes) == sorted(report.train + report.test)
+
+
+def test_a_broken_disk_under_the_download_is_named(tmp_path, raw, monkeypatch) -> None:
+    source = la_download(tmp_path / "download")
+
+    def broken(case, images, label):
+        raise OSError(errno.EIO, "Input/output error", str(case.images[0]))
+
+    monkeypatch.setitem(BENCHMARKS, "la", dataclasses.replace(BENCHMARKS["la"], write=broken))
+    with pytest.raises(UserError, match=r"lgemri\.nrrd cannot be read.*Input/output error.*its disk"):
+        convert_dataset("la", source, raw, labeled="1")
+
+
 def test_bad_cases_are_named_and_the_good_ones_go_on(tmp_path, raw) -> None:
     source = la_download(tmp_path / "download", train=12)
     folder = source / "Training Set"

@@ -40,7 +40,7 @@ from nnunet_ssl.data.conversion import convert_dataset
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.data.splits import split_dataset, write_splits
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.folders import write_text
+from nnunet_ssl.files import write_text
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.networks.checkpoints import read_checkpoint
 from nnunet_ssl.networks.training_network import check_architecture
@@ -545,11 +545,11 @@ def test_a_preprocessed_case_replaces_links_and_not_where_they_lead(home) -> Non
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        (".evaluation.json.tmp", lambda folder: write_text(folder / "evaluation.json", "{}")),
+        (f".evaluation.json.{os.getpid()}", lambda folder: write_text(folder / "evaluation.json", "{}", otherwise="")),
         (f".splits_final.json.{os.getpid()}", lambda folder: write_splits(folder / "splits_final.json", [])),
         ("splits_final.json.bak", lambda folder: split_dataset(folder, None, labeled="1")),
         ("splits_final.json", lambda folder: split_dataset(folder, None, labeled="1")),
-        ("evaluation.json", lambda folder: write_text(folder / "evaluation.json", "{}")),
+        ("evaluation.json", lambda folder: write_text(folder / "evaluation.json", "{}", otherwise="")),
     ],
 )
 def test_nothing_is_written_through_a_link(name, write, target, home) -> None:

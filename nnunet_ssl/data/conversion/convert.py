@@ -110,19 +110,18 @@ def convert_dataset(
         unfinished.mkdir()
         for name in ("imagesTr", "labelsTr"):
             (dataset_folder / name).mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{dataset_folder} cannot be made or written to: {one_line(error)}. See to space and permissions there and "
-            "run the command again."
-        ) from error
-    total = sum(len(files) for files in outputs.values())
-    try:
+        total = sum(len(files) for files in outputs.values())
         with tqdm(total=total, desc=dataset_folder.name, unit="file", disable=None, file=sys.stderr) as progress:
             for case in sorted(cases, key=lambda one: one.name):
                 _convert_case(case, benchmark, outputs[case.name], unfinished, report)
                 progress.update(len(outputs[case.name]))
         if report.train:
             _describe(benchmark, dataset_folder, unfinished, len(report.train))
+    except OSError as error:
+        raise UserError(
+            f"{dataset_folder} cannot be made or written to: {one_line(error)}. See to space and permissions there and "
+            "run the command again; it goes on where it stopped."
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     report.notes = [CaseProblem(case, note) for case, note in sorted(_kept_notes(dataset_folder).items())]
@@ -237,6 +236,9 @@ def _convert_case(
         images, label = made[: benchmark.image_files], made[benchmark.image_files :]
         try:
             note = benchmark.write(case, images, label[0] if label else None)
+            if note:
+                # First: files that are there are not converted again, and the note would be lost.
+                _keep_note(unfinished, case.name, note)
             for temporary, file in zip(made, outputs, strict=True):
                 file.parent.mkdir(exist_ok=True)
                 temporary.replace(file)
@@ -247,8 +249,8 @@ def _convert_case(
                 file.unlink(missing_ok=True)
             if unreadable := _unreadable(case, error):
                 raise UserError(
-                    f"{unreadable} cannot be read: {one_line(error)}. See to its permissions and run the command "
-                    f"again; it goes on with {case.name}."
+                    f"{unreadable} cannot be read: {one_line(error)}. See to its permissions and its "
+                    f"disk and run the command again; it goes on with {case.name}."
                 ) from error
             if _machine_is_at_fault(error, unfinished):
                 raise UserError(
@@ -260,15 +262,13 @@ def _convert_case(
             report.failed.append(CaseProblem(case.name, reason))
             return
         report.written += 1
-        if note:
-            _keep_note(unfinished, case.name, note)
     (report.test if case.test else report.train).append(case.name)
 
 
 def _unreadable(case: SourceCase, error: Exception) -> Path | None:
-    """The file of the download that permissions keep from being read, if there is one."""
+    """The file of the download that permissions or a broken disk keep from being read, if there is one."""
     given = [*case.images, *([case.label] if case.label is not None else [])]
-    if isinstance(error, PermissionError) and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS and error.filename is not None:
         named = Path(os.fsdecode(error.filename))
         if any(named.is_relative_to(one) for one in given):
             return named
