@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_ssl.networks.pointwise import pointwise
+
 _CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORMALIZATION = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _POOLING = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -47,7 +49,7 @@ class BoundaryHead(nn.Module):
             ``distance``: (N, K, *spatial) in (-1, 1), negative inside; ``projection``: (N, P, D), of unit length, one
             row per position of the grid.
         """
-        distance = torch.tanh(self.distance(features))
+        distance = torch.tanh(pointwise(self.distance, features))
         view = torch.cat((image.to(distance.dtype), distance), 1)
         projected = self.projector(self.pool(view)).flatten(2).transpose(1, 2)
         return {"distance": distance, "projection": unit_length(projected)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.networks.pointwise import pointwise
 
 UNet: TypeAlias = PlainConvUNet | ResidualEncoderUNet
 """The networks of nnU-Net that can be trained here."""
@@ -256,7 +257,7 @@ class TrainingNetwork(nn.Module):
             _times(part, masks[name].features if name in masks else None)
             for name, part in zip(names, last.split(sizes), strict=True)
         ]
-        full = decoder.seg_layers[-1](_cat(features)).split(sizes)
+        full = pointwise(decoder.seg_layers[-1], _cat(features)).split(sizes)
 
         outputs: dict[str, StreamOutput] = {}
         first = 0
@@ -441,7 +442,7 @@ def _decoder_levels(
         skip = skips[-(level + 2)]
         x = _checkpoint(run, x, skip) if checkpointing and not last else run(x, skip)
         if coarse_rows and not last:
-            coarse.append(decoder.seg_layers[level](x[:coarse_rows]))
+            coarse.append(pointwise(decoder.seg_layers[level], x[:coarse_rows]))
     return coarse, x
 
 
