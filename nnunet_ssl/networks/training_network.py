@@ -224,7 +224,7 @@ class TrainingNetwork(nn.Module):
     def encode_stacked(self, images: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """The encoder's features of each image, full resolution first, from one pass of all of them."""
         sizes = [len(image) for image in images.values()]
-        levels = [level.split(sizes) for level in self.encode(torch.cat([*images.values()]))]
+        levels = [_split(level, sizes) for level in self.encode(_cat([*images.values()]))]
         return {name: [level[index] for level in levels] for index, name in enumerate(images)}
 
     def decode(
@@ -255,9 +255,9 @@ class TrainingNetwork(nn.Module):
         coarse, last = _decoder_levels(decoder, stacked, coarse_rows=supervised, checkpointing=again)
         features = [
             _times(part, masks[name].features if name in masks else None)
-            for name, part in zip(names, last.split(sizes), strict=True)
+            for name, part in zip(names, _split(last, sizes), strict=True)
         ]
-        full = pointwise(decoder.seg_layers[-1], _cat(features)).split(sizes)
+        full = _split(pointwise(decoder.seg_layers[-1], _cat(features)), sizes)
 
         outputs: dict[str, StreamOutput] = {}
         first = 0
@@ -417,6 +417,11 @@ def _stock(network: TrainingNetwork) -> nn.Module:
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
     # torch.cat copies, a single tensor too.
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _split(tensor: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    # The backward pass of split copies, that of a single part too.
+    return [tensor] if len(sizes) == 1 else tensor.split(sizes)
 
 
 def _checkpoint(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
