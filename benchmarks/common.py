@@ -50,11 +50,12 @@ def labeled_batch(trainer: nnUNetTrainer) -> dict[str, Any]:
     patch = trainer.configuration_manager.patch_size
     target = torch.zeros(trainer.batch_size, 1, *patch)
     for label in trainer.label_manager.foreground_labels:
-        target[(slice(None), 0, *(slice(label, size // 2) for size in patch))] = label
+        blob = (slice(None), slice(None), *(slice(label, size // 2) for size in patch))
+        target[blob] = label
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
-    targets = [torch.nn.functional.interpolate(target, scale_factor=[float(s) for s in scale]) for scale in scales]
+    targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, scale))) for scale in scales]
     image = torch.randn(trainer.batch_size, trainer.num_input_channels, *patch) + target
-    batch = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
+    batch: dict[str, Any] = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
     # What a method's workers compute beside nnU-Net's targets, sample by sample.
     for transform in getattr(trainer, "_labeled_targets", {}).values():
         maps = [transform(segmentation=[sample])["segmentation"][-1] for sample in target]

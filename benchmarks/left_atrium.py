@@ -149,7 +149,7 @@ def plan(args: argparse.Namespace) -> list[Training]:
     from nnunetv2.paths import nnUNet_results
     from small_plans import add_fold, add_plans
 
-    from nnunet_ssl.evaluation.folders import write_text
+    from nnunet_ssl.files import write_text
 
     folder = preprocessed_folder(args)
     plans_file = folder / f"{args.p}.json"

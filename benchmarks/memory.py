@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import add_trainer_arguments, give_unlabeled_batches, labeled_batch, make_trainer, where
@@ -76,6 +77,7 @@ def main() -> None:
         trainer = make_trainer(argparse.Namespace(**(vars(args) | {"device": "cpu"})), args.tr, Path(folder))
     rows = []
     for step, peak in measured.items():
+        mode: Any
         mode, _, checkpointing = step.partition(", ")
         found = step_bytes(
             trainer, mode, mixed_precision=args.device == "cuda", activation_checkpointing=bool(checkpointing)

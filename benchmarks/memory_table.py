@@ -67,7 +67,8 @@ def plans() -> PlansManager:
 
 def main() -> None:
     """Run from the command line."""
-    rows, supervised = [], {}
+    rows: list[list[str]] = []
+    supervised: dict[bool, int] = {}
     start = process_time()
     for method in (CrossMatchTrainer, MutualReliableTrainer, SimCVDTrainer):
         trainer = trainer_of_plans(method, plans(), "3d_fullres", DATASET_JSON)

@@ -40,7 +40,7 @@ def main() -> None:
         (args.folder / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(args.folder / name)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from nnunet_ssl.evaluation.folders import write_text
+    from nnunet_ssl.files import write_text
 
     done_file = args.folder / "measured.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
@@ -109,7 +109,7 @@ def add_unlabeled(folder: Path, count: int) -> None:
 
 def make_small(file: Path) -> None:
     """A small network in the plans: its time does not depend on the number of cases, and is waited for."""
-    from nnunet_ssl.evaluation.folders import write_text
+    from nnunet_ssl.files import write_text
 
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {

@@ -20,7 +20,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_ssl.data.splits import write_splits
-from nnunet_ssl.evaluation.folders import write_text
+from nnunet_ssl.files import write_text
 
 SMALL = {
     "3d_small": ("3d_fullres", [40, 56, 64], 2, [8, 16, 32, 64]),

@@ -11,6 +11,7 @@ each loss term, forward and backward, and its share of a step.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -150,7 +151,7 @@ def main() -> None:
         for mode, method in methods.items():
             give_unlabeled_batches(method)
             own = labeled_batch(method)
-            runs[f"{args.tr}, {mode}"] = lambda method=method, own=own: method.train_step(own)
+            runs[f"{args.tr}, {mode}"] = functools.partial(method.train_step, own)
         bare = dict(bare_passes(methods["split"], stacked=stacked) for stacked in (False, True))
         runs |= bare
         if args.profile:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from nnunet_ssl.errors import UserError
 
+_MEND = "See to space and permissions there and run the command again."
 
-def write_text(file: Path, text: str, *, otherwise: str) -> None:
+
+def write_text(file: Path, text: str, *, otherwise: str = _MEND) -> None:
     """Write a file (UTF-8) aside and rename it; its folder is made.
 
     Args:

@@ -181,8 +181,7 @@ def write_splits(file: Path, splits: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    text = json.dumps(splits, indent=4) + "\n"
-    write_text(file, text, otherwise="See to space and permissions there and run the command again.")
+    write_text(file, json.dumps(splits, indent=4) + "\n")
 
 
 def labeled_cases(preprocessed_folder: Path, raw_folder: Path | None) -> list[str]:

@@ -545,11 +545,11 @@ def test_a_preprocessed_case_replaces_links_and_not_where_they_lead(home) -> Non
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        (f".evaluation.json.{os.getpid()}", lambda folder: write_text(folder / "evaluation.json", "{}", otherwise="")),
+        (f".evaluation.json.{os.getpid()}", lambda folder: write_text(folder / "evaluation.json", "{}")),
         (f".splits_final.json.{os.getpid()}", lambda folder: write_splits(folder / "splits_final.json", [])),
         ("splits_final.json.bak", lambda folder: split_dataset(folder, None, labeled="1")),
         ("splits_final.json", lambda folder: split_dataset(folder, None, labeled="1")),
-        ("evaluation.json", lambda folder: write_text(folder / "evaluation.json", "{}", otherwise="")),
+        ("evaluation.json", lambda folder: write_text(folder / "evaluation.json", "{}")),
     ],
 )
 def test_nothing_is_written_through_a_link(name, write, target, home) -> None:
