@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_ssl.files import write_text
+
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.folders import FolderResult
 
@@ -148,8 +150,6 @@ def plan(args: argparse.Namespace) -> list[Training]:
     from batchgenerators.utilities.file_and_folder_operations import load_json
     from nnunetv2.paths import nnUNet_results
     from small_plans import add_fold, add_plans
-
-    from nnunet_ssl.files import write_text
 
     folder = preprocessed_folder(args)
     plans_file = folder / f"{args.p}.json"

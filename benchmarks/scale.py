@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from nnunet_ssl.files import write_text
+
 DATASET = "Dataset990_Scale"
 STEPS = 15
 
@@ -40,8 +42,6 @@ def main() -> None:
         (args.folder / name).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(args.folder / name)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from nnunet_ssl.files import write_text
-
     done_file = args.folder / "measured.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
     rows = []
@@ -109,8 +109,6 @@ def add_unlabeled(folder: Path, count: int) -> None:
 
 def make_small(file: Path) -> None:
     """A small network in the plans: its time does not depend on the number of cases, and is waited for."""
-    from nnunet_ssl.files import write_text
-
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {
         "n_stages": 3,

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate all folders, print a table per metric, write the files."""
     from nnunet_ssl.evaluation.comparison import common_cases, compare, join_runs
-    from nnunet_ssl.evaluation.folders import FolderResult, evaluate_folder, write_csv
+    from nnunet_ssl.evaluation.folders import ELSEWHERE, FolderResult, evaluate_folder, write_csv
     from nnunet_ssl.evaluation.metrics import METRICS
     from nnunet_ssl.evaluation.pictures import save_comparison
     from nnunet_ssl.evaluation.tables import format_table
@@ -141,15 +141,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{metric}\n{format_table(header, rows)}")
         texts.append((metric, header, rows))
     if args.o:
-        elsewhere = "Choose another place with -o."
         rows_of = {f"{name} run {number}": run for name, runs in models.items() for number, run in enumerate(runs)}
         for name, runs in best_runs.items():
             rows_of |= {f"{name} best, run {number}": run for number, run in enumerate(runs)}
         write_csv(args.o / "comparison.csv", rows_of, key="model")
         markdown = [f"{metric}\n\n{format_table(header, rows, style='markdown')}\n" for metric, header, rows in texts]
-        write_text(args.o / "comparison.md", "\n".join(markdown), otherwise=elsewhere)
+        write_text(args.o / "comparison.md", "\n".join(markdown), otherwise=ELSEWHERE)
         latex = [f"% {metric}\n{format_table(header, rows, style='latex')}\n" for metric, header, rows in texts]
-        write_text(args.o / "comparison.tex", "\n".join(latex), otherwise=elsewhere)
+        write_text(args.o / "comparison.tex", "\n".join(latex), otherwise=ELSEWHERE)
         save_comparison(args.o / "comparison.png", models, structures, args.metrics[0])
         print(f"\n{args.o}: comparison.csv, comparison.md, comparison.tex, comparison.png")
     return 1 if problems else 0

@@ -24,7 +24,8 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, CaseResult, Labels, evaluate_case
 from nnunet_ssl.files import write_text
 
-_ELSEWHERE = "Choose another place with -o."
+ELSEWHERE = "Choose another place with -o."
+"""What to do where a result cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -356,7 +357,7 @@ def write_csv(file: Path, results: Mapping[str, FolderResult], *, key: str = "na
                 values = [_number(getattr(metrics, metric)) for metric in METRICS]
                 row = [case.case, structure, *("" if value is None else value for value in values)]
                 writer.writerow([name, *row] if named else row)
-    write_text(file, text.getvalue(), otherwise=_ELSEWHERE)
+    write_text(file, text.getvalue(), otherwise=ELSEWHERE)
 
 
 def read_csv(file: Path, *, key: str = "name") -> dict[str, FolderResult]:
@@ -391,7 +392,7 @@ def write_json(file: Path, result: FolderResult) -> None:
         "failed": result.failed,
         "without_prediction": result.missing,
     }
-    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n", otherwise=_ELSEWHERE)
+    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n", otherwise=ELSEWHERE)
 
 
 def summary(values: Iterable[float]) -> dict[str, float | int | None]:

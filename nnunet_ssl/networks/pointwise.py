@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def pointwise(convolution: nn.Module, features: Tensor) -> Tensor:
     """``convolution(features)``; on a CPU as a matrix product if its kernel size is 1.
 
-    A network's last layer, from 8 or 16 channels to a few classes, takes two to ten times as long in oneDNN's
+    A network's last layer, from 8 or 16 channels to a few classes, takes two to twenty times as long in oneDNN's
     convolutions as in its matrix products, and a training step here has many of them. The results differ by rounding.
 
     Args:

@@ -249,8 +249,8 @@ def _convert_case(
                 file.unlink(missing_ok=True)
             if unreadable := _unreadable(case, error):
                 raise UserError(
-                    f"{unreadable} cannot be read: {one_line(error)}. See to its permissions and its "
-                    f"disk and run the command again; it goes on with {case.name}."
+                    f"{unreadable} cannot be read: {one_line(error)}. See to its permissions and its disk and "
+                    f"run the command again; it goes on with {case.name}."
                 ) from error
             if _machine_is_at_fault(error, unfinished):
                 raise UserError(
