@@ -34,6 +34,9 @@ def make_trainer(args: argparse.Namespace, name: str, results: Path, **settings:
     """A trainer with its network and optimizer, writing to ``results``; ``settings`` go into the plans."""
     os.environ["nnUNet_results"] = str(results)
     os.environ["nnUNet_extTrainer"] = str(trainers_folder())
+    # As nnUNetv2_train does: a GPU's first steps try which convolutions are the fastest.
+    torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.benchmark = True
     folder = Path(str(paths.nnUNet_preprocessed)) / maybe_convert_to_dataset_name(args.d)
     plans = load_json(str(folder / f"{args.p}.json"))
     plans["continue_training"] = False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -21,6 +23,19 @@ def run(planned, script: str, *arguments: object) -> str:
     )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
+
+
+def test_convolutions_are_chosen_as_in_a_training(planned_2d, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
+        monkeypatch.setenv(name, planned_2d.environment.get(name, ""))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    from common import make_trainer
+
+    args = argparse.Namespace(d=str(planned_2d.dataset_id), c="tiny", p="nnUNetPlans", device="cpu")
+    make_trainer(args, "nnUNetTrainer", tmp_path)
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
 
 
 def test_step_time_of_each_term(planned_2d):
