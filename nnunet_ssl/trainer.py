@@ -41,7 +41,7 @@ import nnunet_ssl
 from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases, folder_name, no_unlabeled_cases_message
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.leak_guard import check_leaks
-from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
 from nnunet_ssl.data.predicted_foreground import RARE, Aim, PredictedForeground
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.data.previous_stage import check_labeled_cases, previous_stage_folder, segment_by_previous_stage
@@ -521,7 +521,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             foreground=self._predicted_foreground(),
             foreground_share=self.settings.foreground_crops,
         )
-        workers = get_allowed_n_proc_DA()
+        ranks = dist.get_world_size() if self.is_ddp else 1
+        workers = unlabeled_workers(get_allowed_n_proc_DA(), (os.cpu_count() or 1) // ranks)
         if workers == 0:
             self.dataloader_unlabeled = SingleThreadedAugmenter(loader, None)
         else:

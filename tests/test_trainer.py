@@ -206,6 +206,19 @@ def test_all_loaders_are_stopped_when_training_fails(make, monkeypatch):
         assert loader._processes == []
 
 
+def test_on_few_cores_fewer_workers_make_unlabeled_batches(make, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    monkeypatch.setattr(trainer_module.os, "cpu_count", lambda: 4)
+    trainer = make()
+    try:
+        trainer.on_train_start()
+        workers = {name: loader.num_processes for name, loader in trainer._loaders_with_workers.items()}
+    finally:
+        for loader in trainer._loaders_with_workers.values():
+            loader._finish()
+    assert workers == {"training": 2, "validation": 1, "unlabeled": 1}
+
+
 def test_training_without_unlabeled_cases_says_how_to_add_some(make, monkeypatch, planned_3d, tmp_path):
     monkeypatch.setattr(trainer_module, "collect_unlabeled_cases", lambda *args: [])
     with pytest.raises(UserError, match="imagesUn"):

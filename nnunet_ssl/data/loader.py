@@ -20,6 +20,20 @@ from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForegro
 from nnunet_ssl.data.views import UnlabeledViews
 
 
+def unlabeled_workers(labeled: int, cores: int) -> int:
+    """How many worker processes make unlabeled batches: as many as nnU-Net's labeled ones, or half of them.
+
+    nnU-Net starts half as many again for validation. Half it is where the machine has fewer cores than all of them
+    together: more processes than cores make no more batches, and each takes its memory.
+
+    Args:
+        labeled: nnU-Net's number for the labeled training batches of one process; 0 for none.
+        cores: the machine's, for each process that trains.
+    """
+    together = labeled + max(1, labeled // 2) + labeled
+    return labeled if labeled == 0 or together <= cores else max(1, labeled // 2)
+
+
 class UnlabeledDataset:
     """Preprocessed unlabeled cases, read block by block from disk with nnU-Net's own dataset classes.
 

@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 
 from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.cutmix import CutMix
-from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
 from nnunet_ssl.data.predicted_foreground import Aim, PredictedForeground, sparse
 from nnunet_ssl.data.views import UnlabeledViews
 
@@ -288,3 +288,11 @@ def test_memory_is_constant_over_1000_draws(cases):
         next(loader)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 20_000  # KiB on Linux; one batch of these patches is 49 KiB
+
+
+@pytest.mark.parametrize(
+    ("labeled", "cores", "expected"),
+    [(12, 12, 6), (12, 29, 6), (12, 30, 12), (1, 2, 1), (1, 64, 1), (2, 4, 1), (2, 5, 2), (0, 1, 0), (0, 64, 0)],
+)
+def test_few_cores_halve_the_unlabeled_workers(labeled, cores, expected):
+    assert unlabeled_workers(labeled, cores) == expected
