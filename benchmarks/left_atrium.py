@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.files import write_text
+from nnunet_ssl.files import replacing, write_text
 
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.folders import FolderResult
@@ -234,8 +234,8 @@ def train(args: argparse.Namespace, trainer: str, configuration: str, fold: str,
 
         def save_whole(filename: str) -> None:
             # nnU-Net writes over the last checkpoint, and a kill meanwhile would leave none.
-            save(f"{filename}.whole")
-            Path(f"{filename}.whole").replace(filename)
+            with replacing(Path(filename), aside=Path(f"{filename}.whole")) as unfinished:
+                save(str(unfinished))
 
         made.save_checkpoint = save_whole
         return made

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from nnunet_ssl.files import write_text
+from nnunet_ssl.files import replacing, write_text
 
 DATASET = "Dataset990_Scale"
 STEPS = 15
@@ -101,10 +101,9 @@ def add_unlabeled(folder: Path, count: int) -> None:
         changed = sitk.GetImageFromArray((array + noise).astype(np.int16))
         changed.CopyInformation(image)
         target = raw / "imagesUn" / f"scale{number:05d}_0000.nii.gz"
-        # Written aside first: a file that a stop left half written would count.
-        beside = folder / "half.nii.gz"
-        sitk.WriteImage(changed, str(beside))
-        beside.replace(target)
+        # A file that a stop left half written would count.
+        with replacing(target, aside=folder / "half.nii.gz") as unfinished:
+            sitk.WriteImage(changed, str(unfinished))
 
 
 def make_small(file: Path) -> None:

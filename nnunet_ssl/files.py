@@ -3,33 +3,71 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
 
-_MEND = "See to space and permissions there and run the command again."
+ELSEWHERE = "Choose another place with -o."
+"""What to do where a command's output cannot be written."""
+
+_AGAIN = "See to space and permissions there and run the command again."
 
 
-def write_text(file: Path, text: str, *, otherwise: str = _MEND) -> None:
-    """Write a file (UTF-8) aside and rename it; its folder is made.
+@contextmanager
+def replacing(file: Path, *, aside: Path | None = None, durable: bool = False) -> Iterator[Path]:
+    """Write a file aside and rename it at the end, so that a kill leaves the old file or the new one, whole.
+
+    The block writes the yielded path. If it raises anything, that path is removed and ``file`` stays as it was.
 
     Args:
         file: replaced if it exists; a link of this name is replaced, not followed.
+        aside: where to write first, in the same file system. By default a hidden file beside ``file``, whose name has
+            the process's number, so that several processes can write the same file.
+        durable: get the content to the disk before the rename, so that a power cut does not leave an empty file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    aside = aside or file.with_name(f".{file.name}.{os.getpid()}")
+    # A link of this name, in a folder from elsewhere, would be written through.
+    aside.unlink(missing_ok=True)
+    try:
+        yield aside
+        if durable:
+            flush_to_disk(aside)
+        aside.replace(file)
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def flush_to_disk(file: Path) -> None:
+    """Get a file's content to the disk."""
+    with file.open("r+b") as opened:
+        os.fsync(opened.fileno())
+
+
+def write_text(file: Path, text: str, *, otherwise: str = _AGAIN) -> None:
+    """Write a file (UTF-8) as :func:`replacing` does; its folder is made.
+
+    Args:
+        file: to write.
         text: its content.
         otherwise: what to do where it cannot be written.
 
     Raises:
         UserError: it cannot be written.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A link of this name, in a folder from elsewhere, would be written through.
-        unfinished.unlink(missing_ok=True)
-        try:
+        with replacing(file) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror or error}. {otherwise}") from error
+        raise cannot_write(file, error, otherwise) from error
+
+
+def cannot_write(file: Path, error: OSError, otherwise: str) -> UserError:
+    """What to raise where a file cannot be written."""
+    return UserError(f"{file} cannot be written: {error.strerror or error}. {otherwise}")

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -51,7 +51,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.evaluation.shares import collapse_warning, collapsed, mean_share
 from nnunet_ssl.memory import log_memory
-from nnunet_ssl.networks.checkpoints import read_checkpoint
+from nnunet_ssl.networks.checkpoints import read_checkpoint, write_checkpoint
 from nnunet_ssl.networks.outputs import Outputs, SplitOutputs, StackedOutputs
 from nnunet_ssl.networks.training_network import (
     SUPPORTED,
@@ -941,18 +941,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 "network": self.training_network.training_state(),
             },
         }
-        # Beside the file, so that the rename stays within one file system.
-        partial = Path(f"{filename}.partial")
+        target = Path(filename)
         try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(filename)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer makes the one of the other
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            free = shutil.disk_usage(partial.parent).free / 2**20 if partial.parent.is_dir() else 0
+            # Aside under one name, so that what a kill leaves there is overwritten by the next.
+            write_checkpoint(checkpoint, target, aside=Path(f"{filename}.partial"), durable=True)
+        except OSError as error:
+            free = shutil.disk_usage(target.parent).free / 2**20 if target.parent.is_dir() else 0
             raise RuntimeError(
                 f"The checkpoint {filename} could not be written ({error}); {free:.0f} MiB are free there. What was "
                 f"in its place before is untouched. Make room, then go on with --c."

@@ -44,6 +44,8 @@ def test_contracts_are_kept() -> None:
         ("cli/doctor.py", "import nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnU-Net"),
         ("evaluation/__init__.py", "import batchgenerators", "nnU-Net"),
         ("errors.py", "import torch", "light"),
+        ("files.py", "import numpy", "light"),
+        ("text.py", "import nnunet_ssl.errors", "layers"),
         ("new.py", "import nnunet_ssl.errors", "layers"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import ELSEWHERE, cannot_write
 
 HELP = "make a self-supervised checkpoint of nnssl fit nnUNetv2_train's -pretrained_weights"
 
@@ -38,12 +39,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{output} is there already: move it away, or choose another name with -o.")
     preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net keeps the plans there.")
 
-    import torch
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_ssl.networks.checkpoints import read_checkpoint, with_pretrained_encoder
+    from nnunet_ssl.networks.checkpoints import read_checkpoint, with_pretrained_encoder, write_checkpoint
     from nnunet_ssl.networks.training_network import check_architecture, check_supported
 
     dataset = preprocessed / dataset_name(args.d)
@@ -68,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
     except (UserError, NotImplementedError) as error:
         raise UserError(f"{args.i} cannot be adapted: {error}") from None
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.partial")
-    torch.save({"network_weights": weights}, partial)
-    partial.replace(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint({"network_weights": weights}, output)
+    except OSError as error:
+        raise cannot_write(output, error, ELSEWHERE) from error
     print(f"Wrote {output}: encoder and stem of {args.i}, decoder drawn anew")
     for there in checkpoint["nnssl_adaptation_plan"].get("pretrain_plan", {}).get("configurations", {}).values():
         print(f"Pretrained with {_images(there)}; {args.p} {args.c} has {_images(configuration.configuration)}")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.text import some_of
 
 HELP = "convert a benchmark dataset of semi-supervised segmentation from its official download"
 
@@ -68,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-    from nnunet_ssl.data.cases import some_of
     from nnunet_ssl.data.conversion import BENCHMARKS, convert_dataset, write_folds
     from nnunet_ssl.evaluation.tables import format_table
 

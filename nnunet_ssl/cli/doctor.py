@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nnunet_ssl.cli.trainers import trainers_folder
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.text import some_of
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -321,7 +322,7 @@ def check_fold(
     preprocessed: Path, data_identifier: str, fold: int | str, trainer: type[Any], configuration: dict[str, Any]
 ) -> Iterator[Finding]:
     """The fold's lists against the preprocessed cases and against each other, images included."""
-    from nnunet_ssl.data.cases import collect_unlabeled_cases, list_names, some_of
+    from nnunet_ssl.data.cases import collect_unlabeled_cases, list_names
     from nnunet_ssl.data.leak_guard import check_leaks
     from nnunet_ssl.data.splits import read_splits
 

@@ -17,7 +17,9 @@ from nnunet_ssl.cli.doctor import find_trainer
 from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import ELSEWHERE, cannot_write, replacing
 from nnunet_ssl.settings import PLANS_KEY
+from nnunet_ssl.text import unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,18 +69,22 @@ def run(args: argparse.Namespace) -> int:
         raise _no_semi_supervised_trainer(args)
     exported = Path(model.parent.name, f"{_stock_name(trainer)}__{args.p}__{args.c}")
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, so that the rename stays within one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        root = Path(temporary, "model")
-        (root / exported).mkdir(parents=True)
-        notes = _write_model(root / exported, model, checkpoints, trainer, args)
-        if _is_zip(output):
-            _pack(root, Path(temporary, "model.zip")).replace(output)
-        else:
-            if output.is_dir():
-                output.rmdir()
-            root.rename(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the output, so that the rename stays within one file system.
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+            root = Path(temporary, "model")
+            (root / exported).mkdir(parents=True)
+            notes = _write_model(root / exported, model, checkpoints, trainer, args)
+            if _is_zip(output):
+                with replacing(output, aside=Path(temporary, "model.zip")) as archive:
+                    _pack(root, archive)
+            else:
+                if output.is_dir():
+                    output.rmdir()
+                root.rename(output)
+    except OSError as error:
+        raise cannot_write(output, error, ELSEWHERE) from error
     print(f"Wrote {output}: {args.tr}, {args.c}, fold {', '.join(checkpoints)}")
     print("\n".join([*notes, "On the other machine:", *_commands(output, exported, checkpoints, args)]))
     return 0
@@ -153,10 +159,10 @@ def _write_model(
     args: argparse.Namespace,
 ) -> list[str]:
     """Fill the model's folder; returns what the user should know about it."""
-    import torch
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnunet_ssl.networks.checkpoints import write_checkpoint
     from nnunet_ssl.networks.training_network import check_architecture
 
     otherwise = "nnU-Net writes it when a training starts: train, or copy it from another fold's training."
@@ -175,7 +181,7 @@ def _write_model(
         network = trainer.build_network_architecture(manager, configuration, channels, heads, False)
         exported, weights, choices = _exported_checkpoint(file, network, trainer, args)
         (target / f"fold_{fold}").mkdir()
-        torch.save(exported, target / f"fold_{fold}" / args.chk)
+        write_checkpoint(exported, target / f"fold_{fold}" / args.chk)
         if len(choices) > 1:
             notes.append(f"Fold {fold}: the {weights}'s weights")
         as_validated &= weights == choices[0]
@@ -211,7 +217,7 @@ def _exported_checkpoint(
     except RuntimeError as error:
         raise UserError(
             f"The weights in {file} do not fit the network of the plans.json beside its folder, which may have changed "
-            f"since this fold was trained: {' '.join(str(error).split())[:300]}"
+            f"since this fold was trained: {unwrap(error, 300)}"
         ) from error
     init_args = checkpoint["init_args"]
     exported = {
@@ -239,12 +245,11 @@ def _without_settings(plans: dict[str, Any]) -> dict[str, Any]:
     return plans
 
 
-def _pack(folder: Path, file: Path) -> Path:
+def _pack(folder: Path, file: Path) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for member in sorted(folder.rglob("*")):
             if member.is_file():
                 archive.write(member, member.relative_to(folder).as_posix())
-    return file
 
 
 def _commands(output: Path, exported: Path, folds: Iterable[str], args: argparse.Namespace) -> list[str]:

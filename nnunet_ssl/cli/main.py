@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.text import unwrap
 
 COMMANDS = (
     "trainers",
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())
+        what = unwrap(f"{type(error).__name__}: {error}")
         print(f"nnunet-ssl {args.command}: unexpected error: {what}", file=sys.stderr)
         print(f"nnunet-ssl --debug {args.command} ... shows where; please report what it prints.", file=sys.stderr)
         return 1

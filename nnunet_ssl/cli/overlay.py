@@ -15,6 +15,7 @@ from nnunet_ssl.cli.prediction_arguments import (
     segmentations_of,
 )
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.text import some_of
 
 HELP = "pictures of predictions against the reference, in the slice where they disagree most"
 
@@ -48,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw and print what was drawn."""
-    from nnunet_ssl.data.cases import some_of
     from nnunet_ssl.data.image_checks import BadImageError
     from nnunet_ssl.evaluation.folders import evaluate_folder, hardest_cases
     from nnunet_ssl.evaluation.pictures import draw_case

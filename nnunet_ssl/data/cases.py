@@ -9,12 +9,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.text import shorten, some_of
 
 IMAGES_FOLDER = "imagesUn"
 LABELED_IMAGES_FOLDER = "imagesTr"
@@ -183,7 +183,7 @@ def folder_name(name: object, entry: str) -> str:
     """
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
         raise UserError(
-            f"The plans' {entry} is {_shorten(name)}, which is no name of a folder. Plans that nnU-Net makes have "
+            f"The plans' {entry} is {shorten(name)}, which is no name of a folder. Plans that nnU-Net makes have "
             "none like this: make them anew with nnUNetv2_plan_and_preprocess, and see SECURITY.md."
         )
     return name
@@ -237,7 +237,7 @@ def unlabeled_list_of_fold(splits_file: Path, fold: int | str) -> list[str]:
     listed = entry.get("unlabeled", [])
     where = f"The 'unlabeled' list of fold {fold} in {splits_file}"
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise UserError(f"{where} must be a list of case names, found {_shorten(listed)}.")
+        raise UserError(f"{where} must be a list of case names, found {shorten(listed)}.")
     duplicates = sorted(name for name, count in Counter(listed).items() if count > 1)
     if duplicates:
         raise UserError(f"{where} names {some_of(duplicates)} more than once.")
@@ -314,13 +314,6 @@ def no_unlabeled_cases_message(
     )
 
 
-def some_of(names: Iterable[str], limit: int = 10) -> str:
-    """The names for a message, no more than `limit` of them."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def _fold_entry(splits_file: Path, fold: int | str) -> dict[str, Any]:
     if fold == "all" or not splits_file.is_file():
         return {}
@@ -329,18 +322,13 @@ def _fold_entry(splits_file: Path, fold: int | str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{splits_file} is no valid JSON: {error}.") from None
     if not isinstance(splits, list):
-        raise UserError(f"{splits_file} must hold a list of folds, found {_shorten(splits)}.")
+        raise UserError(f"{splits_file} must hold a list of folds, found {shorten(splits)}.")
     number = int(fold)
     if not 0 <= number < len(splits):
         return {}
     if not isinstance(splits[number], dict):
         raise UserError(
             f"Fold {fold} in {splits_file} must be a table with the lists 'train' and 'val', "
-            f"found {_shorten(splits[number])}."
+            f"found {shorten(splits[number])}."
         )
     return splits[number]
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

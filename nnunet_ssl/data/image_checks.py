@@ -17,6 +17,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_ssl.text import one_line, unwrap
+
 _SPACING_FACTOR = 2.0
 _MOST_VOXELS = 2**31  # a wrong spacing in a header can ask for more memory than any machine has
 
@@ -118,7 +120,7 @@ def check_nifti(file: Path) -> None:
     except PermissionError as error:
         raise BadImageError(f"{file.name} cannot be read: {error.strerror}") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise BadImageError(f"{file.name} is damaged or incomplete: {' '.join(str(error).split())}") from error
+        raise BadImageError(f"{file.name} is damaged or incomplete: {unwrap(error)}") from error
     except (ImageFileError, HeaderDataError, ValueError, OverflowError):
         # What nibabel finds wrong with a header may not trouble the reader, which has the last word.
         return
@@ -190,14 +192,6 @@ def _intensity_warnings(lowest: list[float], highest: list[float], labeled: Labe
                 f"({usual[0]:g} to {usual[1]:g})"
             )
     return warnings
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line; of a library's long report, the last line says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return lines[-1] if isinstance(error, (RuntimeError, OSError)) else f"{type(error).__name__}: {lines[-1]}"
 
 
 def _times(values: Sequence[float]) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunet_ssl.data.cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER, UnlabeledCase, ready_cases, some_of
+from nnunet_ssl.data.cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER, UnlabeledCase, ready_cases
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.text import some_of
 
 # Both tolerances are in standard deviations of the image. Two preprocessings of one image differ by rounding, and
 # slightly more where normalization uses a mask that the label changes.

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.text import shorten
 
 _PLANS: dict[str, type] = {
     "dataset_name": str,
@@ -42,13 +43,12 @@ def read_json(file: Path, *, otherwise: str, entries: Mapping[str, type] = Mappi
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no valid JSON ({error}). {otherwise}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no table, but {str(content)[:60]!r}. {otherwise}")
+        raise UserError(f"{file} holds no table, but {shorten(content)}. {otherwise}")
     for key, kind in entries.items():
         if key not in content:
             raise UserError(f"{file} has no {key!r}, which nnU-Net v2 writes there. {otherwise}")
         if not isinstance(content[key], kind):
-            found = str(content[key])[:60]
-            raise UserError(f"{key!r} in {file} must be {_KINDS[kind]}, not {found!r}. {otherwise}")
+            raise UserError(f"{key!r} in {file} must be {_KINDS[kind]}, not {shorten(content[key])}. {otherwise}")
     return content
 
 

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import shutil
@@ -47,7 +46,6 @@ from nnunet_ssl.data.cases import (
     read_record,
     ready_cases,
     records_folder,
-    some_of,
     unlabeled_folder,
 )
 from nnunet_ssl.data.image_checks import (
@@ -55,12 +53,13 @@ from nnunet_ssl.data.image_checks import (
     LabeledImages,
     check_image,
     describe_labeled_images,
-    one_line,
     read_image,
 )
 from nnunet_ssl.data.leak_guard import image_signature
 from nnunet_ssl.data.worker_processes import in_worker_processes
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import flush_to_disk, replacing
+from nnunet_ssl.text import one_line, some_of
 
 # Raise it when records or preprocessed cases of an older version must not be used any more.
 FORMAT_VERSION = 1
@@ -414,10 +413,9 @@ def _process(job: _Job, case: RawCase) -> tuple[dict[str, Any], bool]:
                 record = _failed(str(problem))
                 _remove_case(job, case.identifier)
             record |= {"format_version": FORMAT_VERSION, "fingerprint": job.fingerprint, "sources": sources}
-            written = Path(folder, record_file.name)
-            written.write_text(json.dumps(record), encoding="utf-8")
-            _flush(written)
-            written.replace(record_file)
+            # On the disk first: after a power cut a record must not be empty, nor stand beside an empty image.
+            with replacing(record_file, aside=Path(folder, record_file.name), durable=True) as written:
+                written.write_text(json.dumps(record), encoding="utf-8")
     except MemoryError:
         record = _failed("memory ran out; use fewer processes (-np)")
     except Exception as error:
@@ -480,10 +478,4 @@ def _save(
         blocks_seg=blocks_seg,
     )
     for ending in CASE_FILES:
-        _flush(target.with_name(target.name + ending))
-
-
-def _flush(file: Path) -> None:
-    """Get a file to the disk, so that after a power cut a record never stands beside an empty image."""
-    with file.open("r+b") as opened:
-        os.fsync(opened.fileno())
+        flush_to_disk(target.with_name(target.name + ending))

@@ -25,9 +25,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from tqdm import tqdm
 
-from nnunet_ssl.data.cases import UnlabeledCase, some_of
+from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.preprocessing import remove_abandoned
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import replacing
+from nnunet_ssl.text import some_of
 
 
 def previous_stage_folder(previous_results: Path, configuration: str, fold: int | str) -> Path:
@@ -161,8 +163,8 @@ def _resample(
     target: Path,
 ) -> None:
     manager = plans_manager.get_configuration(configuration)
-    resample_and_save(
-        logits, list(shape), str(temporary), plans_manager, manager, properties, dataset_json,
-        default_num_processes, nnUNetDatasetBlosc2,
-    )  # fmt: skip
-    Path(f"{temporary}.b2nd").replace(target)
+    with replacing(target, aside=Path(f"{temporary}.b2nd")):
+        resample_and_save(
+            logits, list(shape), str(temporary), plans_manager, manager, properties, dataset_json,
+            default_num_processes, nnUNetDatasetBlosc2,
+        )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from nnunet_ssl.files import replacing
 
 PREFIX = "ssl/"
 _FIRST, _LAST = ("loss", "weight", "coverage"), ("share", "patches", "seconds", "other")
@@ -90,13 +91,8 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         if title:
             figure.suptitle(title, fontsize=11)
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(Path(path)) as unfinished:
             figure.savefig(unfinished, format="png")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def _draw_shares(axis: Axes, lines: Mapping[str, np.ndarray]) -> None:

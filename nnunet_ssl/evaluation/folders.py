@@ -18,14 +18,12 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nnunet_ssl.data.image_checks import BadImageError, check_nifti, one_line
+from nnunet_ssl.data.image_checks import BadImageError, check_nifti
 from nnunet_ssl.data.worker_processes import in_worker_processes
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, CaseResult, Labels, evaluate_case
-from nnunet_ssl.files import write_text
-
-ELSEWHERE = "Choose another place with -o."
-"""What to do where a result cannot be written."""
+from nnunet_ssl.files import ELSEWHERE, write_text
+from nnunet_ssl.text import one_line
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from nnunet_ssl.data.image_checks import BadImageError
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.comparison import all_cases, scores
-from nnunet_ssl.evaluation.folders import ELSEWHERE, FolderResult, Segmentations
+from nnunet_ssl.evaluation.folders import FolderResult, Segmentations
 from nnunet_ssl.evaluation.metrics import Labels
+from nnunet_ssl.files import ELSEWHERE, cannot_write
 
 AXIS_LABELS = {
     "dice": "Dice",
@@ -206,7 +206,7 @@ def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, format="png")
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. {ELSEWHERE}") from error
+        raise cannot_write(path, error, ELSEWHERE) from error
 
 
 def _cycle(count: int) -> list[str]:

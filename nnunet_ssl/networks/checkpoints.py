@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import replacing
+from nnunet_ssl.text import one_line
 
 # The first bytes of what torch.save writes.
 _ZIP = b"PK\x03\x04"
@@ -41,6 +43,18 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str,
             f"The checkpoint {file} could not be read as tensors and plain values: {error}. It is damaged, or it holds "
             f"objects of another program, which are not loaded since they could run code."
         ) from error
+
+
+def write_checkpoint(
+    checkpoint: Mapping[str, Any], file: Path, *, aside: Path | None = None, durable: bool = False
+) -> None:
+    """Write a checkpoint; other arguments and errors as for :func:`~nnunet_ssl.files.replacing`."""
+    try:
+        with replacing(file, aside=aside, durable=durable) as unfinished, unfinished.open("wb") as opened:
+            torch.save(checkpoint, opened)
+    except RuntimeError as error:
+        # What PyTorch's writer makes of a full disk.
+        raise OSError(one_line(error)) from error
 
 
 def networks_in(training_state: Mapping[str, Tensor]) -> tuple[str, ...]:

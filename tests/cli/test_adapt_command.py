@@ -210,6 +210,14 @@ def test_mistakes_are_explained(dataset, capsys, options, expected):
     assert error.startswith("nnunet-ssl adapt: error: ") and expected in error
 
 
+def test_a_place_that_cannot_be_written_is_named(dataset, capsys):
+    (dataset.home / "file").touch()
+    checkpoint = nnssl_checkpoint(build(architecture("PlainConvUNet"), 1))
+    assert dataset.adapt(checkpoint, "PlainConvUNet", "-o", str(dataset.home / "file" / "start.pth")) == 2
+    error = capsys.readouterr().err
+    assert "start.pth cannot be written: " in error and "Choose another place with -o" in error
+
+
 def test_needs_nnunet_preprocessed(dataset, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_preprocessed")
     assert dataset.adapt({}, "PlainConvUNet") == 2

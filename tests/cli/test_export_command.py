@@ -310,6 +310,14 @@ def test_nothing_is_overwritten(results, tmp_path, capsys, name):
     ]
 
 
+@pytest.mark.parametrize("name", ["model.zip", "model"])
+def test_a_place_that_cannot_be_written_is_named(results, tmp_path, capsys, name):
+    (tmp_path / "file").touch()
+    assert export(tmp_path / "file" / name, "-f", "0") == 2
+    error = capsys.readouterr().err
+    assert f"{name} cannot be written: " in error and "Choose another place with -o" in error
+
+
 @pytest.mark.parametrize("value", [None, "no/such/folder"])
 def test_needs_nnunet_results(results, monkeypatch, tmp_path, capsys, value):
     if value is None:

@@ -12,6 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.data.image_checks import BadImageError, check_nifti
+from nnunet_ssl.text import some_of
 
 Label = int | tuple[int, ...]
 _TEST_FOLDER = re.compile(r"test(ing)?([ _-]?set)?", re.IGNORECASE)
@@ -166,8 +167,8 @@ def binary_mask(label: np.ndarray) -> np.ndarray:
     if values in ([0.0], []):
         raise BadImageError("the label is empty")
     if not (set(values) <= {0.0, 1.0} or set(values) <= {0.0, 255.0}):
-        shown = ", ".join(f"{value:g}" for value in values[:5])
-        raise BadImageError(f"the label has the values {shown}{', ...' if len(values) > 5 else ''}; expected 0 and 255")
+        shown = some_of((f"{value:g}" for value in values), 5)
+        raise BadImageError(f"the label has the values {shown}; expected 0 and 255")
     return (label > 0).astype(np.uint8)
 
 

@@ -13,18 +13,21 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from tqdm import tqdm
 
-from nnunet_ssl.data.cases import CaseProblem, list_names, some_of
+from nnunet_ssl.data.cases import CaseProblem, list_names
 from nnunet_ssl.data.conversion.benchmark import Benchmark, SourceCase
 from nnunet_ssl.data.conversion.datasets import BENCHMARKS
 from nnunet_ssl.data.conversion.folds import check_labeled
-from nnunet_ssl.data.image_checks import BadImageError, one_line
+from nnunet_ssl.data.image_checks import BadImageError
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import replacing
+from nnunet_ssl.text import one_line, some_of
 
 RECORD = "conversion.json"
 NOTES = "conversion_notes.json"
@@ -224,28 +227,28 @@ def _claim(folder: Path, kind: str, source: Path, outputs: Sequence[Path]) -> No
         return
     unfinished = folder / _UNFINISHED
     unfinished.mkdir(parents=True, exist_ok=True)
-    (unfinished / RECORD).write_text(json.dumps(record, indent=4) + "\n", encoding="utf-8")
-    (unfinished / RECORD).replace(file)
+    with replacing(file, aside=unfinished / RECORD) as made:
+        made.write_text(json.dumps(record, indent=4) + "\n", encoding="utf-8")
 
 
 def _convert_case(
     case: SourceCase, benchmark: Benchmark, outputs: Sequence[Path], unfinished: Path, report: ConversionReport
 ) -> None:
     if not all(file.is_file() for file in outputs):
-        made = [unfinished / file.name for file in outputs]
-        images, label = made[: benchmark.image_files], made[benchmark.image_files :]
         try:
-            note = benchmark.write(case, images, label[0] if label else None)
-            if note:
-                # First: files that are there are not converted again, and the note would be lost.
-                _keep_note(unfinished, case.name, note)
-            for temporary, file in zip(made, outputs, strict=True):
-                file.parent.mkdir(exist_ok=True)
-                temporary.replace(file)
+            with ExitStack() as renames:
+                made = [renames.enter_context(replacing(file, aside=unfinished / file.name)) for file in outputs]
+                images, label = made[: benchmark.image_files], made[benchmark.image_files :]
+                note = benchmark.write(case, images, label[0] if label else None)
+                if note:
+                    # First: files that are there are not converted again, and the note would be lost.
+                    _keep_note(unfinished, case.name, note)
+                for file in outputs:
+                    file.parent.mkdir(exist_ok=True)
         except UserError:
             raise
         except Exception as error:
-            for file in [*made, *outputs]:
+            for file in outputs:
                 file.unlink(missing_ok=True)
             if unreadable := _unreadable(case, error):
                 raise UserError(
@@ -287,8 +290,8 @@ def _machine_is_at_fault(error: Exception, folder: Path) -> bool:
 def _keep_note(unfinished: Path, case: str, note: str) -> None:
     """Notes stay, so that a later run, which does not do the case again, can repeat them."""
     notes = {**_kept_notes(unfinished.parent), case: note}
-    (unfinished / NOTES).write_text(json.dumps(notes, indent=4) + "\n", encoding="utf-8")
-    (unfinished / NOTES).replace(unfinished.parent / NOTES)
+    with replacing(unfinished.parent / NOTES, aside=unfinished / NOTES) as made:
+        made.write_text(json.dumps(notes, indent=4) + "\n", encoding="utf-8")
 
 
 def _kept_notes(folder: Path) -> dict[str, str]:
@@ -297,16 +300,16 @@ def _kept_notes(folder: Path) -> dict[str, str]:
 
 
 def _describe(benchmark: Benchmark, folder: Path, unfinished: Path, training_cases: int) -> None:
-    generate_dataset_json(
-        str(unfinished),
-        channel_names=dict(benchmark.channel_names),
-        labels=dict(benchmark.labels),
-        num_training_cases=training_cases,
-        file_ending=benchmark.file_ending,
-        regions_class_order=benchmark.regions_class_order,
-        dataset_name=benchmark.dataset_name,
-        reference=benchmark.source,
-        license="see the reference",
-        converted_by="nnunet-ssl convert",
-    )
-    (unfinished / "dataset.json").replace(folder / "dataset.json")
+    with replacing(folder / "dataset.json", aside=unfinished / "dataset.json"):
+        generate_dataset_json(
+            str(unfinished),
+            channel_names=dict(benchmark.channel_names),
+            labels=dict(benchmark.labels),
+            num_training_cases=training_cases,
+            file_ending=benchmark.file_ending,
+            regions_class_order=benchmark.regions_class_order,
+            dataset_name=benchmark.dataset_name,
+            reference=benchmark.source,
+            license="see the reference",
+            converted_by="nnunet-ssl convert",
+        )
