@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,15 @@ _CONFIGURATION_KEYS = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
+
+# What nnU-Net's normalizations read of the labeled images' intensities. Others may read all of it.
+_INTENSITIES_READ: dict[str, tuple[str, ...]] = {
+    "ZScoreNormalization": (),
+    "NoNormalization": (),
+    "RescaleTo01Normalization": (),
+    "RGBTo01Normalization": (),
+    "CTNormalization": ("mean", "std", "percentile_00_5", "percentile_99_5"),
+}
 
 _STORED_FILE = re.compile(r"(.+?)(_seg\.b2nd|\.b2nd|\.pkl|\.json)", re.DOTALL)
 # Far longer than a case takes.
@@ -138,6 +147,7 @@ class _Job:
     configuration: str
     dataset_json: dict[str, Any]
     fingerprint: str
+    earlier_fingerprint: str
     labeled: LabeledImages
     folder: Path
     records: Path
@@ -189,6 +199,7 @@ def preprocess_unlabeled(
         configuration,
         dataset_json,
         preprocessing_fingerprint(plans_manager, configuration),
+        _earlier_fingerprint(plans_manager, configuration),
         describe_labeled_images(preprocessed_dataset_folder, plans_manager, len(channel_names(dataset_json))),
         unlabeled_folder(preprocessed_dataset_folder, identifier),
         records_folder(preprocessed_dataset_folder, identifier),
@@ -269,11 +280,31 @@ def _run(
 
 def preprocessing_fingerprint(plans_manager: PlansManager, configuration: str) -> str:
     """A hash of everything in the plans that changes a preprocessed image."""
+    return _hash(plans_manager, configuration, _intensities_read(plans_manager, configuration))
+
+
+def _earlier_fingerprint(plans_manager: PlansManager, configuration: str) -> str:
+    """The one of records until November 2026, which had all intensities in it, read or not."""
+    return _hash(plans_manager, configuration, plans_manager.foreground_intensity_properties_per_channel)
+
+
+def _intensities_read(plans_manager: PlansManager, configuration: str) -> dict[str, dict[str, Any]]:
+    """What normalization reads of the labeled images' intensities, by channel."""
+    resolved = plans_manager.get_configuration(configuration).configuration
+    known = _INTENSITIES_READ if resolved.get("preprocessor_name") == "DefaultPreprocessor" else {}
+    read = {}
+    for channel, scheme in enumerate(resolved["normalization_schemes"]):
+        found = plans_manager.foreground_intensity_properties_per_channel.get(str(channel), {})
+        read[str(channel)] = {name: found.get(name) for name in known.get(scheme, found)}
+    return read
+
+
+def _hash(plans_manager: PlansManager, configuration: str, intensities: Mapping[str, Any]) -> str:
     resolved = plans_manager.get_configuration(configuration).configuration
     relevant = {key: resolved.get(key) for key in _CONFIGURATION_KEYS}
     relevant["transpose_forward"] = plans_manager.transpose_forward
     relevant["image_reader_writer"] = plans_manager.plans["image_reader_writer"]
-    relevant["intensities"] = plans_manager.foreground_intensity_properties_per_channel
+    relevant["intensities"] = intensities
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -365,7 +396,8 @@ def _valid_record(job: _Job, case: RawCase) -> dict[str, Any] | None:
 
 
 def _fits_plans(job: _Job, record: dict[str, Any]) -> bool:
-    return record.get("format_version") == FORMAT_VERSION and record.get("fingerprint") == job.fingerprint
+    fingerprints = (job.fingerprint, job.earlier_fingerprint)
+    return record.get("format_version") == FORMAT_VERSION and record.get("fingerprint") in fingerprints
 
 
 def _source_files(case: RawCase) -> list[Path]:

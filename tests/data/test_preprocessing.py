@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from nnunetv2.preprocessing.normalization import default_normalization_schemes
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_dataset import TinyDataset, read_preprocessed, voxels, write_image
@@ -146,6 +148,100 @@ def test_change_of_plans_that_changes_voxels_redoes_all(three: TinyDataset, key:
     assert three.run().done == ["U0", "U1", "U2"]
     after = read_preprocessed(three.folder, "U0")
     assert after.shape != before.shape or not np.allclose(after, before)
+
+
+def replan(dataset: TinyDataset, *names: str) -> None:
+    """With other labeled cases, so other statistics of their intensities; of these only some, if named."""
+    for properties in dataset.plans["foreground_intensity_properties_per_channel"].values():
+        for name in names or properties:
+            properties[name] += 10 if properties[name] < 100 else -10
+
+
+@pytest.mark.parametrize("scheme", ["ZScore", "No", "RescaleTo01", "RGBTo01"])
+def test_other_intensities_of_labeled_cases_redo_nothing_that_does_not_read_them(
+    three: TinyDataset, scheme: str
+) -> None:
+    three.plans["configurations"]["3d_fullres"]["normalization_schemes"] = [f"{scheme}Normalization"]
+    three.run()
+    before = three.stamps()
+    replan(three)
+    assert three.run().up_to_date == ["U0", "U1", "U2"] and three.stamps() == before
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "percentile_00_5", "percentile_99_5", "min", "max"])
+def test_ct_normalization_reads_some_of_them(three: TinyDataset, name: str) -> None:
+    three.plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    three.run()
+    before = read_preprocessed(three.folder, "U0")
+    replan(three, name)
+    report = three.run()
+    fresh = TinyDataset(three.root / "fresh")
+    fresh.plans = three.plans
+    fresh.add("U0", voxels(0))
+    fresh.run()
+    changed = not np.array_equal(read_preprocessed(fresh.folder, "U0"), before)
+    assert changed == (name not in ("min", "max"))
+    assert (report.done if changed else report.up_to_date) == ["U0", "U1", "U2"]
+
+
+def test_nnunets_normalizations_read_what_the_fingerprint_has() -> None:
+    """All that nnU-Net has: a new one is of unknown needs until it is listed."""
+
+    class Read(dict):
+        def __getitem__(self, name: str) -> float:
+            names.add(name)
+            return super().__getitem__(name)
+
+    known = preprocessing._INTENSITIES_READ
+    schemes = {name: scheme for name, scheme in vars(default_normalization_schemes).items() if name.endswith("zation")}
+    del schemes["ImageNormalization"]
+    assert set(known) == set(schemes)
+    for name, scheme in schemes.items():
+        names: set[str] = set()
+        properties = Read({"mean": 1.0, "std": 2.0, "percentile_00_5": 0.0, "percentile_99_5": 5.0, "median": 1.0})
+        scheme(use_mask_for_norm=True, intensityproperties=properties).run(voxels(0), np.zeros((20, 24, 24)))
+        assert names == set(known[name]), name
+
+
+def test_the_channels_normalization_decides(tmp_path: Path) -> None:
+    dataset = TinyDataset(tmp_path, channels=2)
+    properties = dataset.plans["foreground_intensity_properties_per_channel"]
+    properties["1"] = dict(properties["0"])
+    dataset.plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["ZScoreNormalization", "CTNormalization"]
+
+    def fingerprint() -> str:
+        return preprocessing_fingerprint(PlansManager(copy.deepcopy(dataset.plans)), "3d_fullres")
+
+    first = fingerprint()
+    properties["0"]["mean"] += 1
+    assert fingerprint() == first
+    properties["1"]["mean"] += 1
+    assert fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    "change", [{"normalization_schemes": ["OurNormalization"]}, {"preprocessor_name": "OurPreprocessor"}]
+)
+def test_others_may_read_all_of_them(dataset: TinyDataset, change: dict[str, Any]) -> None:
+    dataset.plans["configurations"]["3d_fullres"].update(change)
+    first = preprocessing_fingerprint(PlansManager(copy.deepcopy(dataset.plans)), "3d_fullres")
+    replan(dataset, "max")
+    assert preprocessing_fingerprint(PlansManager(copy.deepcopy(dataset.plans)), "3d_fullres") != first
+
+
+# What PLANS had in a record until November 2026, printed by that code.
+EARLIER = "c52014c20b0b918c63f9d83a2409a9e27d5451d88049075ad242aba861b25873"
+
+
+def test_a_record_of_earlier_is_valid_as_long_as_nothing_changed(three: TinyDataset) -> None:
+    three.run()
+    for file in three.records.iterdir():
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"fingerprint": EARLIER}))
+    before = three.stamps()
+    assert three.run().up_to_date == ["U0", "U1", "U2"] and three.stamps() == before
+    assert three.run(raw_dataset_folder=None).up_to_date == ["U0", "U1", "U2"]
+    three.plans["configurations"]["3d_fullres"]["spacing"] = [1.5, 1.5, 1.5]
+    assert three.run().done == ["U0", "U1", "U2"]
 
 
 def test_configurations_that_share_a_folder_do_not_fight(three: TinyDataset) -> None:
