@@ -19,6 +19,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunet_ssl
 from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.data.labeled_targets import AddTargets
 
 
 def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +60,7 @@ def labeled_batch(trainer: nnUNetTrainer) -> dict[str, Any]:
     targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, scale))) for scale in scales]
     image = torch.randn(trainer.batch_size, trainer.num_input_channels, *patch) + target
     batch: dict[str, Any] = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
-    # What a method's workers compute beside nnU-Net's targets, sample by sample.
-    for transform in getattr(trainer, "_labeled_targets", {}).values():
-        maps = [transform(segmentation=[sample])["segmentation"][-1] for sample in target]
-        batch["target"] = [*batch["target"], torch.stack(maps)]
-    return batch
+    return AddTargets(getattr(trainer, "_labeled_targets", {}))(**batch)
 
 
 def give_unlabeled_batches(trainer: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -143,7 +143,6 @@ def step_bytes(
     rehearsal._do_i_compile = lambda: False
     if activation_checkpointing is not None:
         rehearsal.settings = dataclasses.replace(trainer.settings, activation_checkpointing=activation_checkpointing)
-    extra_channels = _channels_of_extra_targets(trainer)
     dtype = torch.float16 if mixed_precision else torch.float32
     with torch.device("meta"):
         network = _build(rehearsal, supervised=mode == "supervised")
@@ -161,11 +160,12 @@ def step_bytes(
             live.count(tensor)
         with live:
             if mode == "supervised":
-                batch = _labeled_batch(trainer, {})
+                batch = _labeled_batch(trainer)
                 before = live.now
                 rehearsal.loss(network(batch["data"].to(dtype)), batch["target"]).backward()
             else:
-                batch, unlabeled = _labeled_batch(trainer, extra_channels), _unlabeled_batch(trainer)
+                batch, unlabeled = _labeled_batch(trainer), _unlabeled_batch(trainer)
+                batch["extra"] = _extra_targets(trainer)
                 before = live.now
                 rehearsal.dataloader_unlabeled = iter([unlabeled])
                 rehearsal._gradients(
@@ -213,16 +213,7 @@ def _channels_of_targets(trainer: Any) -> int:
     return len(labels.foreground_regions) + labels.has_ignore_label if labels.has_regions else 1
 
 
-def _channels_of_extra_targets(trainer: Any) -> dict[str, int]:
-    # Made of a small sample, by the method's own transforms.
-    sample = torch.zeros(_channels_of_targets(trainer), *[4] * len(trainer.configuration_manager.patch_size))
-    return {
-        name: len(transform(segmentation=[sample])["segmentation"][-1])
-        for name, transform in trainer._labeled_targets.items()
-    }
-
-
-def _labeled_batch(trainer: Any, extra_channels: Mapping[str, int]) -> dict[str, Any]:
+def _labeled_batch(trainer: Any) -> dict[str, Any]:
     # As nnU-Net's loader makes it.
     size, patch = trainer.batch_size, trainer.configuration_manager.patch_size
     channels = _channels_of_targets(trainer)
@@ -230,12 +221,16 @@ def _labeled_batch(trainer: Any, extra_channels: Mapping[str, int]) -> dict[str,
     levels = [[round(length * scale) for length, scale in zip(patch, level, strict=True)] for level in scales]
     dtype = torch.bool if trainer.label_manager.has_regions else torch.int16
     targets = [torch.empty(size, channels, *level, dtype=dtype) for level in levels]
-    targets += [torch.empty(size, count, *patch) for count in extra_channels.values()]
     return {
         "data": torch.empty(size, trainer.num_input_channels, *patch),
-        "target": targets if trainer.enable_deep_supervision or extra_channels else targets[0],
+        "target": targets if trainer.enable_deep_supervision else targets[0],
         "keys": [""] * size,
     }
+
+
+def _extra_targets(trainer: Any) -> dict[str, Any]:
+    patch = trainer.configuration_manager.patch_size
+    return {name: target.largest(trainer.batch_size, patch) for name, target in trainer._labeled_targets.items()}
 
 
 def _unlabeled_batch(trainer: Any) -> dict[str, Any]:

@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -40,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nnunet_ssl
 from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases, folder_name, no_unlabeled_cases_message
 from nnunet_ssl.data.cutmix import CutMix
+from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
 from nnunet_ssl.data.leak_guard import check_leaks
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
 from nnunet_ssl.data.predicted_foreground import RARE, Aim, PredictedForeground
@@ -81,13 +80,13 @@ class LabeledBatch(NamedTuple):
         image: (B, C, *patch size).
         target: (B, 1, *patch size), or with deep supervision a list, full resolution first; regions as in nnU-Net.
         keys: the B cases.
-        extra: by name, what the method's :meth:`SemiSupervisedTrainer.labeled_targets` add.
+        extra: by name, what the method's :meth:`SemiSupervisedTrainer.labeled_targets` make: tensors or tuples of them.
     """
 
     image: Tensor
     target: Any
     keys: list[str]
-    extra: Mapping[str, Tensor] = MappingProxyType({})
+    extra: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def full_resolution(self) -> Tensor:
@@ -170,8 +169,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # nnU-Net's inference calls build_network_architecture on the class and gets the stock network; training calls
         # it on the instance.
         self.build_network_architecture = self._build_for_training
-        # A trainer that has its own augmentation overrides this on the class; the method's targets come after it.
-        self.get_training_transforms = self._training_transforms
         self._labeled_targets = self.labeled_targets()
         self.dataloader_unlabeled: NonDetMultiThreadedAugmenter | SingleThreadedAugmenter | None = None
         self.memory_mode = self.settings.memory_mode
@@ -202,11 +199,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Which views the unlabeled loader yields: by default the weak one alone."""
         return Views()
 
-    def labeled_targets(self) -> Mapping[str, BasicTransform]:
+    def labeled_targets(self) -> Mapping[str, LabeledTarget]:
         """What the labeled loader's workers compute beside nnU-Net's targets; nothing by default.
 
-        Each transform comes after nnU-Net's own and appends one tensor to the list of segmentations, which
-        ``LabeledBatch.extra`` then has under its name. Called by the constructor.
+        They are made of a batch after nnU-Net's own transforms, and ``LabeledBatch.extra`` then has them under their
+        names. Called by the constructor.
         """
         return {}
 
@@ -504,6 +501,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """nnU-Net's two loaders; the unlabeled loader is started beside them."""
         train, val = super().get_dataloaders()
         self.dataloader_train, self.dataloader_val = train, val
+        if self._labeled_targets:
+            # nnU-Net's loaders can take this, but nnU-Net has started their workers without.
+            train.transform = AddTargets(self._labeled_targets)
+            if isinstance(train, NonDetMultiThreadedAugmenter):
+                train._finish()
+                next(train)
         labeled = train.data_loader if isinstance(train, SingleThreadedAugmenter) else train.generator
         assert isinstance(labeled, nnUNetDataLoader) and self._unlabeled_dataset is not None
         views = self.unlabeled_views()
@@ -601,13 +604,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 next(loader)
         seed_this_process(derived_seed(seed, rank, self.current_epoch, 0))
 
-    def _training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        stock_transforms = getattr(type(self), "get_training_transforms")  # noqa: B009 - shadowed on the instance
-        transforms = stock_transforms(*args, **kwargs)
-        if not self._labeled_targets:
-            return transforms
-        return ComposeTransforms([*transforms.transforms, *self._labeled_targets.values()])
-
     def run_training(self) -> None:
         """Train as nnU-Net does, and stop all worker processes whatever happens: it stops its own two at a good end.
 
@@ -658,8 +654,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             keys=list(batch["keys"]),
         )
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+    def _to_device(self, tensors: Any) -> Any:
+        """A tensor, or a list or tuple of tensors."""
+        if isinstance(tensors, (list, tuple)):
+            return type(tensors)(self._to_device(tensor) for tensor in tensors)
+        return tensors.to(self.device, non_blocking=True)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -729,17 +728,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         }
 
     def _labeled_batch(self, batch: dict) -> LabeledBatch:
-        target, names = batch["target"], list(self._labeled_targets)
-        extra: dict[str, Tensor] = {}
-        if names:
-            extra = {n: self._to_device(t) for n, t in zip(names, target[-len(names) :], strict=True)}
-            target = target[: -len(names)]
-            target = target if self.enable_deep_supervision else target[0]
         return LabeledBatch(
             image=self._to_device(batch["data"]),
-            target=[self._to_device(t) for t in target] if isinstance(target, list) else self._to_device(target),
+            target=self._to_device(batch["target"]),
             keys=list(batch["keys"]),
-            extra=extra,
+            extra={name: self._to_device(target) for name, target in batch.get("extra", {}).items()},
         )
 
     def _gradients_or_split(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_ssl.data.labeled_targets import AddTargets
 from nnunet_ssl.data.signed_distance import signed_distance_map
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
@@ -70,11 +71,8 @@ def make_batches(trainer, u=3, seed=0) -> tuple[LabeledBatch, UnlabeledBatch, di
         target = torch.cat(channels + ([target == 3] if labels.has_ignore_label else []), 1).float()
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
     targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, s))) for s in scales]
-    extra = {
-        name: torch.stack([distance_maps(trainer, sample) for sample in target]) for name in trainer._labeled_targets
-    }
     image = torch.randn(2, 1, *patch, generator=generator)
-    batch = {"data": image, "target": [*targets, *extra.values()], "keys": ["l0", "l1"]}
+    batch = AddTargets(trainer._labeled_targets)(data=image, target=targets, keys=["l0", "l1"])
     views = trainer.unlabeled_views()
     unlabeled = {
         "weak": torch.randn(u, 1, *patch, generator=generator),
@@ -84,18 +82,24 @@ def make_batches(trainer, u=3, seed=0) -> tuple[LabeledBatch, UnlabeledBatch, di
         "keys": [f"u{i}" for i in range(u)],
     }
     trainer.dataloader_unlabeled = itertools.repeat(unlabeled)
-    labeled = LabeledBatch(image, targets if trainer.enable_deep_supervision else targets[0], batch["keys"], extra)
+    labeled = LabeledBatch(
+        image, targets if trainer.enable_deep_supervision else targets[0], batch["keys"], batch["extra"]
+    )
     return labeled, UnlabeledBatch(**unlabeled), batch
 
 
 def distance_maps(trainer, target: torch.Tensor) -> torch.Tensor:
-    """Signed distance maps of a segmentation (1, *spatial), or of regions (R, *spatial)."""
+    """Signed distance maps of all structures in segmentations (B, 1, *spatial), or regions (B, R, *spatial)."""
     labels = trainer.label_manager
-    masks = target[: labels.num_segmentation_heads] > 0 if labels.has_regions else [
-        target[0] == label for label in labels.foreground_labels
-    ]  # fmt: skip
     spacing = trainer.configuration_manager.spacing
-    return torch.stack([torch.from_numpy(signed_distance_map(mask.numpy(), spacing)) for mask in masks])
+
+    def maps(sample: torch.Tensor) -> torch.Tensor:
+        masks = sample[: labels.num_segmentation_heads] > 0 if labels.has_regions else [
+            sample[0] == label for label in labels.foreground_labels
+        ]  # fmt: skip
+        return torch.stack([torch.from_numpy(signed_distance_map(mask.numpy(), spacing)) for mask in masks])
+
+    return torch.stack([maps(sample) for sample in target])
 
 
 class Given(dict):

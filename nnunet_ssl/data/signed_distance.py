@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import edt
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import SegOnlyTransform
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, find_objects
 from torch import Tensor
+
+from nnunet_ssl.data.labeled_targets import LabeledTarget
 
 
 def signed_distance_map(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
@@ -30,24 +30,44 @@ def signed_distance_map(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarra
     Returns:
         (*spatial), float32, in [-1, 1].
     """
-    mask = np.ascontiguousarray(mask, dtype=bool)
-    boundary = mask & ~binary_erosion(mask, border_value=1)
+    found = list(_maps_of_present(np.ascontiguousarray(mask, dtype=bool).view(np.uint8), [1], spacing))
+    return found[0][1] if found else np.ones(mask.shape, dtype=np.float32)
+
+
+def _maps_of_present(
+    labels: np.ndarray, wanted: Sequence[int], spacing: Sequence[float]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Index in ``wanted`` and distance map of each label that is present; the others cost nothing."""
+    boxes = find_objects(labels)
+    for index, label in enumerate(wanted):
+        box = boxes[label - 1] if label <= len(boxes) else None
+        if box is not None:
+            yield index, _map_within(labels, label, box, spacing)
+
+
+def _map_within(labels: np.ndarray, label: int, box: tuple[slice, ...], spacing: Sequence[float]) -> np.ndarray:
+    # All but the distances themselves needs the structure's box alone, with its neighbors around it.
+    box = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in box)
+    inside = labels[box] == label
+    boundary = inside & ~binary_erosion(inside, border_value=1)
     if not boundary.any():
-        return np.full(mask.shape, -1.0 if mask.any() else 1.0, dtype=np.float32)
-    distance = edt.edt(~boundary, anisotropy=tuple(map(float, spacing)), parallel=1).reshape(mask.shape)
-    signed = np.zeros(mask.shape, dtype=np.float32)
-    for side, sign in ((mask, -1.0), (~mask, 1.0)):
-        farthest = distance[side].max(initial=0.0)
-        if farthest > 0:
-            signed[side] = sign * distance[side] / farthest
+        return np.full(labels.shape, -1.0, dtype=np.float32)
+    elsewhere = np.ones(labels.shape, dtype=bool)
+    elsewhere[box] = ~boundary
+    signed = edt.edt(elsewhere, anisotropy=tuple(map(float, spacing)), parallel=1).reshape(labels.shape)
+    within = signed[box]
+    depth = within[inside]
+    within[inside] = 0.0
+    signed /= signed.max()
+    within[inside] = -depth / max(depth.max(), np.finfo(np.float32).tiny)
     return signed
 
 
-class SignedDistanceTransform(SegOnlyTransform):
-    """Append the signed distance maps of the segmentation, (K, *spatial) float32, to nnU-Net's list of targets.
+class SignedDistanceMaps(LabeledTarget):
+    """Signed distance maps of the structures that are in a patch; :func:`of_all_structures` adds the others.
 
-    Comes after nnU-Net's own transforms: the segmentation is then a tensor, or with deep supervision a list, full
-    resolution first; of labels (1, *spatial), or of regions (R, *spatial), the ignore label last.
+    Of many classes a patch holds few, and the map of an absent one is +1 everywhere. Half precision is
+    within 0.00025 of a value in [-1, 1].
 
     Args:
         spacing: of the voxels along each axis of a patch, in mm. **[choice]** The patch's rotation and scaling in the
@@ -57,17 +77,44 @@ class SignedDistanceTransform(SegOnlyTransform):
     """
 
     def __init__(self, spacing: Sequence[float], *, labels: Sequence[int] | None, regions: int = 0) -> None:
-        super().__init__()
         self.spacing = tuple(spacing)
         self.labels = None if labels is None else tuple(labels)
-        self.regions = regions
+        self.structures = regions if labels is None else len(labels)
 
-    def _apply_to_segmentation(self, segmentation: Any, **params: Any) -> list[Tensor]:
-        levels = segmentation if isinstance(segmentation, list) else [segmentation]
-        full = levels[0].numpy()
-        if self.labels is None:
-            masks = [full[region] > 0 for region in range(self.regions)]
-        else:
-            masks = [full[0] == label for label in self.labels]
-        maps = np.stack([signed_distance_map(mask, self.spacing) for mask in masks])
-        return [*levels, torch.from_numpy(maps)]
+    def __call__(self, segmentation: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps (P, *spatial), float16, and (P,) int64, the place of each among the B x K of all structures."""
+        places, maps = [], []
+        for number, sample in enumerate(segmentation.to(torch.int16).numpy()):
+            for structure, found in self._of_sample(sample):
+                places.append(number * self.structures + structure)
+                maps.append(torch.from_numpy(found).half())
+        stacked = torch.stack(maps) if maps else torch.empty(0, *segmentation.shape[2:], dtype=torch.float16)
+        return stacked, torch.tensor(places, dtype=torch.int64)
+
+    def _of_sample(self, sample: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        if self.labels is not None:
+            yield from _maps_of_present(sample[0], self.labels, self.spacing)
+            return
+        for region in range(self.structures):
+            for _, found in _maps_of_present((sample[region] > 0).view(np.uint8), [1], self.spacing):
+                yield region, found
+
+    def largest(self, batch_size: int, patch_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As of patches that hold all structures."""
+        count = batch_size * self.structures
+        return torch.empty(count, *patch_size, dtype=torch.float16), torch.empty(count, dtype=torch.int64)
+
+
+def of_all_structures(like: Tensor, maps: Tensor, places: Tensor) -> Tensor:
+    """The maps of all structures: those that are there at their places, +1 for the others.
+
+    Args:
+        like: (B, K, *spatial).
+        maps: (P, *spatial), as :class:`SignedDistanceMaps` makes them.
+        places: (P,), int64.
+
+    Returns:
+        A tensor of the shape, type and device of ``like``.
+    """
+    full = torch.ones_like(like, requires_grad=False).flatten(0, 1)
+    return full.index_copy_(0, places, maps.to(full.dtype)).unflatten(0, like.shape[:2])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_ssl.data.signed_distance import SignedDistanceTransform
+from nnunet_ssl.data.signed_distance import SignedDistanceMaps, of_all_structures
 from nnunet_ssl.distributed import gather_over_ranks, num_processes, sum_over_ranks
 from nnunet_ssl.losses.contrastive import info_nce
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
@@ -87,15 +87,15 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         )
         return TrainingNetwork(network, head=head, teacher=True, predict_with_teacher=s.predict_with == "teacher")
 
-    def labeled_targets(self) -> dict[str, SignedDistanceTransform]:
+    def labeled_targets(self) -> dict[str, SignedDistanceMaps]:
         """Signed distance maps, made by the workers that augment."""
         labels = self.label_manager
-        transform = SignedDistanceTransform(
+        maps = SignedDistanceMaps(
             self.configuration_manager.spacing,
             labels=None if labels.has_regions else labels.foreground_labels,
             regions=self.num_structures,
         )
-        return {"distance": transform}
+        return {"distance": maps}
 
     def streams(self) -> dict[str, Stream]:
         """The student on labeled and noisy unlabeled images, the teacher on the unlabeled ones as they are."""
@@ -124,13 +124,13 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         L_con      = MSE(p_s(u + noise), p_t(u))
         """
         output = outputs["x"]
+        predicted = _head(output, "distance")
+        target = of_all_structures(predicted, *labeled.extra["distance"])
         yield {
             "supervised": self.supervised_loss(output.logits, labeled.target),
-            "distance": distance_error(
-                _head(output, "distance"), labeled.extra["distance"], self.known_voxels(labeled)
-            ),
+            "distance": distance_error(predicted, target, self.known_voxels(labeled)),
         }
-        del output  # the next pass needs its memory
+        del output, predicted, target  # the next pass needs their memory
 
         teacher, student = outputs["u_teacher"], outputs["u_student"]
         self.record_prediction(teacher.logits)

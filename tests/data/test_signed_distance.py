@@ -1,4 +1,4 @@
-"""Signed distance maps against a search over all voxels, and as a transform in nnU-Net's loader."""
+"""Signed distance maps against a search over all voxels, and as targets of a batch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nnunet_ssl.data.signed_distance import SignedDistanceTransform, signed_distance_map
+from nnunet_ssl.data.signed_distance import SignedDistanceMaps, of_all_structures, signed_distance_map
 
 
 def naive_map(mask: np.ndarray, spacing) -> np.ndarray:
@@ -85,21 +84,39 @@ def segmentation() -> torch.Tensor:
     return labels
 
 
-def test_the_transform_appends_one_map_per_class():
-    levels = DownsampleSegForDSTransform([[1, 1], [0.5, 0.5]])(segmentation=segmentation())["segmentation"]
-    transform = pickle.loads(pickle.dumps(SignedDistanceTransform((1.0, 2.0), labels=[1, 2])))
-    *kept, maps = transform(segmentation=levels)["segmentation"]
-    assert len(kept) == 2 and all(torch.equal(a, b) for a, b in zip(kept, levels, strict=True))
-    assert maps.shape == (2, 8, 12) and maps.dtype == torch.float32
-    for index, label in enumerate((1, 2)):
-        mask = (segmentation()[0] == label).numpy()
-        np.testing.assert_allclose(maps[index].numpy(), naive_map(mask, (1.0, 2.0)), atol=1e-5)
+def test_only_structures_that_are_there_have_a_map():
+    batch = torch.stack([segmentation(), torch.where(segmentation() == 1, 0, segmentation()), segmentation() * 0])
+    make = pickle.loads(pickle.dumps(SignedDistanceMaps((1.0, 2.0), labels=[1, 2, 4])))
+    maps, places = make(batch)
+    assert maps.shape == (3, 8, 12) and maps.dtype == torch.float16 and places.tolist() == [0, 1, 4]
+    full = of_all_structures(torch.zeros(3, 3, 8, 12), maps, places)
+    for labels, sample in zip(batch, full, strict=True):
+        for label, found in zip((1, 2, 4), sample, strict=True):
+            np.testing.assert_allclose(found, naive_map((labels[0] == label).numpy(), (1.0, 2.0)), atol=2.5e-4)
 
 
-def test_the_transform_of_regions_leaves_out_the_ignore_label_and_needs_no_deep_supervision():
+def test_a_batch_without_structures_is_far_from_all():
+    maps, places = SignedDistanceMaps((1.0, 1.0), labels=[1, 2])(torch.zeros(2, 1, 4, 5, dtype=torch.int16))
+    assert maps.shape == (0, 4, 5) and places.shape == (0,)
+    like = torch.zeros(2, 2, 4, 5, dtype=torch.float16, requires_grad=True)
+    full = of_all_structures(like, maps, places)
+    assert (full == 1).all() and full.dtype == torch.float16 and not full.requires_grad
+
+
+def test_maps_of_regions_leave_out_the_ignore_label():
     labels = segmentation()[0]
-    regions = torch.stack([(labels == 1) | (labels == 2), labels == 2, labels == 3])
-    transform = SignedDistanceTransform((1.0, 1.0), labels=None, regions=2)
-    kept, maps = transform(segmentation=regions)["segmentation"]
-    assert torch.equal(kept, regions) and maps.shape == (2, 8, 12)
-    np.testing.assert_allclose(maps[0].numpy(), naive_map(regions[0].numpy(), (1.0, 1.0)), atol=1e-5)
+    regions = torch.stack([(labels == 1) | (labels == 2), labels == 4, labels == 2, labels == 3])
+    maps, places = SignedDistanceMaps((1.0, 1.0), labels=None, regions=3)(regions[None])
+    assert places.tolist() == [0, 2]
+    for number, found in zip((0, 2), maps, strict=True):
+        np.testing.assert_allclose(found, naive_map(regions[number].numpy(), (1.0, 1.0)), atol=2.5e-4)
+
+
+def test_a_batch_can_be_as_large_as_the_estimate_says():
+    labels = torch.arange(32, dtype=torch.int16).view(1, 1, 4, 8).expand(2, 1, 4, 8)
+    for make, batch in (
+        (SignedDistanceMaps((1.0, 1.0), labels=range(1, 32)), labels),
+        (SignedDistanceMaps((1.0, 1.0), labels=None, regions=3), torch.ones(2, 3, 4, 8, dtype=torch.bool)),
+    ):
+        for largest, found in zip(make.largest(2, (4, 8)), make(batch), strict=True):
+            assert largest.shape == found.shape and largest.dtype == found.dtype

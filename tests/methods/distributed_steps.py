@@ -17,6 +17,7 @@ from method_steps import TRAINERS, make_batches, make_trainer
 from torch import distributed as dist
 
 import nnunet_ssl.trainer as trainer_module
+from nnunet_ssl.data.labeled_targets import AddTargets
 from nnunet_ssl.distributed import alone
 from nnunet_ssl.networks import outputs as outputs_module
 from nnunet_ssl.networks.training_network import draw_dropout_masks
@@ -82,13 +83,9 @@ def half_batches(trainer, rank: int) -> tuple[LabeledBatch, UnlabeledBatch, dict
         partner=torch.tensor([1, 0]),
         keys=unlabeled.keys[u],
     )
-    labeled = LabeledBatch(
-        labeled.image[x],
-        [target[x] for target in labeled.target],
-        labeled.keys[x],
-        {name: tensor[x] for name, tensor in labeled.extra.items()},
-    )
-    batch = {"data": batch["data"][x], "target": [t[x] for t in batch["target"]], "keys": batch["keys"][x]}
+    halves = {"data": batch["data"][x], "target": [t[x] for t in batch["target"]], "keys": batch["keys"][x]}
+    batch = AddTargets(trainer._labeled_targets)(**halves)
+    labeled = LabeledBatch(batch["data"], batch["target"], batch["keys"], batch["extra"])
     trainer.dataloader_unlabeled = itertools.repeat(unlabeled._asdict())
     return labeled, unlabeled, batch
 

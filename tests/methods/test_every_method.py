@@ -210,8 +210,7 @@ def test_without_deep_supervision(make, planned_2d):
     trainer.was_initialized = False
     trainer.initialize()
     _, _, batch = make_batches(trainer)
-    if len(batch["target"]) == 1:
-        (batch["target"],) = batch["target"]
+    (batch["target"],) = batch["target"]
     assert math.isfinite(trainer.train_step(batch)["loss"])
 
 

@@ -137,7 +137,8 @@ def trained_parameters(network) -> int:
 def test_what_is_there_before_the_step(make, planned_2d) -> None:
     trainer = make(SimCVDTrainer, planned_2d)
     patch = 24 * 24
-    labeled = 2 * (4 * patch + 2 * patch + 2 * patch // 4 + 4 * 2 * patch)  # image, targets, a distance map per class
+    # Image, targets, and for each class a distance map and its place.
+    labeled = 2 * (4 * patch + 2 * patch + 2 * patch // 4 + 2 * (2 * patch + 8))
     unlabeled = 2 * 4 * patch + 2 * 8  # the weak view, and partners
     state = [*trainer.network.parameters(), *trainer.network.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in state)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from method_steps import Given, make_batches, summed_terms
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import pin_memory_of_all_eligible_items_in_dict
+from method_steps import Given, distance_maps, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
 
-from nnunet_ssl.data.signed_distance import signed_distance_map
+from nnunet_ssl.data.signed_distance import of_all_structures
 from nnunet_ssl.methods.simcvd import SimCVDTrainer, consistency, distance_error, structure_distillation
 from nnunet_ssl.networks.training_network import Stream, StreamOutput, draw_dropout_masks
 
@@ -36,8 +37,8 @@ def random_outputs(trainer, labeled, unlabeled) -> Given:
     return outputs
 
 
-def naive_simcvd(outputs, labeled, temperature: float, regions: bool) -> dict[str, float]:
-    """The equations in float64, one position at a time."""
+def naive_simcvd(outputs, labeled, maps, temperature: float, regions: bool) -> dict[str, float]:
+    """The equations in float64, one position at a time; ``maps`` are the signed distance maps of all structures."""
 
     def array(tensor):
         return tensor.detach().double().numpy()
@@ -60,7 +61,7 @@ def naive_simcvd(outputs, labeled, temperature: float, regions: bool) -> dict[st
         a, b = (v.reshape(5, -1).T / np.linalg.norm(v.reshape(5, -1).T, axis=1, keepdims=True) for v in (v_s, v_t))
         structure.append(contrast(b, a, 1.0))
     return {
-        "distance": ((array(x.head["distance"]) - array(labeled.extra["distance"])) ** 2).mean(),
+        "distance": ((array(x.head["distance"]) - array(maps)) ** 2).mean(),
         "contrast": contrast(h_s, h_t, temperature),
         "structure": np.mean(structure),
         "consistency": ((probabilities(array(student.logits)) - probabilities(array(teacher.logits))) ** 2).mean(),
@@ -73,7 +74,7 @@ def test_terms_are_the_papers(regions, planned_2d, monkeypatch, tmp_path):
     labeled, unlabeled, _ = make_batches(trainer)
     outputs = random_outputs(trainer, labeled, unlabeled)
     terms = summed_terms(trainer, outputs, labeled, unlabeled)
-    expected = naive_simcvd(outputs, labeled, 0.7, regions)
+    expected = naive_simcvd(outputs, labeled, distance_maps(trainer, labeled.full_resolution), 0.7, regions)
     assert set(terms) == {"supervised", *expected} == set(trainer.loss_weights(0.0))
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value, rel=1e-4), name
@@ -224,30 +225,34 @@ def test_bottleneck_voxels_are_drawn_where_there_are_many():
     assert drawn[0] != drawn[1]
 
 
-@pytest.mark.parametrize("ignore", [False, True])
 @pytest.mark.parametrize("regions", [False, True])
-def test_the_labeled_loaders_targets_are_the_distance_maps_in_mm(regions, ignore, planned_3d, monkeypatch, tmp_path):
-    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, regions=regions, ignore=ignore)
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_the_labeled_loaders_targets_are_the_distance_maps_in_mm(regions, workers, planned_3d, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_n_proc_DA", workers)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    trainer = make_trainer(planned_3d, monkeypatch, tmp_path, regions=regions)
     trainer.configuration_manager.configuration["spacing"] = [4.0, 1.0, 0.5]
-    rotation, _, _, mirroring = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    patch = trainer.configuration_manager.patch_size
-    labels = trainer.label_manager
     trainer._labeled_targets = trainer.labeled_targets()
-    transforms = trainer.get_training_transforms(
-        patch, rotation, trainer._get_deep_supervision_scales(), mirroring, False, use_mask_for_norm=None,
-        is_cascaded=False, foreground_labels=labels.foreground_labels,
-        regions=labels.foreground_regions if labels.has_regions else None, ignore_label=labels.ignore_label,
-    )  # fmt: skip
-    segmentation = torch.zeros(1, *patch, dtype=torch.int16)
-    segmentation[0, 2:8, 3:9, 4:12] = 1
-    segmentation[0, 4:7, 5:12, 6:14] = 2
-    segmentation[0, :, :, -2:] = 3 if ignore else 0
-    *levels, maps = transforms(image=torch.randn(1, *patch), segmentation=segmentation)["segmentation"]
-    full = levels[0]
-    masks = full[:2] if regions else torch.stack([full[0] == 1, full[0] == 2])
-    assert len(levels) == len(trainer._get_deep_supervision_scales()) and masks.any()
-    expected = np.stack([signed_distance_map(mask.numpy(), (4.0, 1.0, 0.5)) for mask in masks])
-    np.testing.assert_array_equal(maps.numpy(), expected)
+    try:
+        trainer.on_train_start()
+        batches = [next(trainer.dataloader_train) for _ in range(3)]
+        validation = next(trainer.dataloader_val)
+    finally:
+        for loader in trainer._loaders_with_workers.values():
+            loader._finish()
+    assert "extra" not in validation
+    present = []
+    for batch in batches:
+        labeled = trainer._labeled_batch(pin_memory_of_all_eligible_items_in_dict(batch))
+        assert len(labeled.target) == len(trainer._get_deep_supervision_scales())
+        expected = distance_maps(trainer, labeled.full_resolution)
+        maps, places = labeled.extra["distance"]
+        found = of_all_structures(torch.zeros_like(expected), maps, places)
+        torch.testing.assert_close(found, expected, atol=2.5e-4, rtol=0)
+        structures = expected.amin(tuple(range(2, expected.ndim))) < 1
+        assert maps.dtype == torch.float16 and len(maps) == len(places) == structures.sum()
+        present.append(structures)
+    assert torch.cat(present).any()
 
 
 def test_voxels_with_the_ignore_label_have_no_distance_error(planned_2d, monkeypatch, tmp_path):
@@ -257,7 +262,7 @@ def test_voxels_with_the_ignore_label_have_no_distance_error(planned_2d, monkeyp
         known = trainer.known_voxels(labeled)
         ignored = labeled.target[0][:, -1:] == (1 if regions else 3)
         assert ignored.any() and torch.equal(known, ~ignored)
-        target = labeled.extra["distance"]
+        target = distance_maps(trainer, labeled.full_resolution)
         wrong = torch.where(ignored, target + 5, target)
         assert distance_error(wrong, target, known) == 0
         assert distance_error(target + 2, target, known).item() == pytest.approx(4)

@@ -119,11 +119,9 @@ def test_labels_and_pseudo_labels_without_a_class_train(method, regions, planned
     options = {"confidence_threshold": 1.0} if method.__name__ == "CrossMatchTrainer" else {}
     trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path, regions=regions, ramp_length=0.0, **options)
     _, _, batch = make_batches(trainer)
-    ours = len(trainer._labeled_targets)
-    nnunets = batch["target"][: len(batch["target"]) - ours]
     # No second class in the labels, and a network that puts out the first class alone, from pseudo-labels none of
     # which reaches CrossMatch's threshold of 1.
-    batch["target"][: len(nnunets)] = [torch.zeros_like(one) if regions else one.clamp(max=1) for one in nnunets]
+    batch["target"] = [torch.zeros_like(one) if regions else one.clamp(max=1) for one in batch["target"]]
     with torch.no_grad():
         for layer in trainer.training_network.decoder.seg_layers:
             layer.weight.zero_()
