@@ -361,10 +361,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def training_network(self) -> TrainingNetwork:
         """The network without the wrappers of DDP and ``torch.compile``."""
-        network = self.network.module if self.is_ddp else self.network
-        network = network._orig_mod if isinstance(network, OptimizedModule) else network
+        network = self._without_ddp._orig_mod if self._is_compiled else self._without_ddp
         assert isinstance(network, TrainingNetwork)
         return network
+
+    @property
+    def _without_ddp(self) -> nn.Module:
+        return self.network.module if self.is_ddp else self.network
+
+    @property
+    def _is_compiled(self) -> bool:
+        return isinstance(self._without_ddp, OptimizedModule)
 
     # ---- unlabeled data ---------------------------------------------------------------------------------------------
 
@@ -807,7 +814,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _outputs(self, images: Mapping[str, Tensor], streams: Mapping[str, Stream], masks: Any) -> Outputs:
         if self.memory_mode == "stacked":
             return StackedOutputs(self.network, images, streams, masks)
-        return SplitOutputs(self.training_network, images, streams, masks)
+        return SplitOutputs(self.training_network, images, streams, masks, compiled=self._is_compiled)
 
     def _autocast(self) -> AbstractContextManager:
         # As nnU-Net: mixed precision on CUDA alone.

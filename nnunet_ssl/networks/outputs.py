@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.networks.training_network import Masks, Stream, StreamOutput, TrainingNetwork
+
+_MOST_GRAPHS = 64
 
 
 class Outputs(Mapping[str, StreamOutput]):
@@ -88,13 +92,21 @@ class SplitOutputs(Outputs):
         images: by name, (N, C, *spatial).
         streams: by name.
         masks: of :func:`~nnunet_ssl.networks.training_network.draw_dropout_masks`.
+        compiled: whether the passes are compiled, the encoder's and the decoders' apart: a graph for each kind of pass.
     """
 
     def __init__(
-        self, network: TrainingNetwork, images: Mapping[str, Tensor], streams: Mapping[str, Stream], masks: Masks
+        self,
+        network: TrainingNetwork,
+        images: Mapping[str, Tensor],
+        streams: Mapping[str, Stream],
+        masks: Masks,
+        *,
+        compiled: bool = False,
     ) -> None:
         super().__init__(streams)
         self._network = network
+        self._pass = _compiled if compiled else _as_it_is
         self._images = images
         self._masks = masks
         self._outputs: dict[str, StreamOutput] = {}
@@ -121,8 +133,9 @@ class SplitOutputs(Outputs):
     def _run(self, name: str, *, gradient: bool) -> StreamOutput:
         stream = self._streams[name]
         skips = self._teachers_features(stream.image) if stream.teacher else self._students_features(stream.image)
+        decode = self._pass(type(self._network).decode_alone)
         with torch.set_grad_enabled(gradient):
-            output = self._network.decode({name: stream}, self._images, {stream.image: skips}, self._masks)[name]
+            output = decode(self._network, stream.kind, self._images[stream.image], skips, self._masks.get(name))
         if not gradient:
             # Autocast keeps the weights it casts. Older PyTorch keeps them without gradient, for the next stream too.
             torch.clear_autocast_cache()
@@ -131,13 +144,16 @@ class SplitOutputs(Outputs):
     def _students_features(self, image: str) -> list[Tensor]:
         if image not in self._features:
             with torch.set_grad_enabled(bool(self._pending[image])):
-                skips = self._network.encode(self._images[image])
+                skips = self._encode(self._network, image)
             self._features[image] = skips, [skip.detach().requires_grad_() for skip in skips]
         return self._features[image][1]
 
     @torch.no_grad()
     def _teachers_features(self, image: str) -> list[Tensor]:
-        return self._network.teacher.encoder(self._images[image])
+        return self._encode(self._network.teacher, image)
+
+    def _encode(self, network: TrainingNetwork, image: str) -> list[Tensor]:
+        return self._pass(type(network).encode)(network, self._images[image])
 
     def backward(self, loss: Tensor) -> None:
         """Backward through the decoder of the streams asked for, and through each encoder that is then complete."""
@@ -163,3 +179,18 @@ class SplitOutputs(Outputs):
         for image in list(self._features):
             self._encoder_backward(image)
         self._outputs.clear()
+
+
+def _as_it_is(run: Callable[..., Any]) -> Callable[..., Any]:
+    return run
+
+
+@cache
+def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    # PyTorch stops at 8 graphs of a function, and goes on without compiling. Three decoders have 10 kinds of passes:
+    # of labeled and of unlabeled images, with gradient and, of two of them, without.
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, _MOST_GRAPHS)
+    # Sizes are constants: a training has two, that of labeled and that of unlabeled batches. By default, PyTorch would
+    # take the second one for the start of many and make slower code for any size.
+    return torch.compile(run, dynamic=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pydoc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -61,6 +61,14 @@ class Stream:
     def __post_init__(self) -> None:
         if self.teacher and self.gradient:
             raise ValueError("A teacher's stream has no gradient: set gradient=False.")
+
+    @property
+    def kind(self) -> Stream:
+        """The stream without what the decoder's pass does not depend on.
+
+        ``torch.compile`` makes a graph for every value that it sees: for each name, and for each probability.
+        """
+        return replace(self, image="image", dropout=0.0, dropout_on=(), gradient=False)
 
 
 class StreamOutput(NamedTuple):
@@ -271,6 +279,20 @@ class TrainingNetwork(nn.Module):
                 branch.training_only["head"](images[stream.image], part) if stream.head else None,
             )
         return outputs
+
+    def decode_alone(
+        self, stream: Stream, image: Tensor, skips: Sequence[Tensor], masks: StreamMasks | None
+    ) -> StreamOutput:
+        """One stream, with :attr:`Stream.kind` in its place: what is compiled of one then serves all of its kind.
+
+        Args:
+            stream: the stream's kind.
+            image: what the stream names.
+            skips: the encoder's features of the image, full resolution first.
+            masks: the stream's channel dropout.
+        """
+        images, name = {stream.image: image}, "alone"
+        return self.decode({name: stream}, images, {stream.image: skips}, {} if masks is None else {name: masks})[name]
 
     def decoder_of(self, stream: Stream) -> UNetDecoder:
         """The decoder that a stream names."""

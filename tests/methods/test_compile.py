@@ -1,0 +1,112 @@
+"""Memory mode split compiled: how many graphs, and the numbers of the step that is not compiled."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from method_steps import make_batches, make_trainer
+from torch._dynamo.utils import counters
+
+from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
+from nnunet_ssl.methods.simcvd import SimCVDTrainer
+from nnunet_ssl.networks import outputs as outputs_module
+
+COMPILE = torch.compile
+
+# One graph of the encoder for each size of a batch, and for SimCVD one of the teacher's. Decoders: CrossMatch's of
+# labeled images, and of unlabeled ones without gradient, with dropout and without; each of the mutual ones of labeled
+# and of unlabeled images, and all but the one that learns first once more without gradient; SimCVD's of labeled and
+# noisy images and the teacher.
+GRAPHS = {
+    "CrossMatch": (CrossMatchTrainer, {}, 1 + 4),
+    "MutualReliable": (MutualReliableTrainer, {}, 1 + 6),
+    "MutualReliable, 3 decoders": (MutualReliableTrainer, {"decoders": 3}, 1 + 10),
+    "SimCVD": (SimCVDTrainer, {}, 2 + 3),
+}
+# nnU-Net's own: the validation's forward, and its Dice with gradient and without.
+NNUNETS = 1 + 2
+
+slow = pytest.mark.slow
+CASES = [
+    *(pytest.param(name, False, "aot_eager", id=name) for name in GRAPHS),
+    pytest.param("CrossMatch", True, "aot_eager", id="CrossMatch, checkpointing"),
+    *(pytest.param(name, True, "aot_eager", id=f"{name}, checkpointing", marks=slow) for name in list(GRAPHS)[1:]),
+    *(pytest.param(name, False, "inductor", id=f"{name}, inductor", marks=slow) for name in GRAPHS),
+    pytest.param("SimCVD", True, "inductor", id="SimCVD, checkpointing, inductor", marks=slow),
+]
+
+
+@pytest.fixture
+def make(planned_2d, monkeypatch, tmp_path):
+    """A trainer that nnU-Net compiles, as it does on a GPU."""
+
+    def factory(method, backend="aot_eager", **settings):
+        monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend))
+        monkeypatch.setattr(method, "_do_i_compile", lambda self: True)
+        return make_trainer(method, planned_2d, monkeypatch, tmp_path, **settings)
+
+    forget_graphs()
+    yield factory
+    forget_graphs()
+
+
+def forget_graphs() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    outputs_module._compiled.cache_clear()
+
+
+def gradients_of(trainer, labeled, unlabeled) -> tuple[dict, dict]:
+    torch.manual_seed(11)
+    terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(1.0))
+    return terms, {n: p.grad.clone() for n, p in trainer.training_network.named_parameters() if p.grad is not None}
+
+
+def validate(trainer, batch, targets) -> None:
+    trainer.network.eval()
+    with torch.no_grad():
+        given = {"data": batch["data"], "target": [target.clone() for target in targets]}
+        assert math.isfinite(trainer.validation_step(given)["loss"])
+    trainer.network.train()
+
+
+@pytest.mark.parametrize(("name", "checkpointing", "backend"), CASES)
+def test_a_step_in_split_mode_has_a_graph_of_every_kind_of_pass_and_no_more(make, name, checkpointing, backend):
+    method, settings, graphs = GRAPHS[name]
+    trainer = make(method, backend, memory_mode="split", activation_checkpointing=checkpointing, **settings)
+    labeled, unlabeled, batch = make_batches(trainer, u=2)
+    compiled = trainer.network
+    trainer.network = trainer.training_network
+    terms, gradients = gradients_of(trainer, labeled, unlabeled)
+    trainer.network = compiled
+    found_terms, found = gradients_of(trainer, labeled, unlabeled)
+    for term, value in terms.items():
+        torch.testing.assert_close(found_terms[term], value, rtol=1e-4, atol=1e-6)
+    assert set(gradients) <= set(found)
+    scale = max(gradient.abs().max() for gradient in gradients.values()).item()
+    for parameter, gradient in found.items():
+        # The head of the lowest resolution has no loss: no gradient, or compiled one of zeros.
+        expected = gradients.get(parameter, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * scale, msg=parameter)
+
+    trainer.train_step(batch)
+    validate(trainer, batch, labeled.target)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            assert math.isfinite(trainer.train_step(batch)["loss"])
+            validate(trainer, batch, labeled.target)
+    assert counters["stats"]["unique_graphs"] == graphs + NNUNETS
+    assert not counters["graph_break"]
+
+
+def test_unlabeled_batches_of_another_size_add_one_graph_of_the_encoder(make):
+    trainer = make(CrossMatchTrainer, memory_mode="split")
+    _, _, batch = make_batches(trainer, u=3)
+    for _ in range(2):
+        trainer.train_step(batch)
+    assert counters["stats"]["unique_graphs"] == 2 + 4 + 1, "one of nnU-Net's Dice"
+    assert not counters["graph_break"]
