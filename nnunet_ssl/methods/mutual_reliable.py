@@ -54,6 +54,10 @@ class MutualReliableSettings(SemiSupervisedSettings):
     )
 
 
+# Products that one of a matrix of all voxels is divided into on a GPU: about two for each of its multiprocessors.
+_PARTS = 256
+
+
 class Lesson(NamedTuple):
     """What a decoder teaches the others about a batch of images. Nothing of it carries a gradient.
 
@@ -255,13 +259,40 @@ def cosine_to_prototypes(features: Tensor, members: Tensor) -> Tensor:
     """
     f = features.flatten(2)
     # A prototype's length does not matter to the cosine, so the sum does for the mean.
-    prototypes = torch.bmm(members.flatten(2).to(f.dtype), f.transpose(1, 2))
+    parts = 1 if f.device.type == "cpu" else _PARTS
+    prototypes = sums_over_members(f, members.flatten(2).to(f.dtype), parts=parts)
     similarity = torch.bmm(functional.normalize(prototypes, dim=2), f)
     # Channel by channel: a norm over them is many times slower on a CPU, and their squares are as large as they are.
     squares = torch.zeros_like(f[:, 0])
     for channel in f.unbind(1):
         squares.addcmul_(channel, channel)
     return (similarity / squares.sqrt().clamp(min=1e-8)[:, None]).unflatten(2, features.shape[2:])
+
+
+def sums_over_members(features: Tensor, members: Tensor, *, parts: int) -> Tensor:
+    """Sum of the features of each class's voxels, sample by sample.
+
+    As one product per sample, of few rows and columns and millions of voxels between, it would occupy two blocks of a
+    GPU. As many products of a part of the voxels each, added up, it occupies all; on a CPU that is no faster.
+
+    Args:
+        features: (B, F, V).
+        members: (B, K, V), of the same type, 1 where a voxel belongs to a class and 0 elsewhere.
+        parts: into how many the voxels are divided; what is left over is one more.
+
+    Returns:
+        (B, K, F).
+    """
+    size = features.shape[2] // parts
+    if parts == 1 or size == 0:
+        return torch.bmm(members, features.transpose(1, 2))
+    sums = []
+    for f, m in zip(features, members, strict=True):
+        # Views: of a sample, but not of the batch, the parts are an axis without a copy.
+        divided_f, divided_m = (tensor[:, : size * parts].unflatten(1, (parts, size)) for tensor in (f, m))
+        total = torch.bmm(divided_m.transpose(0, 1), divided_f.permute(1, 2, 0)).sum(0)
+        sums.append(total.addmm(m[:, size * parts :], f[:, size * parts :].t()))
+    return torch.stack(sums)
 
 
 def mutual_loss(logits: Tensor, label: Tensor, certain: Tensor, reliable: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from method_steps import Given, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_ssl.methods.mutual_reliable import (
     MutualNetwork,
@@ -17,6 +19,7 @@ from nnunet_ssl.methods.mutual_reliable import (
     cosine_to_prototypes,
     lesson,
     mutual_loss,
+    sums_over_members,
 )
 from nnunet_ssl.networks.training_network import Stream, StreamOutput
 
@@ -265,6 +268,35 @@ def test_prototypes_are_per_sample_and_the_cosine_is_one_where_features_agree():
     similarity = cosine_to_prototypes(features, members)
     torch.testing.assert_close(similarity[:, :2], torch.ones(2, 2, 1, 4))
     assert torch.equal(similarity[:, 2], torch.zeros(2, 1, 4))  # a class without voxels
+
+
+@pytest.mark.parametrize("voxels", [5, 255, 256, 257, 256 * 4, 10_000])
+def test_sums_in_parts_are_the_sums(voxels):
+    generator = torch.Generator().manual_seed(voxels)
+    features = torch.randn(2, 5, voxels, generator=generator)
+    members = (torch.rand(2, 3, voxels, generator=generator) < 0.3).float()
+    expected = torch.einsum("bkv,bfv->bkf", members.double(), features.double()).float()
+    for parts in (1, 256):
+        torch.testing.assert_close(
+            sums_over_members(features, members, parts=parts), expected, rtol=1e-5, atol=1e-6 * voxels
+        )
+
+
+def test_on_a_gpu_no_product_is_of_all_voxels():
+    """Shapes without content, since there may be no GPU."""
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default:
+                products.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Products():
+        features = torch.empty(2, 32, 64, 64, 48, device="cuda")
+        found = cosine_to_prototypes(features, torch.empty(2, 2, 64, 64, 48, device="cuda", dtype=torch.bool))
+    assert found.shape == (2, 2, 64, 64, 48)
+    assert sorted(map(tuple, products)) == [(2, 2, 32), (256, 2, 768), (256, 2, 768)]
 
 
 def test_features_of_half_precision_are_summed_in_single():
