@@ -7,6 +7,7 @@ step needs: a second loader, passes of many streams, named loss terms with a sch
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shutil
 import signal
@@ -50,7 +51,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.evaluation.shares import collapse_warning, collapsed, mean_share
 from nnunet_ssl.memory import log_memory
-from nnunet_ssl.networks.checkpoints import read_checkpoint, write_checkpoint
+from nnunet_ssl.networks.checkpoints import NotPlainError, differences, read_checkpoint, write_checkpoint
 from nnunet_ssl.networks.outputs import Outputs, SplitOutputs, StackedOutputs
 from nnunet_ssl.networks.training_network import (
     SUPPORTED,
@@ -63,10 +64,15 @@ from nnunet_ssl.networks.training_network import (
     unsupported,
 )
 from nnunet_ssl.processes import Sigterm, derived_seed, handled_sigterm, killed_workers, seed_this_process
-from nnunet_ssl.settings import SemiSupervisedSettings
+from nnunet_ssl.settings import PLANS_KEY, SemiSupervisedSettings
 
 LOG_PREFIX = "ssl/"
 CHECKPOINT_KEY = "ssl"
+
+_START_FROM_WEIGHTS = (
+    "To start from the weights of this checkpoint, use -pretrained_weights and not --c, which goes on with trainings "
+    "of semi-supervised trainers only."
+)
 
 # With mixed precision a step may overflow; the gradient scaler then skips it and halves its scale. Its scale starts
 # at 2^16, so a network that is sound needs no more than this many steps in a row.
@@ -463,7 +469,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.label_manager.num_segmentation_heads,
             enable_deep_supervision=False,
         )
-        checkpoint = _read_checkpoint(checkpoint_file, torch.device("cpu"))
+        try:
+            checkpoint = read_checkpoint(checkpoint_file)
+        except UserError as error:
+            raise UserError(f"{to_do} {error}") from None
+        unlike = differences(checkpoint["network_weights"], network.state_dict())
+        if unlike:
+            raise UserError(f"{to_do} {checkpoint_file} is of another network: {'; '.join(unlike)}.")
         network.load_state_dict(checkpoint["network_weights"])
         folder = previous_stage_folder(results, self.configuration_name, self.fold)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.is_ddp else (0, 1)
@@ -962,31 +974,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Restore a checkpoint of this trainer, loading tensors and plain values only.
 
         Raises:
-            UserError: the file holds anything else, or was written by another kind of trainer or with settings that
-                make another training network.
+            UserError: the file holds anything else, or was written by another kind of trainer, with other plans, or
+                with settings that make another training network.
         """
         if not self.was_initialized:
             self.initialize()
-        checkpoint = filename_or_checkpoint
+        checkpoint, named = filename_or_checkpoint, "The checkpoint"
         if not isinstance(checkpoint, dict):
-            checkpoint = _read_checkpoint(Path(checkpoint), self.device)
+            checkpoint, named = _read_to_continue(Path(checkpoint), self.device), f"The checkpoint {checkpoint}"
         if CHECKPOINT_KEY not in checkpoint:
-            raise UserError(
-                f"The checkpoint was written by {checkpoint.get('trainer_name')}, not by a semi-supervised trainer, so "
-                f"training cannot continue from it. To start from its weights use -pretrained_weights."
-            )
-        before = checkpoint[CHECKPOINT_KEY]["settings"]
-        for name, value in self.settings.as_dict().items():
-            if before.get(name) != value:
-                self.print_to_log_file(f"Setting {name} was {before.get(name)!r} in the checkpoint, is {value!r} now")
-        self.training_network.load_state_dict(checkpoint["network_weights"])
-        try:
-            self.training_network.load_training_state(checkpoint[CHECKPOINT_KEY].get("network", {}))
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"The checkpoint of {checkpoint['trainer_name']} does not hold what {type(self).__name__} trains with "
-                f"its settings ({error.args[0]}). Continue with the trainer and settings of the checkpoint: {before}."
-            ) from error
+            raise UserError(f"{_START_FROM_WEIGHTS} {named} was written by {checkpoint.get('trainer_name')}.")
+        self._load_networks(checkpoint, named)
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
@@ -995,6 +993,42 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._best_ema = checkpoint["_best_ema"]
         self.current_epoch = checkpoint["current_epoch"]
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+
+    def _load_networks(self, checkpoint: Mapping[str, Any], named: str) -> None:
+        writer, name, ours = checkpoint["trainer_name"], type(self).__name__, checkpoint[CHECKPOINT_KEY]
+        if unlike := differences(checkpoint["network_weights"], self.training_network.state_dict()):
+            raise UserError(
+                "Continue with the plans and the dataset.json of the checkpoint; or train without --c, with "
+                f"-pretrained_weights if only the outputs differ. {named} is of another network: "
+                f"{'; '.join([*unlike, *self._other_plans(checkpoint['init_args'])])}."
+            )
+        before = ours["settings"]
+        changed = {name: value for name, value in self.settings.as_dict().items() if before.get(name) != value}
+        for setting, value in changed.items():
+            self.print_to_log_file(f"Setting {setting} was {before.get(setting)!r} in the checkpoint, is {value!r} now")
+        self.training_network.load_state_dict(checkpoint["network_weights"])
+        try:
+            self.training_network.load_training_state(ours.get("network", {}))
+        except (KeyError, ValueError) as error:
+            again = ", ".join(f'"{setting}": {json.dumps(before[setting])}' for setting in changed if setting in before)
+            if writer != name:
+                advice = f"Continue with -tr {writer}, or start from its weights with -pretrained_weights and not --c."
+            elif again:
+                advice = f'Continue with the settings of the checkpoint: "{PLANS_KEY}": {{{again}}} in the plans.'
+            else:
+                advice = f"Continue with nnunet_ssl {ours.get('version')}, which wrote the checkpoint."
+            raise UserError(
+                f"{advice} {named}, of {writer}, does not hold what {name} trains with its settings: {error.args[0]}."
+            ) from None
+        if writer != name:
+            self.print_to_log_file(f"The checkpoint is one of {writer}, after {checkpoint['current_epoch']} epochs")
+
+    def _other_plans(self, init_args: Mapping[str, Any]) -> list[str]:
+        """Where a checkpoint was trained, if elsewhere."""
+        plans, ours = init_args.get("plans", {}), self.plans_manager.plans
+        pairs = {name: (plans.get(name), ours[name]) for name in ("dataset_name", "plans_name")}
+        pairs["configuration"] = init_args.get("configuration"), self.configuration_name
+        return [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
 
 
 def _plain(value: Any) -> Any:
@@ -1006,13 +1040,16 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _read_checkpoint(file: Path, device: torch.device) -> dict:
+def _read_to_continue(file: Path, device: torch.device) -> dict[str, Any]:
     try:
         return read_checkpoint(file, device)
+    except NotPlainError as error:
+        raise UserError(f"{_START_FROM_WEIGHTS} {error}") from None
     except UserError as error:
         raise UserError(
-            f"{error} If another trainer wrote it: to start from its weights use -pretrained_weights."
-        ) from error
+            f"{error} Move it away; --c takes the first that is there of checkpoint_final.pth, checkpoint_latest.pth "
+            "and checkpoint_best.pth."
+        ) from None
 
 
 TRAINING_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 2000, 4000, 8000)

@@ -43,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_ssl.networks.checkpoints import read_checkpoint, with_pretrained_encoder, write_checkpoint
+    from nnunet_ssl.networks.checkpoints import (
+        NotPlainError,
+        read_checkpoint,
+        with_pretrained_encoder,
+        write_checkpoint,
+    )
     from nnunet_ssl.networks.training_network import check_architecture, check_supported
 
     dataset = preprocessed / dataset_name(args.d)
@@ -62,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         determine_num_input_channels(plans, configuration, dataset_json),
         plans.get_label_manager(dataset_json).num_segmentation_heads,
     )
-    checkpoint = read_checkpoint(Path(args.i))
+    try:
+        checkpoint = read_checkpoint(Path(args.i))
+    except NotPlainError as error:
+        raise UserError(f"{error} A checkpoint of nnU-Net goes to -pretrained_weights as it is.") from None
     try:
         weights = with_pretrained_encoder(check_supported(network), checkpoint)
     except (UserError, NotImplementedError) as error:

@@ -19,7 +19,6 @@ from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, cannot_write, replacing
 from nnunet_ssl.settings import PLANS_KEY
-from nnunet_ssl.text import unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,10 +200,15 @@ def _exported_checkpoint(
     file: Path, network: nn.Module, trainer: type[Any], args: argparse.Namespace
 ) -> tuple[dict[str, Any], str, tuple[str, ...]]:
     """What nnU-Net reads of a checkpoint, whose weights they are, and whose there are; fills ``network`` with them."""
-    from nnunet_ssl.networks.checkpoints import networks_in, read_checkpoint, stock_weights
+    from nnunet_ssl.networks.checkpoints import NotPlainError, differences, networks_in, read_checkpoint, stock_weights
     from nnunet_ssl.trainer import CHECKPOINT_KEY
 
-    checkpoint = read_checkpoint(file)
+    try:
+        checkpoint = read_checkpoint(file)
+    except NotPlainError as error:
+        raise UserError(
+            f"{error} Models of nnU-Net's own trainers are exported by nnU-Net: nnUNetv2_export_model_to_zip."
+        ) from None
     if CHECKPOINT_KEY not in checkpoint:
         raise _no_semi_supervised_trainer(args)
     training_state = checkpoint[CHECKPOINT_KEY].get("network", {})
@@ -212,13 +216,12 @@ def _exported_checkpoint(
     weights = args.weights or choices[0]
     if weights not in choices:
         raise UserError(f"{args.tr} has no {weights}: {file} holds the {choices[0]}'s weights alone. Omit --weights.")
-    try:
-        state = stock_weights(network, checkpoint["network_weights"], training_state, weights=weights)
-    except RuntimeError as error:
+    if unlike := differences(checkpoint["network_weights"], network.state_dict()):
         raise UserError(
-            f"The weights in {file} do not fit the network of the plans.json beside its folder, which may have changed "
-            f"since this fold was trained: {unwrap(error, 300)}"
-        ) from error
+            f"The weights in {file} do not fit the network of the plans.json beside its folder: {'; '.join(unlike)}. "
+            "Put back the plans.json and the dataset.json that this fold was trained with."
+        )
+    state = stock_weights(network, checkpoint["network_weights"], training_state, weights=weights)
     init_args = checkpoint["init_args"]
     exported = {
         "network_weights": state,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+import pickletools
+import re
+import zipfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replacing
-from nnunet_ssl.text import one_line
+from nnunet_ssl.text import one_line, some_of
 
 # The first bytes of what torch.save writes.
 _ZIP = b"PK\x03\x04"
@@ -20,29 +25,63 @@ _ZIP = b"PK\x03\x04"
 _TEACHER = "training_only.teacher."
 
 
+class NotPlainError(UserError):
+    """A checkpoint holds more than tensors and plain values, as those of nnU-Net's own trainers do."""
+
+
 def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Load a checkpoint's tensors and plain values; of classes and functions it may name PyTorch's own list alone.
 
     Raises:
-        UserError: it holds anything else, or is damaged.
+        NotPlainError: it holds anything else.
+        UserError: it cannot be opened, or is damaged.
     """
+    unread = f"The checkpoint {file} could not be read as tensors and plain values"
     try:
         with file.open("rb") as opened:
-            # PyTorch before 2.6 runs code in files of its older formats, weights_only or not (CVE-2025-32434).
-            if opened.read(len(_ZIP)) != _ZIP:
-                raise ValueError("it is not in the format that PyTorch writes since version 1.6")
-            opened.seek(0)
-            checkpoint = torch.load(opened, map_location=device, weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"it holds a {type(checkpoint).__name__} and no table of entries")
-        return checkpoint
+            try:
+                return _load(opened, device)
+            except pickle.UnpicklingError:
+                # Without PyTorch's text, which recommends to load the file without this check.
+                trainer, objects = _named_in(file)
+                writer = f" {trainer} wrote it." if trainer else ""
+                raise NotPlainError(
+                    f"{unread}: it holds {some_of(objects, 3) or 'something else'}, and other objects are not loaded, "
+                    f"since they could run code.{writer}"
+                ) from None
+            except Exception as error:
+                raise UserError(f"{unread}: it is damaged, or no checkpoint ({one_line(error)}).") from None
     except OSError as error:
-        raise UserError(f"The checkpoint {file} could not be opened: {error.strerror}.") from error
-    except Exception as error:
-        raise UserError(
-            f"The checkpoint {file} could not be read as tensors and plain values: {error}. It is damaged, or it holds "
-            f"objects of another program, which are not loaded since they could run code."
-        ) from error
+        raise UserError(f"The checkpoint {file} could not be opened: {error.strerror}.") from None
+
+
+def _load(opened: BinaryIO, device: torch.device | str) -> dict[str, Any]:
+    # PyTorch before 2.6 runs code in files of its older formats, weights_only or not (CVE-2025-32434).
+    if opened.read(len(_ZIP)) != _ZIP:
+        raise ValueError("it is not in the format that PyTorch writes since version 1.6")
+    opened.seek(0)
+    checkpoint = torch.load(opened, map_location=device, weights_only=True)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"it holds a {type(checkpoint).__name__} and no table of entries")
+    return checkpoint
+
+
+def _named_in(file: Path) -> tuple[str | None, list[str]]:
+    """Which trainer wrote a checkpoint, and which classes and functions it names; nothing of it is run."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            (content,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            operations = list(pickletools.genops(archive.read(content)))
+    except Exception:
+        return None, []
+    # Between an entry's name and its value there may be a note that the name comes up again.
+    values = [(code.name, value) for code, value, _ in operations if "PUT" not in code.name and code.name != "MEMOIZE"]
+    trainer = None
+    for (_, name), (code_name, value) in pairwise(values):
+        if name == "trainer_name" and code_name.endswith("UNICODE"):
+            trainer = str(value)
+    objects = dict.fromkeys(str(value).replace(" ", ".") for code_name, value in values if code_name == "GLOBAL")
+    return trainer, [name for name in objects if not name.startswith(("torch.", "collections."))]
 
 
 def write_checkpoint(
@@ -55,6 +94,42 @@ def write_checkpoint(
     except RuntimeError as error:
         # What PyTorch's writer makes of a full disk.
         raise OSError(one_line(error)) from error
+
+
+def differences(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> list[str]:
+    """In what a checkpoint's network and the one of the plans differ, in the words of plans; empty if in nothing.
+
+    Args:
+        there: the checkpoint's ``network_weights``.
+        here: the state dict to fill with them.
+    """
+    unlike = [name for name in {**here, **there} if _shape(there.get(name)) != _shape(here.get(name))]
+    if not unlike:
+        return []
+    theirs, ours = _in_words(there), _in_words(here)
+    found = [f"{what} {theirs[what]} there, {ours[what]} here" for what in ours if theirs[what] != ours[what]]
+    return found or [f"{len(unlike)} tensors, such as {unlike[0]}"]
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _in_words(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the weights of one of nnU-Net's U-Nets say of it."""
+    kernels = {name: tensor for name, tensor in weights.items() if name.endswith("weight") and tensor.dim() > 3}
+    encoder = [tensor for name, tensor in kernels.items() if name.startswith("encoder.")]
+    heads = [tensor for name, tensor in kernels.items() if ".seg_layers." in name]
+    stages: dict[str, Tensor] = {}
+    for name, tensor in kernels.items():
+        if stage := re.match(r"encoder\.stages\.\d+\.", name):
+            stages.setdefault(stage[0], tensor)
+    return {
+        "input channels": encoder[0].shape[1] if encoder else None,
+        "outputs (background and classes, or regions)": heads[-1].shape[0] if heads else None,
+        "features of the stages": [tensor.shape[0] for tensor in stages.values()],
+        "kernel sizes": [tuple(tensor.shape[2:]) for tensor in stages.values()],
+    }
 
 
 def networks_in(training_state: Mapping[str, Tensor]) -> tuple[str, ...]:

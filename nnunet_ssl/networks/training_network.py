@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks.pointwise import pointwise
+from nnunet_ssl.text import some_of
 
 UNet: TypeAlias = PlainConvUNet | ResidualEncoderUNet
 """The networks of nnU-Net that can be trained here."""
@@ -354,7 +355,7 @@ class TrainingNetwork(nn.Module):
         """
         expected = self.training_state()
         if set(expected) != set(state):
-            raise KeyError(f"tensors that are missing or unknown: {', '.join(sorted(set(expected) ^ set(state)))}")
+            raise KeyError(f"tensors that are missing or unknown: {some_of(sorted(set(expected) ^ set(state)), 3)}")
         for name, tensor in expected.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")

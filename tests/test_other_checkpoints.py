@@ -1,0 +1,141 @@
+"""``--c`` with a checkpoint of another trainer, of other classes or of other plans: what is said, and what to do."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from method_steps import make_trainer
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
+from nnunet_ssl.methods.simcvd import SimCVDTrainer
+from nnunet_ssl.networks.checkpoints import NotPlainError, read_checkpoint
+
+
+@pytest.fixture
+def make(planned_2d, monkeypatch, tmp_path):
+    def factory(method: type = CrossMatchTrainer, **settings: Any) -> Any:
+        return make_trainer(method, planned_2d, monkeypatch, tmp_path, **settings)
+
+    return factory
+
+
+def refusal(trainer: Any, file: Path | str) -> str:
+    """The message; nothing of what PyTorch says is to be shown with it."""
+    with pytest.raises(UserError) as refused:
+        trainer.load_checkpoint(str(file))
+    shown = "".join(traceback.format_exception(refused.value))
+    assert "weights_only" not in shown and "size mismatch" not in shown and "During handling" not in shown
+    return str(refused.value)
+
+
+@pytest.fixture
+def of_nnunet(planned_2d, make, tmp_path) -> Path:
+    """What nnUNetTrainer writes, with NumPy's scalars in it."""
+    make()  # sets nnU-Net's folders
+    plans = json.loads((planned_2d.preprocessed / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((planned_2d.preprocessed / "dataset.json").read_text())
+    trainer = nnUNetTrainer(plans, "tiny", 0, dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    trainer._best_ema = np.float64(0.5)
+    trainer.save_checkpoint(str(tmp_path / "nnunet.pth"))
+    return tmp_path / "nnunet.pth"
+
+
+def test_a_checkpoint_of_nnunet(make, of_nnunet):
+    said = refusal(make(), of_nnunet)
+    assert said.startswith("To start from the weights of this checkpoint, use -pretrained_weights and not --c")
+    assert f"{of_nnunet} could not be read as tensors and plain values" in said
+    assert "numpy.core.multiarray.scalar" in said.replace("_core", "core")
+    assert said.endswith("nnUNetTrainer wrote it.") and len(said) < 500
+
+
+def test_the_writer_is_known_without_running_anything(tmp_path, of_nnunet):
+    with pytest.raises(NotPlainError, match="nnUNetTrainer wrote it"):
+        read_checkpoint(of_nnunet)
+    # One string, kept once in the file and named twice.
+    torch.save({"a": "SomeTrainer", "trainer_name": "SomeTrainer", "b": np.float64(1)}, tmp_path / "twice.pth")
+    with pytest.raises(NotPlainError) as refused:
+        read_checkpoint(tmp_path / "twice.pth")
+    assert "wrote it" not in str(refused.value)
+
+
+def test_a_damaged_checkpoint(make, tmp_path):
+    trainer = make()
+    trainer.save_checkpoint(str(tmp_path / "c.pth"))
+    content = (tmp_path / "c.pth").read_bytes()
+    (tmp_path / "c.pth").write_bytes(content[: len(content) // 2])
+    said = refusal(trainer, tmp_path / "c.pth")
+    assert "it is damaged, or no checkpoint" in said and said.endswith("checkpoint_latest.pth and checkpoint_best.pth.")
+
+
+def test_another_method(make, tmp_path):
+    make(SimCVDTrainer).save_checkpoint(str(tmp_path / "c.pth"))
+    said = refusal(make(), tmp_path / "c.pth")
+    assert said.startswith("Continue with -tr SimCVDTrainer, or start from its weights with -pretrained_weights")
+    assert "does not hold what CrossMatchTrainer trains" in said and len(said) < 500
+
+
+def test_a_setting_that_makes_another_network(make, tmp_path):
+    make(MutualReliableTrainer, decoders=3).save_checkpoint(str(tmp_path / "c.pth"))
+    said = refusal(make(MutualReliableTrainer), tmp_path / "c.pth")
+    assert said.startswith('Continue with the settings of the checkpoint: "semi_supervised": {"decoders": 3} in the')
+
+
+def test_other_classes(make, tmp_path):
+    make().save_checkpoint(str(tmp_path / "c.pth"))
+    trainer = make(regions=True)
+    said = refusal(trainer, tmp_path / "c.pth")
+    assert said.startswith("Continue with the plans and the dataset.json of the checkpoint; or train without --c")
+    assert said.endswith("is of another network: outputs (background and classes, or regions) 3 there, 2 here.")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"features_per_stage": [4, 6, 10]}, "features of the stages [4, 6, 10] there, [4, 6, 8] here"),
+        (
+            {"kernel_sizes": [[1, 3], [3, 3], [3, 3]]},
+            "kernel sizes [(1, 3), (3, 3), (3, 3)] there, [(3, 3), (3, 3), (3, 3)] here",
+        ),
+        ({"n_conv_per_stage": [2, 1, 1]}, "tensors, such as encoder.stages.0.0.convs.1.conv.weight"),
+    ],
+)
+def test_another_architecture(make, planned_2d, tmp_path, monkeypatch, change, expected):
+    plans = json.loads((planned_2d.preprocessed / "nnUNetPlans.json").read_text())
+    plans["configurations"]["tiny"]["architecture"]["arch_kwargs"] |= change
+    plans |= {"continue_training": False, "plans_name": "otherPlans"}
+    dataset_json = json.loads((planned_2d.preprocessed / "dataset.json").read_text())
+    make()
+    other = CrossMatchTrainer(plans, "tiny", 0, dataset_json, torch.device("cpu"))
+    other.initialize()
+    other.save_checkpoint(str(tmp_path / "c.pth"))
+    said = refusal(make(), tmp_path / "c.pth")
+    assert expected in said and said.endswith("; plans_name otherPlans there, nnUNetPlans here.")
+
+
+def test_other_channels(make, planned_2d, tmp_path):
+    plans = json.loads((planned_2d.preprocessed / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((planned_2d.preprocessed / "dataset.json").read_text())
+    dataset_json["channel_names"] = {"0": "T1", "1": "T2"}
+    make()
+    other = CrossMatchTrainer(plans, "tiny", 0, dataset_json, torch.device("cpu"))
+    other.initialize()
+    other.save_checkpoint(str(tmp_path / "c.pth"))
+    assert refusal(make(), tmp_path / "c.pth").endswith("is of another network: input channels 2 there, 1 here.")
+
+
+def test_the_log_names_another_trainer_of_the_same_network(make, tmp_path):
+    first = make()
+    first.save_checkpoint(str(tmp_path / "c.pth"))
+    second = make(type("CrossMatchTrainer_5epochs", (CrossMatchTrainer,), {}))
+    second.load_checkpoint(str(tmp_path / "c.pth"))
+    assert "The checkpoint is one of CrossMatchTrainer, after 1 epochs" in Path(second.log_file).read_text()
