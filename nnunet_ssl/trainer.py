@@ -1021,7 +1021,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"{advice} {named}, of {writer}, does not hold what {name} trains with its settings: {error.args[0]}."
             ) from None
         if writer != name:
-            self.print_to_log_file(f"The checkpoint is one of {writer}, after {checkpoint['current_epoch']} epochs")
+            self.print_to_log_file(
+                f"The checkpoint is one of {writer}, after {checkpoint['current_epoch']} epochs; {name} has "
+                f"{self.num_epochs}"
+            )
 
     def _other_plans(self, init_args: Mapping[str, Any]) -> list[str]:
         """Where a checkpoint was trained, if elsewhere."""

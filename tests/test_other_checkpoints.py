@@ -136,6 +136,7 @@ def test_other_channels(make, planned_2d, tmp_path):
 def test_the_log_names_another_trainer_of_the_same_network(make, tmp_path):
     first = make()
     first.save_checkpoint(str(tmp_path / "c.pth"))
-    second = make(type("CrossMatchTrainer_5epochs", (CrossMatchTrainer,), {}))
+    second = make(type("CrossMatchTrainer_5epochs", (CrossMatchTrainer,), {"training_epochs": 5}))
     second.load_checkpoint(str(tmp_path / "c.pth"))
-    assert "The checkpoint is one of CrossMatchTrainer, after 1 epochs" in Path(second.log_file).read_text()
+    log = Path(second.log_file).read_text()
+    assert "The checkpoint is one of CrossMatchTrainer, after 1 epochs; CrossMatchTrainer_5epochs has 5" in log

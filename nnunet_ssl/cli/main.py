@@ -21,6 +21,7 @@ COMMANDS = (
     "split",
     "convert",
     "doctor",
+    "extend",
     "export",
     "adapt",
     "evaluate",
