@@ -140,3 +140,24 @@ def test_the_log_names_another_trainer_of_the_same_network(make, tmp_path):
     second.load_checkpoint(str(tmp_path / "c.pth"))
     log = Path(second.log_file).read_text()
     assert "The checkpoint is one of CrossMatchTrainer, after 1 epochs; CrossMatchTrainer_5epochs has 5" in log
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_previous_stage_of_another_network(make, planned_2d, tmp_path, damaged):
+    first = make(regions=True)
+    file = Path(first.output_folder) / "checkpoint_final.pth"
+    first.save_checkpoint(str(file))
+    if damaged:
+        file.write_bytes(file.read_bytes()[:2000])
+    plans = {**make().plans_manager.plans, "continue_training": False}
+    plans["configurations"]["cascade"] = {"inherits_from": "tiny", "previous_stage": "tiny"}
+    dataset_json = json.loads((planned_2d.preprocessed / "dataset.json").read_text())
+    second = CrossMatchTrainer(plans, "cascade", 0, dataset_json, torch.device("cpu"))
+    segmented = Path(second.folder_with_segs_from_previous_stage)
+    segmented.mkdir(parents=True)
+    for case in [*planned_2d.phantoms.labeled, *planned_2d.phantoms.validation]:
+        (segmented / f"{case}.b2nd").touch()
+    with pytest.raises(UserError, match=r"^Train all folds of the previous stage: ") as refused:
+        second._segment_by_previous_stage([])
+    expected = "it is damaged, or no checkpoint" if damaged else "is of another network: outputs (background and"
+    assert expected in str(refused.value) and "size mismatch" not in "".join(traceback.format_exception(refused.value))

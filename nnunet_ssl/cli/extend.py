@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.cli.doctor import find_trainer
-from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, read_plans
+from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, plan_again, read_plans
+from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import cannot_write, replacing
 
@@ -80,10 +81,11 @@ def _prepare(folder: Path, results: Path, args: argparse.Namespace) -> None:
     """Put the shorter training's checkpoint into the longer one's folder."""
     if not hasattr(find_trainer(args.tr), "settings_class"):
         raise UserError(f"{args.tr} is no semi-supervised trainer; nnunet-ssl extends trainings of those only.")
-    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net keeps the plans there.")
-    configurations = read_plans(preprocessed / results.name, args.p, args.d)["configurations"]
+    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net keeps the plans there.") / results.name
+    configurations = read_plans(preprocessed, args.p, args.d)["configurations"]
     if args.c not in configurations:
         raise UserError(f"{args.p} has no configuration {args.c}; it has {', '.join(configurations)}. Correct -c.")
+    read_dataset_json(preprocessed / "dataset.json", otherwise=plan_again(args.d))
 
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args

@@ -183,8 +183,12 @@ class Unpickled:
         ({"network_weights": {}}, "no nnssl_adaptation_plan"),
         ({"nnssl_adaptation_plan": {}}, "no nnssl_adaptation_plan"),
         ({"network_weights": {}, "init_args": Unpickled()}, "could not be read as tensors and plain values"),
+        (
+            {"trainer_name": "nnUNetTrainer", "x": Unpickled()},
+            "nnUNetTrainer wrote it. A checkpoint of nnU-Net goes",
+        ),
     ],
-    ids=["nnU-Net's", "no weights", "code"],
+    ids=["nnU-Net's", "no weights", "code", "nnU-Net's with objects"],
 )
 def test_other_files_are_refused(dataset, capsys, content, expected):
     assert dataset.adapt(content, "ResidualEncoderUNet") == 2
