@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import pickletools
 import re
-import zipfile
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -41,16 +39,17 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str,
         with file.open("rb") as opened:
             try:
                 return _load(opened, device)
-            except pickle.UnpicklingError:
+            except Exception as error:
+                # Its class is pickle's, which this package does not import.
+                if type(error).__name__ != "UnpicklingError":
+                    raise UserError(f"{unread}: it is damaged, or no checkpoint ({one_line(error)}).") from None
                 # Without PyTorch's text, which recommends to load the file without this check.
                 trainer, objects = _named_in(file)
                 writer = f" {trainer} wrote it." if trainer else ""
                 raise NotPlainError(
-                    f"{unread}: it holds {some_of(objects, 3) or 'something else'}, and other objects are not loaded, "
+                    f"{unread}: it holds {some_of(objects, 3) or 'other objects'}, and such objects are not loaded, "
                     f"since they could run code.{writer}"
                 ) from None
-            except Exception as error:
-                raise UserError(f"{unread}: it is damaged, or no checkpoint ({one_line(error)}).") from None
     except OSError as error:
         raise UserError(f"The checkpoint {file} could not be opened: {error.strerror}.") from None
 
@@ -69,9 +68,8 @@ def _load(opened: BinaryIO, device: torch.device | str) -> dict[str, Any]:
 def _named_in(file: Path) -> tuple[str | None, list[str]]:
     """Which trainer wrote a checkpoint, and which classes and functions it names; nothing of it is run."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            (content,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            operations = list(pickletools.genops(archive.read(content)))
+        content = torch._C.PyTorchFileReader(str(file)).get_record("data.pkl")
+        operations = list(pickletools.genops(content))
     except Exception:
         return None, []
     # Between an entry's name and its value there may be a note that the name comes up again.
