@@ -452,14 +452,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             raise UserError(f"{self.configuration_name} needs {checkpoint_file}, which does not exist. {to_do}")
         train, val = self.do_split()
         check_labeled_cases(labeled, [*train, *val], to_do=to_do)
-        if self.local_rank == 0:
-            self._preprocess_unlabeled(previous)
-        self._wait_for_all_ranks()
-
         manager = self.plans_manager.get_configuration(previous)
-        images = collect_unlabeled_cases(
-            Path(self.preprocessed_dataset_folder_base), manager.data_identifier, self.fold
-        )
         build = getattr(type(self), "build_network_architecture")  # noqa: B009 - shadowed on the instance
         check_architecture(manager)
         network = build(
@@ -477,6 +470,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if unlike:
             raise UserError(f"{to_do} {checkpoint_file} is of another network: {'; '.join(unlike)}.")
         network.load_state_dict(checkpoint["network_weights"])
+
+        # After all that may be refused: it can take hours.
+        if self.local_rank == 0:
+            self._preprocess_unlabeled(previous)
+        self._wait_for_all_ranks()
+        images = collect_unlabeled_cases(
+            Path(self.preprocessed_dataset_folder_base), manager.data_identifier, self.fold
+        )
         folder = previous_stage_folder(results, self.configuration_name, self.fold)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.is_ddp else (0, 1)
         segment_by_previous_stage(
