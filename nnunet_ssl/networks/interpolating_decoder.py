@@ -8,6 +8,8 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 
+from nnunet_ssl.networks.linear_upsample import LinearUpsample
+
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -28,9 +30,10 @@ def interpolating_decoder(decoder: UNetDecoder, *, upsampling: str) -> UNetDecod
     other = copy.deepcopy(decoder)
     decoder.encoder = encoder
     convolution = encoder.conv_op
+    upsample = LinearUpsample if upsampling == "linear" else nn.Upsample
     for level, transposed in enumerate(decoder.transpconvs):
         other.transpconvs[level] = nn.Sequential(
-            nn.Upsample(scale_factor=tuple(map(float, transposed.stride)), mode=mode),  # type: ignore[arg-type]
+            upsample(scale_factor=tuple(map(float, transposed.stride)), mode=mode),  # type: ignore[arg-type]
             convolution(
                 transposed.in_channels,
                 transposed.out_channels,
