@@ -1,8 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and locks."""
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,3 +74,63 @@ def write_text(file: Path, text: str, *, otherwise: str = _AGAIN) -> None:
 def cannot_write(file: Path, error: OSError, otherwise: str) -> UserError:
     """What to raise where a file cannot be written."""
     return UserError(f"{file} cannot be written: {error.strerror or error}. {otherwise}")
+
+
+@contextmanager
+def lock(file: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock among processes, on one machine or on a shared file system; the system drops it when one ends.
+
+    Args:
+        file: made, with its folder, and left there, empty.
+        wait: for the process that holds it.
+
+    Returns:
+        whether it is held; never False with ``wait``.
+
+    Raises:
+        UserError: the file cannot be made.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(file, error, _AGAIN) from error
+    with opened:
+        held = _acquire(opened.fileno(), wait)
+        try:
+            yield held
+        finally:
+            if held:
+                _release(opened.fileno())
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _acquire(number: int, wait: bool) -> bool:
+        while True:
+            try:
+                msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
+                return True
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.1)
+
+    def _release(number: int) -> None:
+        msvcrt.locking(number, msvcrt.LK_UNLCK, 1)
+else:
+    import fcntl
+
+    def _acquire(number: int, wait: bool) -> bool:
+        # Not flock: forked workers would inherit that lock, and hold it beyond the death of the process.
+        try:
+            fcntl.lockf(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if not wait and error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+    def _release(number: int) -> None:
+        fcntl.lockf(number, fcntl.LOCK_UN)

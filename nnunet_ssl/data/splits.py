@@ -20,7 +20,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.data.nnunet_files import read_json
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import write_text
+from nnunet_ssl.files import lock, write_text
 
 SPLITS_FILE = "splits_final.json"
 _MEND = "Correct it, or copy it from where the dataset came from."
@@ -123,8 +123,7 @@ def split_dataset(
     file = preprocessed_folder / SPLITS_FILE
     raw_file = raw_folder / SPLITS_FILE if raw_folder is not None else None
     cases = labeled_cases(preprocessed_folder, raw_folder)
-    source = file if file.is_file() else raw_file
-    before = read_splits(source) if source is not None and source.is_file() else _default_splits(cases)
+    before, source = current_splits(preprocessed_folder, raw_folder, cases)
     if fold is not None and not 0 <= fold < len(before):
         raise UserError(f"There is no fold {fold}: {source or preprocessed_folder} has folds 0 to {len(before) - 1}.")
 
@@ -152,6 +151,53 @@ def split_dataset(
         write_splits(file, after)
     conflict = raw_file is not None and raw_file.is_file() and not _planner_accepts(read_splits(raw_file), after)
     return SplitReport(file, folds, backup, raw_file if conflict else None)
+
+
+def current_splits(
+    preprocessed_folder: Path, raw_folder: Path | None, cases: Sequence[str]
+) -> tuple[list[dict[str, Any]], Path | None]:
+    """The folds that a training would use: of nnUNet_preprocessed, else of nnUNet_raw, else nnU-Net's own five.
+
+    Args:
+        preprocessed_folder: see :func:`split_dataset`.
+        raw_folder: see :func:`split_dataset`.
+        cases: those that have a label.
+
+    Returns:
+        the folds, and the file they come from, if there is one.
+
+    Raises:
+        UserError: the file is broken, or there is none and there are fewer than five cases.
+    """
+    for folder in (preprocessed_folder, raw_folder):
+        if folder is not None and (folder / SPLITS_FILE).is_file():
+            return read_splits(folder / SPLITS_FILE), folder / SPLITS_FILE
+    return _default_splits(cases), None
+
+
+def append_fold(
+    preprocessed_folder: Path, raw_folder: Path | None, cases: Sequence[str], fold: Mapping[str, Sequence[str]]
+) -> int:
+    """The number of a fold with these cases in ``splits_final.json``; where none has them, it is added as the last.
+
+    Args:
+        preprocessed_folder: see :func:`split_dataset`.
+        raw_folder: see :func:`split_dataset`.
+        cases: see :func:`current_splits`.
+        fold: lists ``train``, ``val`` and, if present, ``unlabeled``.
+
+    Raises:
+        UserError: see :func:`current_splits`; or the file cannot be written.
+    """
+    file = preprocessed_folder / SPLITS_FILE
+    with lock(file.with_name(f".{file.name}.lock")):
+        splits, source = current_splits(preprocessed_folder, raw_folder, cases)
+        for number, entry in enumerate(splits):
+            if _same_cases(entry, fold) and source == file:
+                return number
+        number = next((index for index, entry in enumerate(splits) if _same_cases(entry, fold)), len(splits))
+        write_splits(file, [*splits, dict(fold)] if number == len(splits) else splits)
+    return number
 
 
 def read_splits(file: Path) -> list[dict[str, Any]]:

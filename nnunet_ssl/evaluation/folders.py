@@ -358,26 +358,6 @@ def write_csv(file: Path, results: Mapping[str, FolderResult], *, key: str = "na
     write_text(file, text.getvalue(), otherwise=ELSEWHERE)
 
 
-def read_csv(file: Path, *, key: str = "name") -> dict[str, FolderResult]:
-    """What :func:`write_csv` wrote with a first column.
-
-    Raises:
-        UserError: the file lacks a column, or a value is no number.
-    """
-    results: dict[str, FolderResult] = {}
-    try:
-        with file.open(encoding="utf-8", newline="") as opened:
-            for row in csv.DictReader(opened):
-                values = {metric: float(row[metric] or "nan") for metric in METRICS}
-                cases = results.setdefault(row[key], FolderResult()).cases
-                if not cases or cases[-1].case != row["case"]:
-                    cases.append(CaseResult(row["case"], {}))
-                cases[-1].metrics[row["structure"]] = CaseMetrics(**values)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{file} is no table of results with the columns of evaluate: {one_line(error)}.") from None
-    return results
-
-
 def write_json(file: Path, result: FolderResult) -> None:
     """Cases, their means, and what failed; what is undefined is null. Written aside and renamed."""
     structures = list(result.cases[0].metrics) if result.cases else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -58,26 +57,3 @@ def test_scale(planned_2d, tmp_path):
     assert len(list((tmp_path / "nnUNet_preprocessed").glob("*/*_unlabeled/*.pkl"))) == 6
     again = run(planned_2d, "scale.py", "--folder", tmp_path, "--counts", 3, 6)
     assert again.splitlines()[-2:] == printed.splitlines()[-2:], "measured once"
-
-
-def test_left_atrium_goes_on_where_it_stopped(planned_2d, tmp_path):
-    results = tmp_path / "results.csv"
-    arguments = ["-d", planned_2d.dataset_id, "-c", "tiny", "--epochs", 1, "--results", results]
-    first = run(planned_2d, "left_atrium.py", *arguments, "--seeds", 0, "--arms", "nnU-Net", "--labeled", 2)
-    assert "1/1 nnU-Net, 2 labeled, seed 0: Dice" in first
-    arms = ["--seeds", 0, 1, "--arms", "nnU-Net", "CrossMatch", "--labeled", 2]
-    second = run(planned_2d, "left_atrium.py", *arguments, *arms)
-    assert "1/4 nnU-Net, 2 labeled, seed 0: done before" in second
-    assert "2 labeled, dice, against the first row" in second and "against the matched control" in second
-    rows = list(csv.DictReader(results.open()))
-    expected = {
-        f"{arm}; 2 labeled; seed {seed}; {checkpoint}"
-        for arm in ("nnU-Net", "CrossMatch")
-        for seed in (0, 1)
-        for checkpoint in ("final", "best")
-    }
-    assert {row["training"] for row in rows} == expected
-    assert len(rows) == len(expected) * len(planned_2d.phantoms.validation) * 2, "cases times structures"
-    # With the table of results, the trainings themselves are not needed any more.
-    table = run(planned_2d, "left_atrium.py", *arguments, *arms, "--table")
-    assert second.endswith(table)

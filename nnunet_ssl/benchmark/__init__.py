@@ -1,0 +1,1 @@
+"""Trainings of several trainers on equal terms, and what they show: ``nnunet-ssl benchmark``."""

@@ -1,0 +1,98 @@
+"""The figure of a campaign: gains in Dice and HD95 with their intervals, and gain against cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnunet_ssl.benchmark.report import SHOWN, Cost, Gain, Report
+from nnunet_ssl.files import ELSEWHERE, cannot_write
+
+_MOST_STRUCTURES = 5
+
+
+def save_figure(file: Path, report: Report) -> None:
+    """Draw a row per setting: differences in Dice, differences in HD95, and difference in Dice against a step's cost.
+
+    Of more than five structures their mean is drawn alone.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    structures = report.structures if len(report.structures) <= _MOST_STRUCTURES else report.structures[-1:]
+    arms = report.arms[1:]
+    colors = {arm: f"C{index % 10}" for index, arm in enumerate(arms)}
+    with matplotlib.style.context("default"):
+        height = max(2.6, 0.9 + 0.28 * len(arms) * len(structures) ** 0.5)
+        rows = len(report.settings)
+        figure = Figure(figsize=(15, rows * height + 0.7), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(rows, 3, squeeze=False, width_ratios=[1.2, 1.2, 1])
+        for axes, setting in zip(panels, report.settings, strict=True):
+            for axis, (metric, name) in zip(axes, SHOWN.items(), strict=False):
+                gains = [gain for gain in report.gains(setting, metric) if gain.structure in structures]
+                _draw_gains(axis, gains, arms, structures)
+                better = "more is better" if metric == "dice" else "less is better"
+                axis.set_xlabel(f"{name} minus {report.baseline}'s ({better})")
+                base = [gain for gain in gains if gain.arm == report.baseline and gain.structure == structures[-1]]
+                reached = f"; {report.baseline}: {base[0].mean:.3f}" if base else ""
+                axis.set_title(f"{setting}{reached}", fontsize=10)
+            axes[1].set_yticklabels([])
+            dice = [gain for gain in report.gains(setting, "dice") if gain.structure == structures[-1]]
+            _draw_costs(axes[2], dice, report.costs(setting), colors)
+            axes[2].set_xlabel(f"cost of a step, times {report.baseline}'s")
+            axes[2].set_ylabel("gain in Dice")
+        about = report.runs[0].about
+        title = " ".join(filter(None, [about["dataset"] or about["campaign"], about["configuration"]]))
+        figure.suptitle(f"{title}: mean difference and 95 % interval over cases and trainings", fontsize=11)
+        try:
+            figure.savefig(file, format="png")
+        except OSError as error:
+            raise cannot_write(file, error, ELSEWHERE) from error
+
+
+def _draw_gains(axis: Axes, gains: Sequence[Gain], arms: Sequence[str], structures: Sequence[str]) -> None:
+    step = 0.7 / len(structures)
+    for number, structure in enumerate(structures):
+        shades = "black" if number == len(structures) - 1 else f"C{number}"
+        of_structure = {gain.arm: gain for gain in gains if gain.structure == structure and gain.pairs}
+        drawn = [(index, of_structure[arm]) for index, arm in enumerate(arms) if arm in of_structure]
+        places = [index + (number - (len(structures) - 1) / 2) * step for index, _ in drawn]
+        axis.plot([gain.difference for _, gain in drawn], places, "o", ms=5, color=shades, label=structure)
+        for place, (_, gain) in zip(places, drawn, strict=True):
+            if not math.isnan(gain.low):
+                axis.plot([gain.low, gain.high], [place, place], color=shades, linewidth=1.6)
+    axis.axvline(0, color="gray", linewidth=1)
+    runs = {gain.arm: gain.runs for gain in gains}
+    axis.set_yticks(range(len(arms)), [f"{arm} ({runs.get(arm, 0)})" for arm in arms], fontsize=9)
+    axis.set_ylim(max(len(arms), 1) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+    if len(structures) > 1 and arms:
+        axis.legend(fontsize=7, frameon=False)
+
+
+def _draw_costs(axis: Axes, gains: Sequence[Gain], costs: Sequence[Cost], colors: dict[str, str]) -> None:
+    by_arm = {cost.arm: cost.relative_step for cost in costs}
+    drawn = [gain for gain in gains if gain.pairs and not math.isnan(by_arm.get(gain.arm, math.nan))]
+    right = max([2.0, *(1.15 * by_arm[gain.arm] for gain in drawn)])
+    for gain in drawn:
+        cost, color = by_arm[gain.arm], colors[gain.arm]
+        if not math.isnan(gain.low):
+            axis.plot([cost, cost], [gain.low, gain.high], color=color, alpha=0.5)
+        axis.plot(cost, gain.difference, "o", color=color)
+        place, side = ((-5, 4), "right") if cost > right / 2 else ((5, 4), "left")
+        axis.annotate(
+            gain.arm, (cost, gain.difference), place, textcoords="offset points", fontsize=8, color=color, ha=side
+        )
+    if not drawn:
+        axis.text(0.5, 0.5, "no cost measured", ha="center", va="center", transform=axis.transAxes, color="gray")
+    axis.plot(1, 0, "s", color="gray", ms=6)
+    axis.axhline(0, color="gray", linewidth=1)
+    axis.set_xlim(0, right)
+    axis.grid(alpha=0.3)

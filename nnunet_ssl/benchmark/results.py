@@ -1,0 +1,130 @@
+"""The table of results: a row per training, case and structure, with all that the training was made with."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_ssl.benchmark.campaign import BASELINE
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.folders import FolderResult
+from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, CaseResult
+from nnunet_ssl.files import lock, write_text
+from nnunet_ssl.text import one_line
+
+ABOUT = (
+    *("training", "campaign", "date", "dataset", "plans", "configuration", "arm", "trainer", "settings"),
+    *("setting", "labeled", "fold", "seed", "epochs", "iterations"),
+    *("nnunet_ssl", "nnunetv2", "torch", "numpy", "python", "processor", "device", "threads", "compiled", "jobs"),
+    *("training_seconds", "validation_seconds", "seconds_per_step", "cpu_seconds_per_step", "peak_memory_mb"),
+)
+"""Columns that say what a training was made with, and what it cost; the case's follow."""
+
+_OLD_KEY = re.compile(r"(?P<arm>.+); (?P<labeled>\d+) labeled; seed (?P<seed>\d+); (?P<checkpoint>final|best)")
+
+
+@dataclass
+class Run:
+    """One training and its results.
+
+    Attributes:
+        about: by the names of :data:`ABOUT`, as written; empty where an older table has no such column.
+        result: metrics of the validation cases.
+    """
+
+    about: dict[str, str]
+    result: FolderResult = field(default_factory=FolderResult)
+
+    @property
+    def setting(self) -> str:
+        """Which labeled cases: see :class:`~nnunet_ssl.benchmark.campaign.Setting`."""
+        return self.about["setting"]
+
+    def number(self, column: str) -> float:
+        """A column as a number; nan where it is empty.
+
+        Raises:
+            UserError: it is something else.
+        """
+        text = self.about.get(column) or "nan"
+        try:
+            return float(text)
+        except ValueError:
+            raise UserError(f"The table's column {column} holds {text!r}, which is no number.") from None
+
+
+def add_run(file: Path, about: Mapping[str, object], result: FolderResult) -> None:
+    """Add a training to a table, unless it is there; other processes may do the same at the same time."""
+    with lock(file.with_name(f".{file.name}.lock")):
+        runs = read_runs(file) if file.is_file() else {}
+        key = str(about["training"])
+        if key not in runs:
+            runs[key] = Run({name: str(about[name]) for name in ABOUT}, result)
+            write_runs(file, runs)
+
+
+def write_runs(file: Path, runs: Mapping[str, Run]) -> None:
+    """Write a table, aside and renamed."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*ABOUT, "case", "structure", *METRICS])
+    for run in runs.values():
+        about = [run.about.get(name, "") for name in ABOUT]
+        for case in run.result.cases:
+            for structure, metrics in case.metrics.items():
+                values = [getattr(metrics, metric) for metric in METRICS]
+                # nan is unlike itself.
+                cells = ["" if value != value else round(value, 6) for value in values]
+                writer.writerow([*about, case.case, structure, *cells])
+    write_text(file, text.getvalue())
+
+
+def read_runs(file: Path) -> dict[str, Run]:
+    """A table of :func:`write_runs`, or one of the older benchmark of the left atrium, by training.
+
+    Of the older one, whose arms and length stand in other places, the final checkpoint counts; its file's name is its
+    campaign.
+
+    Raises:
+        UserError: the file is missing, or no such table.
+    """
+    runs: dict[str, Run] = {}
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            for row in csv.DictReader(opened):
+                if None in row.values():
+                    raise ValueError(f"the row of {row['case']} is cut short")
+                about = _about(row, file)
+                if about is None:
+                    continue
+                values = {metric: float(row[metric] or "nan") for metric in METRICS}
+                cases = runs.setdefault(about["training"], Run(about)).result.cases
+                if not cases or cases[-1].case != row["case"]:
+                    cases.append(CaseResult(row["case"], {}))
+                cases[-1].metrics[row["structure"]] = CaseMetrics(**values)
+    except FileNotFoundError:
+        raise UserError(f"There is no table of results {file}.") from None
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{file} is no table of results of nnunet-ssl benchmark: {one_line(error)}. Restore "
+            "it, or move it away to begin anew."
+        ) from None
+    return runs
+
+
+def _about(row: Mapping[str, str], file: Path) -> dict[str, str] | None:
+    """What a row says of its training; None for a checkpoint that was chosen on the validation cases."""
+    if "campaign" in row:
+        return {name: row[name] for name in ABOUT}
+    found = _OLD_KEY.fullmatch(row["training"])
+    if found is None:
+        raise ValueError(f"no training is named {row['training']!r}")
+    if found["checkpoint"] == "best":
+        return None
+    arm = BASELINE if found["arm"] == "nnU-Net" else found["arm"]
+    known = {"training": row["training"], "campaign": file.stem, "arm": arm, "setting": f"{found['labeled']} labeled"}
+    return {**dict.fromkeys(ABOUT, ""), **known, "labeled": found["labeled"], "seed": found["seed"]}

@@ -1,0 +1,364 @@
+"""One training of a campaign, in a process of its own: ``python -m nnunet_ssl.benchmark.training TASK.json``.
+
+What ``nnUNetv2_train`` does, with three differences: it is seeded, there is a checkpoint after each epoch, and its
+validation is evaluated and added to the campaign's table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nnunet_ssl
+from nnunet_ssl.benchmark.campaign import Arm, Campaign, plans_of_arm
+from nnunet_ssl.benchmark.results import add_run
+from nnunet_ssl.data.nnunet_files import read_dataset_json, read_json, read_plans
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import lock, write_text
+from nnunet_ssl.processes import derived_seed, seed_this_process
+
+HELD = 75
+"""Exit code of a process that leaves its training to the one that holds its lock (EX_TEMPFAIL)."""
+
+WITH_PARENT = "--with-parent"
+"""Last argument of a process whose standard input is a pipe that its parent's end closes."""
+
+_MEND = "Run the benchmark again; it writes it anew."
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the process of a training is told; written as JSON.
+
+    Attributes:
+        folder: of the campaign.
+        key: see :attr:`~nnunet_ssl.benchmark.campaign.Training.key`.
+        arm: its name.
+        trainer: class name.
+        settings: see :class:`~nnunet_ssl.benchmark.campaign.Arm`.
+        setting: name of the setting.
+        labeled: number of labeled cases.
+        fold: number of the fold.
+        seed: see :func:`train`.
+        device: cpu, cuda or mps.
+        threads: of the training process.
+        compiled: ``torch.compile`` on a CPU too, where nnU-Net itself never does.
+        jobs: trainings at once, which make each other slower.
+    """
+
+    folder: str
+    key: str
+    arm: str
+    trainer: str
+    settings: Mapping[str, Any]
+    setting: str
+    labeled: int
+    fold: int
+    seed: int
+    device: str
+    threads: int
+    compiled: bool
+    jobs: int
+
+    def write(self, file: Path) -> None:
+        """Write it to a file."""
+        write_text(file, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, file: Path) -> Task:
+        """Read what :meth:`write` wrote."""
+        try:
+            return cls(**read_json(file, otherwise=_MEND))
+        except TypeError as error:
+            raise UserError(f"{file} is of another version ({error}). {_MEND}") from None
+
+
+@dataclass
+class Progress:
+    """What a training has done so far, kept beside its task, so that one that goes on later knows it.
+
+    Attributes:
+        epochs: seconds of each epoch.
+        steps: median seconds of a step, per epoch.
+        cpu_steps: median processor seconds of a step, per epoch, of the training process alone.
+        peak_memory: in MB; see :func:`peak_memory`.
+    """
+
+    epochs: list[float]
+    steps: list[float]
+    cpu_steps: list[float]
+    peak_memory: float
+
+    @classmethod
+    def read(cls, file: Path) -> Progress:
+        """Read it; where there is none or it is broken, nothing has been measured."""
+        try:
+            return cls(**json.loads(file.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return cls([], [], [], 0.0)
+
+
+def progress_file(task_file: Path) -> Path:
+    """Where a training writes its :class:`Progress`."""
+    return task_file.with_suffix(".progress")
+
+
+def lock_file(task_file: Path) -> Path:
+    """Held by the process that trains."""
+    return task_file.with_suffix(".lock")
+
+
+def main(task_file: Path, *, with_parent: bool) -> int:
+    """Train, validate, evaluate, and add the result to the campaign's table; ends with its parent if so asked."""
+    if with_parent:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    with lock(lock_file(task_file), wait=False) as held:
+        if not held:
+            return HELD
+        train(Task.read(task_file), task_file)
+    return 0
+
+
+def train(task: Task, task_file: Path) -> None:
+    """Train from the last checkpoint, or from the start, and add the result to the campaign's table.
+
+    The seed sets Python, NumPy and PyTorch of this process and of the workers of nnU-Net's loaders. What goes on from a
+    checkpoint is seeded by the epoch too.
+    """
+    import torch
+
+    from nnunet_ssl.benchmark.campaign import read_campaign
+
+    torch.set_num_threads(task.threads)
+    # As nnUNetv2_train has them.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
+    campaign = read_campaign(Path(task.folder))
+    trainer = make_trainer(task, campaign)
+    folder = Path(trainer.output_folder)
+    progress = Progress.read(progress_file(task_file))
+    if not (folder / "checkpoint_final.pth").is_file():
+        begun = (folder / "checkpoint_latest.pth").is_file()
+        if not begun:
+            progress = Progress([], [], [], 0.0)
+        _measure(trainer, progress, progress_file(task_file))
+        seed_this_process(derived_seed(task.seed))
+        trainer.initialize()
+        if begun:
+            trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+            # nnU-Net writes checkpoint_latest before it compares the epoch with the best one.
+            trainer._best_ema = max(trainer.logger.get_value("ema_fg_dice", step=None))
+        _seed_workers(task.seed, trainer.current_epoch)
+        seed_this_process(derived_seed(task.seed, trainer.current_epoch))
+        trainer.run_training()
+
+    started = time.monotonic()
+    # Not compiled: validation has other shapes, for which it would be compiled again.
+    validating = make_trainer(task, campaign, compiled=False)
+    validating.initialize()
+    validating.load_checkpoint(str(folder / "checkpoint_final.pth"))
+    validating.perform_actual_validation(False)
+    seconds = time.monotonic() - started
+
+    from nnunet_ssl.evaluation.folders import Segmentations, evaluate_folder
+
+    preprocessed = Path(trainer.preprocessed_dataset_folder_base)
+    segmentations = Segmentations.from_dataset_json(preprocessed / "dataset.json")
+    result = evaluate_folder(folder / "validation", preprocessed / "gt_segmentations", segmentations)
+    _, expected = trainer.do_split()
+    if result.failed or {case.case for case in result.cases} != set(expected):
+        raise UserError(f"Not all validation cases could be evaluated in {folder / 'validation'}: {result.failed}")
+    about = {**describe(task, campaign), **costs(progress, trainer), "validation_seconds": round(seconds, 1)}
+    add_run(campaign.results, about, result)
+
+
+def make_trainer(task: Task, campaign: Campaign, *, compiled: bool | None = None) -> Any:
+    """nnU-Net's trainer of a task, with a checkpoint after each epoch; ``compiled`` is for another choice."""
+    import torch
+    from nnunetv2.paths import nnUNet_preprocessed
+
+    from nnunet_ssl.benchmark.campaign import find_trainer
+
+    dataset = Path(str(nnUNet_preprocessed)) / campaign.dataset
+    plans = read_plans(campaign.plans_file, otherwise=_MEND)
+    plans, configuration = plans_of_arm(plans, campaign.configuration, Arm(task.arm, task.trainer, task.settings))
+    plans["continue_training"] = False
+    dataset_json = read_dataset_json(dataset / "dataset.json", otherwise="Plan the dataset again.")
+    trainer_class = find_trainer(task.trainer)
+    device = torch.device(task.device)
+    trainer = trainer_class(
+        plans=plans, configuration=configuration, fold=task.fold, dataset_json=dataset_json, device=device
+    )
+    trainer.num_epochs = campaign.epochs
+    trainer.save_every = 1
+    wanted = task.compiled if compiled is None else compiled
+    if compiled is not None or task.device == "cpu":
+        trainer._do_i_compile = lambda: wanted
+    save = trainer.save_checkpoint
+
+    def save_whole(filename: str) -> None:
+        # nnU-Net writes over the last checkpoint, and a kill meanwhile would leave none.
+        save(f"{filename}.whole")
+        if Path(f"{filename}.whole").is_file():
+            Path(f"{filename}.whole").replace(filename)
+
+    trainer.save_checkpoint = save_whole
+    return trainer
+
+
+def _measure(trainer: Any, progress: Progress, file: Path) -> None:
+    """Note what epochs and steps take, and write it after each epoch."""
+    step, epoch_start, epoch_end = trainer.train_step, trainer.on_epoch_start, trainer.on_epoch_end
+    walls: list[float] = []
+    cpus: list[float] = []
+    started = 0.0
+
+    def begun() -> None:
+        nonlocal started
+        started = time.monotonic()
+        epoch_start()
+
+    def timed(batch: dict) -> dict:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = step(batch)
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+        return result
+
+    def noted() -> None:
+        epoch_end()
+        progress.epochs.append(time.monotonic() - started)
+        progress.steps.append(statistics.median(walls))
+        progress.cpu_steps.append(statistics.median(cpus))
+        progress.peak_memory = max(progress.peak_memory, peak_memory(trainer.device.type))
+        walls.clear()
+        cpus.clear()
+        write_text(file, json.dumps(asdict(progress)) + "\n")
+
+    trainer.train_step, trainer.on_epoch_start, trainer.on_epoch_end = timed, begun, noted
+
+
+def _seed_workers(seed: int, epoch: int) -> None:
+    """Give nnU-Net's loaders, which are not seeded otherwise, seeds for their workers, in the order they start in."""
+    from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+
+    start: Callable[[Any], None] = NonDetMultiThreadedAugmenter._start
+    count = 0
+
+    def seeded(self: Any) -> None:
+        nonlocal count
+        if not self.initialized and not any(self.seeds):
+            count += 1
+            self.seeds = [derived_seed(seed, epoch, count, worker) for worker in range(self.num_processes)]
+        start(self)
+
+    NonDetMultiThreadedAugmenter._start = seeded
+
+
+def peak_memory(device: str) -> float:
+    """In MB: allocated on a GPU; else what the training process held of the machine's memory; nan where unknown."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    # In KiB, but on macOS in bytes.
+    unit = 1.0 if sys.platform == "darwin" else 1024.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def costs(progress: Progress, trainer: Any) -> dict[str, object]:
+    """The columns on time and memory; an epoch that was not measured, because a kill came, counts as the others."""
+    measured = progress.epochs or [float("nan")]
+    return {
+        "iterations": trainer.num_epochs * trainer.num_iterations_per_epoch,
+        "training_seconds": round(statistics.fmean(measured) * trainer.num_epochs, 1),
+        "seconds_per_step": f"{statistics.median(progress.steps or [float('nan')]):.6f}",
+        "cpu_seconds_per_step": f"{statistics.median(progress.cpu_steps or [float('nan')]):.6f}",
+        "peak_memory_mb": round(progress.peak_memory, 1),
+    }
+
+
+def describe(task: Task, campaign: Campaign) -> dict[str, object]:
+    """The columns on what a training was made with."""
+    import torch
+
+    device = f"cuda: {torch.cuda.get_device_name()}" if task.device == "cuda" else task.device
+    return {
+        "training": task.key,
+        "campaign": campaign.identifier,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "dataset": campaign.dataset,
+        "plans": campaign.plans,
+        "configuration": campaign.configuration,
+        "arm": task.arm,
+        "trainer": task.trainer,
+        "settings": json.dumps(task.settings),
+        "setting": task.setting,
+        "labeled": task.labeled,
+        "fold": task.fold,
+        "seed": task.seed,
+        "epochs": campaign.epochs,
+        "nnunet_ssl": nnunet_ssl.__version__,
+        "nnunetv2": version("nnunetv2"),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "processor": processor_name(),
+        "device": device,
+        "threads": task.threads,
+        "compiled": task.compiled or task.device == "cuda",
+        "jobs": task.jobs,
+    }
+
+
+def processor_name() -> str:
+    """What the maker calls it, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def _end_with_parent() -> None:
+    """Stop when the benchmark that started this process is gone: nothing else would. Its end closes the pipe."""
+    import _thread
+    import signal
+
+    while os.read(0, 1):
+        pass
+    # As Ctrl-C does, so that workers are ended; and for certain, should that hang.
+    if sys.platform == "win32":
+        _thread.interrupt_main()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(Path(sys.argv[1]), with_parent=sys.argv[2:] == [WITH_PARENT]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,149 @@
+"""``nnunet-ssl benchmark``: trainers compared on equal terms, with seeds, costs and intervals."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder
+from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.errors import UserError
+
+HELP = "train several trainers on equal terms and several times, and report gains, intervals and costs"
+
+_EXPLANATION = """\
+Examples:
+
+  nnunet-ssl benchmark -d 901 -c 2d -tr nnUNetTrainer CrossMatchTrainer --labeled 2 8 --seeds 0 1 2 --epochs 10 -o bench
+  nnunet-ssl benchmark -o bench --table
+
+The first trains nnUNetTrainer and CrossMatchTrainer with 2 and with 8 labeled cases, three times each, and writes
+bench/report.md, report.csv and report.png. All arms have the same labeled cases, plans and labeled iterations; the
+final checkpoint counts. Run again after a stop, it goes on; with more arms, labels or seeds it adds these. Two such
+commands share the work, also from two machines on one file system. The second command only reports.
+
+An arm is a trainer, or a trainer with settings: MutualReliableTrainer:mutual_weight=0.0,ramp_length=0.1.
+
+--labeled draws cases of fold 0 (or --draw-fold) as 'nnunet-ssl split' does, with seed 0; --folds takes folds of
+splits_final.json as they are. A fold that splits_final.json lacks is appended to it; nothing else of the dataset is
+changed.
+
+Exit code 1 if a training ended without a result; the others are done all the same.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``nnunet-ssl benchmark``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXPLANATION
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="the campaign: one dataset and length")
+    parser.add_argument("-d", metavar="DATASET", help="dataset's number or name, planned and preprocessed")
+    parser.add_argument("-c", metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
+    parser.add_argument("-tr", nargs="+", default=[], metavar="ARM", help="trainers, also TRAINER:NAME=VALUE,...")
+    parser.add_argument("--labeled", nargs="+", default=[], metavar="N", help="labeled cases, such as 8 or 10%%")
+    parser.add_argument("--draw-fold", type=int, default=0, metavar="FOLD", help="fold they are drawn from (default 0)")
+    parser.add_argument("--folds", type=int, nargs="+", default=[], metavar="FOLD", help="folds to take as they are")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default 0 1 2")
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="of 250 labeled iterations (default 10)")
+    parser.add_argument(
+        "--validate", type=int, metavar="N", help="on the first N validation cases by name (default: all)"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=[], metavar="NAME=VALUE", help="of every arm that is semi-supervised"
+    )
+    parser.add_argument(
+        "--configurations", type=Path, metavar="FILE", help="JSON with more configurations, written as in the plans"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once (default 1)")
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile on a CPU too, where nnU-Net itself never does"
+    )
+    parser.add_argument(
+        "--table",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="CSV",
+        help="train nothing, report what there is in the campaign, or in this table",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is missing, then report."""
+    from nnunet_ssl.benchmark.report import Report, write_report
+    from nnunet_ssl.benchmark.results import read_runs
+
+    folder = args.o.resolve()
+    problems = {}
+    table = folder / "results.csv"
+    if args.table is None:
+        problems = _train(args, folder)
+        if problems and not table.is_file():
+            raise UserError(f"No training has a result. {next(iter(problems.values()))}")
+    elif args.table != Path():
+        table = args.table
+    report = Report(list(read_runs(table).values()))
+    files = write_report(folder, report)
+    print(f"\n{report.markdown()}\n{folder}: {', '.join([*(file.name for file in files.values()), table.name])}")
+    for key, reason in problems.items():
+        print(f"{key}: {reason}")
+    return 1 if problems else 0
+
+
+def _train(args: argparse.Namespace, folder: Path) -> dict[str, str]:
+    _check_numbers(args)
+    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
+    raw = Path(os.environ["nnUNet_raw"]) if os.environ.get("nnUNet_raw") else None
+    ours, theirs = str(trainers_folder()), os.environ.get("nnUNet_extTrainer", "")
+    folders = [one for one in theirs.split(os.pathsep) if one.strip()]
+    # Nothing is written there; nnU-Net asks for it when it is imported, and each training gets its own.
+    os.environ.setdefault("nnUNet_results", str(folder / "nnUNet_results"))
+    os.environ["nnUNet_extTrainer"] = os.pathsep.join([*folders, *([] if ours in folders else [ours])])
+
+    import torch
+
+    from nnunet_ssl.benchmark.campaign import open_campaign, parse_arms, plan_settings, plan_trainings
+    from nnunet_ssl.benchmark.schedule import find_machine, run_trainings
+
+    name = dataset_name(args.d)
+    if not (preprocessed / name / "dataset.json").is_file():
+        raise UserError(f"{preprocessed / name} is no planned dataset. Run nnUNetv2_plan_and_preprocess -d {args.d}.")
+    arms = parse_arms(args.tr, args.settings)
+    campaign = open_campaign(
+        folder,
+        preprocessed_folder=preprocessed / name,
+        plans=args.p,
+        configuration=args.c,
+        epochs=args.epochs,
+        validation=args.validate,
+        configurations=args.configurations,
+    )
+    settings = plan_settings(
+        campaign,
+        preprocessed_folder=preprocessed / name,
+        raw_folder=raw / name if raw else None,
+        labeled=args.labeled,
+        folds=args.folds,
+        draw_fold=args.draw_fold,
+    )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda: PyTorch finds no GPU. Use -device cpu.")
+    machine = find_machine(device, args.jobs, compiled=args.compile)
+    return run_trainings(campaign, plan_trainings(arms, settings, list(dict.fromkeys(args.seeds))), machine)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    missing = [option for option, value in (("-d", args.d), ("-c", args.c), ("-tr", args.tr)) if not value]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing: which dataset, configuration and trainers? Or give --table.")
+    if not args.labeled and not args.folds:
+        raise UserError("Which labeled cases? Give numbers with --labeled, or folds of splits_final.json with --folds.")
+    for option, value in (("--epochs", args.epochs), ("--jobs", args.jobs), ("--validate", args.validate)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}; give 1 or more.")
+    if min(args.seeds) < 0:
+        raise UserError(f"--seeds holds {min(args.seeds)}; give 0 or more.")

@@ -1,0 +1,171 @@
+"""Gains, intervals and costs on numbers whose answers are known."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from scipy import stats
+
+from nnunet_ssl.benchmark.report import MEAN, Report, difference, standard_error, write_report
+from nnunet_ssl.benchmark.results import ABOUT, Run, add_run, read_runs, write_runs
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.comparison import Scores
+from nnunet_ssl.evaluation.folders import FolderResult
+from nnunet_ssl.evaluation.metrics import CaseMetrics, CaseResult
+
+NAN = math.nan
+OLD = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+def numbered(values):
+    return Scores(tuple(map(str, range(np.shape(values)[1]))), np.array(values, float))
+
+
+def run(arm, seed, dice, *, setting="2 labeled", **about):
+    """``dice``: per case, a value per structure."""
+    filled = dict.fromkeys(ABOUT, "") | {"campaign": "c", "arm": arm, "seed": str(seed), "setting": setting}
+    filled |= {"training": f"{arm}; {setting}; seed {seed}", "device": "cpu"}
+    cases = []
+    for number, values in enumerate(dice):
+        metrics = {f"s{index}": CaseMetrics(value, value, 10 - value) for index, value in enumerate(values)}
+        cases.append(CaseResult(f"case {number}", metrics))
+    return Run(filled | {name: str(value) for name, value in about.items()}, FolderResult(cases))
+
+
+def test_standard_error_by_hand():
+    # Squares about the means: 0.02 and 0.08 + 0.02, 0.02 + 0 -> 3 degrees of freedom with 2 and 3 trainings.
+    ours, theirs = np.array([0.7, 0.9]), np.array([0.4, 0.5, 0.6])
+    variance = (0.02 + 0.02) / 3
+    assert standard_error(ours, theirs) == pytest.approx(math.sqrt(variance * (1 / 2 + 1 / 3)))
+    # One training of ours: the baseline's spread counts for it too.
+    assert standard_error(np.array([0.7]), theirs) == pytest.approx(math.sqrt(0.02 / 2 * (1 + 1 / 3)))
+
+
+def test_interval_of_trainings_alone_is_students():
+    # Every case gains the same: only trainings vary.
+    baseline = numbered([[value, value + 0.1, value + 0.2] for value in (0.50, 0.52, 0.54)])
+    model = numbered([[value, value + 0.1, value + 0.2] for value in (0.60, 0.61)])
+    mean, low, high, pairs = difference(model, baseline)
+    assert (mean, pairs) == (pytest.approx(0.085), 3)
+    half = stats.t.ppf(0.975, 3) * standard_error(np.array([0.60, 0.61]), np.array([0.50, 0.52, 0.54]))
+    assert low == pytest.approx(0.085 - half, rel=0.01) and high == pytest.approx(0.085 + half, rel=0.01)
+
+
+def test_interval_of_cases_alone_is_the_bootstraps():
+    # Trainings are all alike: only cases vary.
+    gains = np.array([0.0, 0.1, 0.2, 0.3, 0.1, 0.0, 0.2, 0.1, 0.3, 0.2])
+    baseline, model = numbered([[0.5] * 10] * 2), numbered([0.5 + gains] * 2)
+    mean, low, high, _ = difference(model, baseline)
+    half = 1.96 * gains.std() / math.sqrt(10)
+    assert mean == pytest.approx(0.15)
+    assert low == pytest.approx(0.15 - half, abs=0.01) and high == pytest.approx(0.15 + half, abs=0.01)
+
+
+def test_the_baselines_spread_widens_the_interval_of_a_single_training():
+    model = numbered([[0.7, 0.8, 0.9]])
+    steady, noisy = (
+        numbered([[base, base + 0.1, base + 0.2] for base in bases]) for bases in ((0.6,) * 3, (0.5, 0.6, 0.7))
+    )
+    widths = [high - low for _, low, high, _ in (difference(model, steady), difference(model, noisy))]
+    assert widths[0] == pytest.approx(0, abs=1e-9) and widths[1] > 0.5
+
+
+def test_one_training_each_has_no_interval_and_cases_without_a_value_no_pair():
+    mean, low, high, pairs = difference(numbered([[0.7, NAN, 0.8]]), numbered([[0.6, 0.5, 0.6]]))
+    assert mean == pytest.approx(0.15) and pairs == 2 and math.isnan(low) and math.isnan(high)
+    assert difference(numbered([[NAN]]), numbered([[0.5]]))[3] == 0
+
+
+def test_gains_by_structure_and_their_mean():
+    runs = [run("nnUNetTrainer", 0, [(0.5, 0.7), (0.6, 0.8)]), run("nnUNetTrainer", 1, [(0.5, 0.7), (0.6, 0.8)])]
+    runs += [run("Ours", 0, [(0.6, 0.7), (0.7, 0.8)])]
+    report = Report(runs)
+    gains = {(gain.structure, gain.arm): gain for gain in report.gains("2 labeled", "dice")}
+    assert gains["s0", "Ours"].difference == pytest.approx(0.1) and gains["s1", "Ours"].difference == pytest.approx(0)
+    assert gains[MEAN, "Ours"].difference == pytest.approx(0.05) and gains[MEAN, "Ours"].mean == pytest.approx(0.7)
+    assert gains[MEAN, "nnUNetTrainer"].runs == 2 and gains[MEAN, "nnUNetTrainer"].pairs == 0
+    distance = {gain.arm: gain for gain in report.gains("2 labeled", "hd95") if gain.structure == "s0"}
+    assert distance["Ours"].difference == pytest.approx(-0.1)
+
+
+def test_costs_are_relative_to_the_baseline_of_the_campaign():
+    cost = {"seconds_per_step": 9, "peak_memory_mb": 100}
+    runs = [run("nnUNetTrainer", 0, [(0.5,)], cpu_seconds_per_step=2, training_seconds=60, **cost)]
+    runs += [run("nnUNetTrainer", 1, [(0.5,)], cpu_seconds_per_step=4, training_seconds=120, **cost)]
+    runs += [run("Ours", 0, [(0.5,)], cpu_seconds_per_step=6, training_seconds=180, **cost)]
+    base, ours = Report(runs).costs("2 labeled")
+    assert (base.step, base.training, base.relative_step) == (3, 90, 1), "medians, of processor time on a CPU"
+    assert (ours.relative_step, ours.relative_training, ours.relative_memory) == (2, 2, 1)
+    on_gpu = [Run({**one.about, "device": "cuda: a GPU"}, one.result) for one in runs]
+    assert Report(on_gpu).costs("2 labeled")[1].step == 9
+
+
+def test_campaigns_are_not_mixed():
+    with pytest.raises(UserError, match="2 campaigns"):
+        Report([run("nnUNetTrainer", 0, [(0.5,)]), run("Ours", 0, [(0.5,)], campaign="another")])
+    with pytest.raises(UserError, match="nothing to report"):
+        Report([])
+
+
+def test_other_versions_and_lengths_are_seen():
+    about = {"dataset": "D", "iterations": 250, "torch": "2.2", "date": "2026-01-01"}
+    runs = [run("nnUNetTrainer", 0, [(0.5,)], **about), run("Ours", 0, [(0.5,)], **about)]
+    assert "torch 2.2, device cpu" in Report(runs).markdown()
+    runs.append(run("Ours", 1, [(0.5,)], **{**about, "torch": "2.3", "iterations": 500}))
+    text = Report(runs).markdown()
+    assert "torch 2.2 (2) or 2.3 (1)" in text and "Not all trainings have the same number" in text
+
+
+def test_report_files(tmp_path):
+    measured = {"cpu_seconds_per_step": 0.1, "training_seconds": 60, "peak_memory_mb": 100}
+    dice = {"nnUNetTrainer": 0.5, "Ours": 0.55, "Ours:ramp_length=0.0": 0.45}
+    runs = [
+        run(arm, seed, [(value + seed / 100, 0.7)] * 3, setting=setting, **measured)
+        for arm, value in dice.items()
+        for seed in (0, 1)
+        for setting in ("8 labeled", "2 labeled")
+    ]
+    files = write_report(tmp_path, Report(runs))
+    text = files["md"].read_text()
+    assert text.index("## 2 labeled") < text.index("## 8 labeled")
+    assert re.search(r"\| s0 +\| Ours +\| +2 \| 0\.555 \| +0\.007 \| \+0\.050 +\|", text)
+    rows = files["csv"].read_text().splitlines()
+    assert rows[0].startswith("setting,arm,structure,metric,runs,mean") and len(rows) == 1 + 2 * 2 * 3 * 3
+    assert imread(files["png"]).std() > 0
+
+
+def test_table_keeps_everything(tmp_path):
+    file = tmp_path / "results.csv"
+    first, second = run("nnUNetTrainer", 0, [(0.5, NAN), (0.123456, 1.0)]), run("Ours", 3, [(0.25, 0.5)])
+    for one in (first, second, first):
+        add_run(file, one.about, one.result)
+    assert list(read_runs(file)) == [first.about["training"], second.about["training"]], "each once"
+    for one in (first, second):
+        read = read_runs(file)[one.about["training"]]
+        assert read.about == one.about
+        assert str(read.result.cases) == str(one.result.cases)
+
+
+HARMS = [lambda text: text[:-20], lambda text: "a,b\n1,2\n", lambda text: text.replace("0.25", "x")]
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=["cut short", "other columns", "no number"])
+def test_a_broken_table_is_named(tmp_path, harm):
+    file = tmp_path / "results.csv"
+    write_runs(file, {"one": run("Ours", 0, [(0.25, 0.5), (0.25, 0.75)])})
+    file.write_text(harm(file.read_text()))
+    with pytest.raises(UserError, match=r"results\.csv is no table of results"):
+        read_runs(file)
+
+
+def test_tables_of_the_older_benchmark_can_be_read():
+    report = Report(list(read_runs(OLD / "Dataset901_LeftAtrium-nnUNetPlans-2d_coarse-2500.csv").values()))
+    gains = {gain.arm: gain for gain in report.gains("8 labeled", "dice")}
+    assert gains["nnUNetTrainer"].mean == pytest.approx(0.832, abs=5e-4) and gains["nnUNetTrainer"].runs == 3
+    assert gains["CrossMatch"].difference == pytest.approx(0.013, abs=5e-4)
+    assert report.costs("8 labeled") == [] and "does not say what it was made with" in report.markdown()

@@ -1,0 +1,83 @@
+"""``nnunet-ssl benchmark`` with real trainings: killed in the middle, shared by two commands, reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def start(planned, folder, *arguments):
+    command = [sys.executable, "-m", "nnunet_ssl.cli.main", "benchmark", "-d", str(planned.dataset_id), "-c", "tiny"]
+    command += ["-device", "cpu", "--epochs", "3", "--labeled", "2", "-o", str(folder), *arguments]
+    return subprocess.Popen(
+        command, env=planned.environment, cwd=planned.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    printed, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, printed[-6000:]
+    return printed
+
+
+def test_killed_shared_and_reported(planned_2d, tmp_path):
+    folder = tmp_path / "bench"
+    # A training long enough to be killed in its middle.
+    arms = ["-tr", "nnUNetTrainer_short", "CrossMatchTrainer_short", "--seeds", "0"]
+    first = start(planned_2d, folder, *arms)
+    progress = folder / "tasks" / "nnUNetTrainer_short_2_labeled_seed_0.progress"
+    deadline = time.monotonic() + 300
+    while not progress.is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    done = len(json.loads(progress.read_text())["epochs"])
+    assert 1 <= done <= 3
+
+    # Two commands at once: each training is done by one of them, and both report both.
+    again, beside = start(planned_2d, folder, *arms), start(planned_2d, folder, *arms, "--jobs", "2")
+    printed = [finish(process) for process in (again, beside)]
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    cases, structures = len(planned_2d.phantoms.validation), 2
+    assert len(rows) == 2 * cases * structures
+    assert {row["training"] for row in rows} == {
+        "nnUNetTrainer_short; 2 labeled; seed 0",
+        "CrossMatchTrainer_short; 2 labeled; seed 0",
+    }
+    log = (folder / "logs" / "nnUNetTrainer_short_2_labeled_seed_0.log").read_text()
+    assert log.count("Epoch 0") == 1, "the epoch that was done is not done again"
+    assert all(float(row["iterations"]) == 9 and float(row["seconds_per_step"]) > 0 for row in rows)
+    assert all(row["processor"] and row["torch"] and row["campaign"] == rows[0]["campaign"] for row in rows)
+    for text in printed:
+        assert "## 2 labeled" in text and "report.md, report.csv, report.png, results.csv" in text
+
+    # More seeds are added; what is there is not trained again.
+    more = finish(start(planned_2d, folder, "-tr", "nnUNetTrainer_short", "--seeds", "0", "1"))
+    assert "1 of 2 trainings are in" in more
+    assert log == (folder / "logs" / "nnUNetTrainer_short_2_labeled_seed_0.log").read_text()
+    assert "| nnUNetTrainer_short     |         2 |" in more
+    table = finish(start(planned_2d, folder, "--table"))
+    assert more.endswith(table.lstrip("\n")) or table.strip() in more
+
+    broken = start(planned_2d, folder, "-tr", "nnUNetTrainer_short:x=1")
+    assert "no settings" in broken.communicate()[0] and broken.returncode == 2
+    assert not list((folder / "nnUNet_results").glob("**/*.whole"))
+
+
+def test_the_same_seed_makes_the_same_training(planned_2d, tmp_path):
+    """Of nnU-Net's own trainer, which has no setting for it; with one worker, on one machine."""
+    digits = []
+    for name in ("a", "b"):
+        finish(start(planned_2d, tmp_path / name, "-tr", "nnUNetTrainer_short", "--seeds", "0", "1"))
+        rows = csv.DictReader((tmp_path / name / "results.csv").open())
+        digits.append([(row["training"], row["case"], row["structure"], row["dice"], row["assd"]) for row in rows])
+    assert digits[0] == digits[1]
+    half = len(digits[0]) // 2
+    assert [row[1:] for row in digits[0][:half]] != [row[1:] for row in digits[0][half:]], "another seed, another one"
