@@ -1,13 +1,18 @@
-"""What the benchmarks share: trainers without loaders, batches of the right shapes, where they ran."""
+"""What the benchmarks share: plans without a dataset, trainers without loaders, batches, bare passes, versions."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import platform
+import resource
+import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,8 +23,77 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunet_ssl
-from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
 from nnunet_ssl.data.labeled_targets import AddTargets
+from nnunet_ssl.networks.training_network import Stream, StreamOutput
+from nnunet_ssl.trainer import SemiSupervisedTrainer
+
+# The large plan that needs no dataset: nnU-Net's own for patches of 128x128x128, and two structures.
+PATCH, BATCH, FEATURES = (128, 128, 128), 2, (32, 64, 128, 256, 320, 320)
+DATASET_JSON = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "first": 1, "second": 2}}
+WITHOUT_DATASET = "Dataset000_Benchmark"
+
+
+def method_names() -> list[str]:
+    """The trainers of all methods."""
+    return list(trainer_descriptions(trainers_folder()))
+
+
+def trainer_class(name: str) -> type[Any]:
+    """A trainer, found as nnU-Net finds it."""
+    os.environ["nnUNet_extTrainer"] = str(trainers_folder())
+    return recursive_find_trainer_class_by_name(name)
+
+
+def plans_without_dataset(
+    patch: Sequence[int] = PATCH, batch: int = BATCH, features: Sequence[int] = FEATURES
+) -> dict[str, Any]:
+    """nnU-Net's plans, configuration 3d_fullres, for the plain U-Net with ``features`` per stage."""
+    stages = len(features)
+    architecture = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": list(features),
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3]] * stages,
+            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+            "n_conv_per_stage": [2] * stages,
+            "n_conv_per_stage_decoder": [2] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+    configuration = {
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "patch_size": list(patch),
+        "batch_size": batch,
+        "spacing": [1.0, 1.0, 1.0],
+        "batch_dice": False,
+        "architecture": architecture,
+    }
+    return {
+        "dataset_name": WITHOUT_DATASET,
+        "plans_name": "nnUNetPlans",
+        "label_manager": "LabelManager",
+        "configurations": {"3d_fullres": configuration},
+    }
+
+
+def write_plans_without_dataset(preprocessed: Path, plans: dict[str, Any]) -> None:
+    """Write them into a folder that serves as nnUNet_preprocessed, with an empty file where nnU-Net looks for cases."""
+    folder = preprocessed / WITHOUT_DATASET
+    cases = folder / plans["configurations"]["3d_fullres"]["data_identifier"]
+    cases.mkdir(parents=True)
+    (cases / "none.b2nd").touch()
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON))
 
 
 def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +105,19 @@ def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-device", default="cpu", choices=["cpu", "cuda"])
 
 
-def make_trainer(args: argparse.Namespace, name: str, results: Path, **settings: Any) -> nnUNetTrainer:
-    """A trainer with its network and optimizer, writing to ``results``; ``settings`` go into the plans."""
+def make_trainer(
+    args: argparse.Namespace, name: str, results: Path, *, compiled: bool | None = None, **settings: Any
+) -> nnUNetTrainer:
+    """A trainer with its network and optimizer, writing to ``results``.
+
+    Args:
+        args: of :func:`add_trainer_arguments`.
+        name: of the trainer.
+        results: serves as nnUNet_results.
+        compiled: whether to use ``torch.compile``, on a CPU too; by default as nnU-Net decides.
+        settings: go into the plans.
+    """
     os.environ["nnUNet_results"] = str(results)
-    os.environ["nnUNet_extTrainer"] = str(trainers_folder())
     # As nnUNetv2_train does: a GPU's first steps try which convolutions are the fastest.
     torch.backends.cudnn.deterministic = False
     torch.backends.cudnn.benchmark = True
@@ -43,14 +126,16 @@ def make_trainer(args: argparse.Namespace, name: str, results: Path, **settings:
     plans["continue_training"] = False
     plans["configurations"][args.c].setdefault("semi_supervised", {}).update(settings)
     dataset_json = load_json(str(folder / "dataset.json"))
-    trainer = recursive_find_trainer_class_by_name(name)(plans, args.c, 0, dataset_json, torch.device(args.device))
+    trainer = trainer_class(name)(plans, args.c, 0, dataset_json, torch.device(args.device))
+    if compiled is not None:
+        trainer._do_i_compile = lambda: compiled
     trainer.initialize()
     trainer.network.train()
     return trainer
 
 
 def labeled_batch(trainer: nnUNetTrainer) -> dict[str, Any]:
-    """Random images with a blob of every class, in the shapes of nnU-Net's loader."""
+    """Random images with a blob of every class, in the shapes of nnU-Net's loader, on the trainer's device."""
     patch = trainer.configuration_manager.patch_size
     target = torch.zeros(trainer.batch_size, 1, *patch)
     for label in trainer.label_manager.foreground_labels:
@@ -59,23 +144,103 @@ def labeled_batch(trainer: nnUNetTrainer) -> dict[str, Any]:
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
     targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, scale))) for scale in scales]
     image = torch.randn(trainer.batch_size, trainer.num_input_channels, *patch) + target
-    batch: dict[str, Any] = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
-    return AddTargets(getattr(trainer, "_labeled_targets", {}))(**batch)
+    batch = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
+    if isinstance(trainer, SemiSupervisedTrainer):
+        batch = AddTargets(trainer.labeled_targets())(**batch)
+    return _on_device(batch, trainer.device)
 
 
-def give_unlabeled_batches(trainer: Any) -> None:
-    """One unlabeled batch for ever, in place of the loader: the step is measured alone."""
+def give_unlabeled_batches(trainer: SemiSupervisedTrainer, count: int = 1) -> None:
+    """A few unlabeled batches for ever, on the device, in place of the loader: the step is measured alone."""
     u, patch = trainer.unlabeled_batch_size, trainer.configuration_manager.patch_size
     views = trainer.unlabeled_views()
     shape = (u, trainer.num_input_channels, *patch)
-    batch = {
-        "weak": torch.randn(shape),
-        "strong": [torch.randn(shape) for _ in range(views.strong)],
-        "boxes": [torch.from_numpy(views.cutmix.draw(u, patch)) for _ in range(views.strong)] if views.cutmix else [],
-        "partner": (torch.arange(u) + 1) % u,
-        "keys": ["unlabeled"] * u,
+
+    def batch() -> dict[str, Any]:
+        boxes = [torch.from_numpy(views.cutmix.draw(u, patch)) for _ in range(views.strong)] if views.cutmix else []
+        return {
+            "weak": torch.randn(shape),
+            "strong": [torch.randn(shape) for _ in range(views.strong)],
+            "boxes": boxes,
+            "partner": (torch.arange(u) + 1) % u,
+            "keys": ["unlabeled"] * u,
+        }
+
+    loader: Any = itertools.cycle([_on_device(batch(), trainer.device) for _ in range(count)])
+    trainer.dataloader_unlabeled = loader
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """A batch, whose tensors may be in lists, tuples and dictionaries."""
+    if isinstance(value, dict):
+        return {name: _on_device(one, device) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_device(one, device) for one in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def bare_passes(trainer: SemiSupervisedTrainer, *, stacked: bool) -> tuple[str, Callable[[], None]]:
+    """The encoder and decoder passes of a method's streams, without its loss terms, dropout and heads."""
+    network, device = trainer.training_network, trainer.device
+    shape = (trainer.batch_size, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
+    streams = {
+        name: Stream(s.image, gradient=s.gradient, decoder=s.decoder, teacher=s.teacher)
+        for name, s in trainer.streams().items()
     }
-    trainer.dataloader_unlabeled = itertools.repeat(batch)
+    images = {stream.image: torch.randn(shape, device=device) for stream in streams.values()}
+    student = {name: stream for name, stream in streams.items() if not stream.teacher}
+    encoded = list(dict.fromkeys(stream.image for stream in student.values()))
+    taught = {name: stream for name, stream in streams.items() if stream.teacher}
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, enabled=device.type == "cuda")
+
+    def loss_of(output: StreamOutput) -> torch.Tensor:
+        return output.logits.float().square().mean()
+
+    def run_stacked() -> None:
+        network.zero_grad(set_to_none=True)
+        with autocast():
+            outputs = network(images, streams, {})
+            losses = [loss_of(outputs[name]) for name, stream in streams.items() if stream.gradient]
+        torch.stack(losses).sum().backward()
+
+    def run_separate() -> None:
+        network.zero_grad(set_to_none=True)
+        with torch.no_grad(), autocast():
+            for name, stream in taught.items():
+                skips = {stream.image: network.teacher.encoder(images[stream.image])}
+                network.decode({name: stream}, images, skips, {})
+        for image in encoded:
+            with autocast():
+                skips = network.encoder(images[image])
+            leaves = {image: [skip.detach().requires_grad_() for skip in skips]}
+            for name, stream in student.items():
+                if stream.image == image:
+                    with torch.set_grad_enabled(stream.gradient), autocast():
+                        loss = loss_of(network.decode({name: stream}, images, leaves, {})[name])
+                    if stream.gradient:
+                        loss.backward()
+            torch.autograd.backward(skips, [leaf.grad for leaf in leaves[image]])
+
+    counts = f"{len(encoded)} encoder + {len(student)} decoder passes"
+    if taught:
+        counts += f" + {len(taught)} of the teacher"
+    way = "stacked" if stacked else "separate"
+    return f"{counts}, {way}, bare", run_stacked if stacked else run_separate
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after what was begun on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def resident_peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def where() -> str:

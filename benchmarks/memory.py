@@ -19,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_trainer_arguments, give_unlabeled_batches, labeled_batch, make_trainer, where
+from common import (
+    add_trainer_arguments,
+    give_unlabeled_batches,
+    labeled_batch,
+    make_trainer,
+    resident_peak,
+    where,
+)
 
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.memory import step_bytes
-
-
-def resident_peak() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
 
 STEPS = ("supervised", "split", "split, checkpointing", "stacked", "stacked, checkpointing")
 
@@ -41,7 +39,9 @@ def measure(args: argparse.Namespace, step: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         mode, _, checkpointing = step.partition(", ")
         supervised = mode == "supervised"
-        settings = {} if supervised else {"memory_mode": mode, "activation_checkpointing": bool(checkpointing)}
+        settings: dict[str, Any] = (
+            {} if supervised else {"memory_mode": mode, "activation_checkpointing": bool(checkpointing)}
+        )
         trainer = make_trainer(args, "nnUNetTrainer" if supervised else args.tr, Path(folder), **settings)
         batch = labeled_batch(trainer)
         if not supervised:

@@ -16,66 +16,14 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
-from common import add_trainer_arguments, give_unlabeled_batches, labeled_batch, make_trainer, where
+from common import add_trainer_arguments, bare_passes, give_unlabeled_batches, labeled_batch, make_trainer, now, where
 
 from nnunet_ssl.evaluation.tables import format_table
-from nnunet_ssl.networks.training_network import Stream, StreamOutput
+from nnunet_ssl.networks.training_network import StreamOutput
 from nnunet_ssl.trainer import SemiSupervisedTrainer
-
-
-def bare_passes(trainer: SemiSupervisedTrainer, *, stacked: bool) -> tuple[str, Callable[[], None]]:
-    """The encoder and decoder passes of a method's streams, without its loss terms, dropout and heads."""
-    network, device = trainer.training_network, trainer.device
-    shape = (trainer.batch_size, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
-    streams = {
-        name: Stream(s.image, gradient=s.gradient, decoder=s.decoder, teacher=s.teacher)
-        for name, s in trainer.streams().items()
-    }
-    images = {stream.image: torch.randn(shape, device=device) for stream in streams.values()}
-    student = {name: stream for name, stream in streams.items() if not stream.teacher}
-    encoded = list(dict.fromkeys(stream.image for stream in student.values()))
-    taught = {name: stream for name, stream in streams.items() if stream.teacher}
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, enabled=device.type == "cuda")
-
-    def loss_of(output: StreamOutput) -> torch.Tensor:
-        return output.logits.float().square().mean()
-
-    def run_stacked() -> None:
-        network.zero_grad(set_to_none=True)
-        with autocast():
-            outputs = network(images, streams, {})
-            losses = [loss_of(outputs[name]) for name, stream in streams.items() if stream.gradient]
-        torch.stack(losses).sum().backward()
-
-    def run_separate() -> None:
-        network.zero_grad(set_to_none=True)
-        with torch.no_grad(), autocast():
-            for name, stream in taught.items():
-                skips = {stream.image: network.teacher.encoder(images[stream.image])}
-                network.decode({name: stream}, images, skips, {})
-        for image in encoded:
-            with autocast():
-                skips = network.encoder(images[image])
-            leaves = {image: [skip.detach().requires_grad_() for skip in skips]}
-            for name, stream in student.items():
-                if stream.image == image:
-                    with torch.set_grad_enabled(stream.gradient), autocast():
-                        loss = loss_of(network.decode({name: stream}, images, leaves, {})[name])
-                    if stream.gradient:
-                        loss.backward()
-            torch.autograd.backward(skips, [leaf.grad for leaf in leaves[image]])
-
-    counts = f"{len(encoded)} encoder + {len(student)} decoder passes"
-    if taught:
-        counts += f" + {len(taught)} of the teacher"
-    way = "stacked" if stacked else "separate"
-    return f"{counts}, {way}, bare", run_stacked if stacked else run_separate
 
 
 class _Detached(dict[str, StreamOutput]):
@@ -115,13 +63,6 @@ class LossTerms:
         self.seconds.append(spent)
 
 
-def now(device: torch.device) -> float:
-    """Seconds, after what was begun on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter()
-
-
 def _leaves(output: StreamOutput) -> StreamOutput:
     logits = output.logits if isinstance(output.logits, list) else [output.logits]
     for tensor in (*logits, output.features, output.bottleneck, *(output.head or {}).values()):
@@ -146,7 +87,7 @@ def main() -> None:
         methods = {mode: make_trainer(args, args.tr, results, memory_mode=mode) for mode in ("split", "stacked")}
         if args.checkpointing:
             for mode in ("split", "stacked"):
-                options = {"memory_mode": mode, "activation_checkpointing": True}
+                options: dict[str, Any] = {"memory_mode": mode, "activation_checkpointing": True}
                 methods[f"{mode}, checkpointing"] = make_trainer(args, args.tr, results, **options)
         for mode, method in methods.items():
             give_unlabeled_batches(method)

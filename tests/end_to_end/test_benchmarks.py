@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 pytestmark = pytest.mark.slow
 
 
-def run(planned, script: str, *arguments: object) -> str:
+def run(planned, script: str, *arguments: object, code: int = 0) -> str:
     command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
     done = subprocess.run(
         command, env=planned.environment, cwd=planned.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == code, done.stdout[-6000:]
     return done.stdout
 
 
@@ -49,6 +52,77 @@ def test_loader_and_memory(planned_2d):
     printed = run(planned_2d, "loader.py", *dataset, "--repeats", 2)
     assert printed.count("| nnU-Net, labeled ") == 3 and "| CrossMatchTrainer, unlabeled " in printed
     assert "| SimCVDTrainer, stacked" in run(planned_2d, "memory.py", *dataset, "-tr", "SimCVDTrainer")
+
+
+def gpu_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
+
+
+def test_gpu_answers_every_question(planned_2d, tmp_path):
+    dataset = ["-d", planned_2d.dataset_id, "-c", "tiny"]
+    arguments = ["--dry-run", "--jobs", 2, "--minutes", 20, "-tr", "MutualReliableTrainer"]
+    printed = run(planned_2d, "gpu.py", "-o", tmp_path, *dataset, *arguments)
+    rows = gpu_rows(tmp_path)
+    assert [row["question"] for row in rows if row.get("note")] == ["h"], "no row failed or was skipped but accuracy"
+    by_question = {letter: [row for row in rows if row["question"] == letter] for letter in "acdefgh"}
+    steps = {(row["trainer"], row["plan"], row["mode"], row["compiled"]) for row in by_question["a"]}
+    mutual = "MutualReliableTrainer"
+    for plan in ("128³", "dataset"):
+        expected = {("nnUNetTrainer", plan, "", compiled) for compiled in (False, True)}
+        expected |= {(mutual, plan, mode, compiled) for mode in ("split", "stacked") for compiled in (False, True)}
+        expected |= {(mutual, plan, f"bare {way}", False) for way in ("stacked", "separate")}
+        assert {step for step in steps if step[1] == plan} == expected
+    assert all(row["graphs"] > 0 and row["breaks"] == 0 for row in by_question["a"] if row["compiled"])
+    assert all(0 < row["split"] < row["bytes"] < row["stacked"] for row in by_question["c"])
+    assert [row["modes"] for row in by_question["c"]] == [["split"] * 3] * 4, "it fell back in the first step"
+    total, *kernels = by_question["d"]
+    assert len(kernels) == 10 and total["part"] == 1 and kernels[0]["kernel"] == "aten::convolution_backward"
+    lines = [row["line"] for row in by_question["e"] if row["trainer"] == mutual]
+    assert lines[0] == "all" and all(line.startswith("nnunet_ssl/") for line in lines[1:])
+    assert {row["trainer"] for row in by_question["f"]} == {"nnUNetTrainer", mutual}
+    assert all(row["finite"] == row["steps"] and row["scale"] == 2**16 for row in by_question["g"])
+    report = (tmp_path / "gpu.md").read_text()
+    assert report in printed and [line[3] for line in report.splitlines() if line.startswith("## ")] == list("abcdefgh")
+    again = run(planned_2d, "gpu.py", "-o", tmp_path, *arguments, code=1)
+    assert again.startswith(f"{tmp_path} holds results of another run")
+
+
+def test_gpu_finds_lines_that_synchronize(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu_measurements import lines_that_synchronize
+
+    code = compile("tensor.item()\ntensor.nonzero()\ntensor + 1", "/site-packages/nnunet_ssl/losses/some.py", "exec")
+
+    def run_lines() -> None:
+        exec(code, {"tensor": torch.ones(1)})
+        torch.ones(1).item()
+
+    found = lines_that_synchronize(torch.device("cpu"), run_lines)
+    assert {line.strip(): times for line, times in found.items()} == {
+        "nnunet_ssl/losses/some.py:1": 1,
+        "nnunet_ssl/losses/some.py:2": 1,
+        "elsewhere": 1,
+    }
+
+
+def test_gpu_names_what_it_skips(planned_2d, tmp_path):
+    """All methods are to be measured; without time, every row is there and says so."""
+    run(planned_2d, "gpu.py", "-o", tmp_path, "--dry-run", "--minutes", 0)
+    rows = gpu_rows(tmp_path)
+    methods = set(trainer_descriptions(trainers_folder()))
+    for letter in "aeg":
+        assert {row["trainer"] for row in rows if row["question"] == letter} == {"nnUNetTrainer", *methods}
+    assert {row["note"] for row in rows} == {"skipped: no time was left", "skipped: it needs -d and --accuracy"}
+    report = (tmp_path / "gpu.md").read_text()
+    assert "- 128³, CrossMatchTrainer, split, compiled: skipped: no time was left" in report
+
+
+def test_gpu_row_that_fails(planned_2d, tmp_path):
+    """An unknown trainer fails alone."""
+    run(planned_2d, "gpu.py", "-o", tmp_path, "--dry-run", "--questions", "g", "-tr", "NoTrainer", "CrossMatchTrainer")
+    rows = {row["trainer"]: row for row in gpu_rows(tmp_path)}
+    assert "NoTrainer" in rows["NoTrainer"]["note"] and rows["NoTrainer"]["note"].startswith("failed: ")
+    assert rows["CrossMatchTrainer"]["finite"] == rows["nnUNetTrainer"]["finite"] == 3
 
 
 def test_scale(planned_2d, tmp_path):
