@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.distributed import sum_over_ranks
+from nnunet_ssl.losses.pseudo_labels import members
 
 
 def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, epsilon: float = 1e-5) -> Tensor:
@@ -18,7 +19,8 @@ def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, eps
 
     Args:
         probabilities: (B, K, *spatial), float.
-        target: (B, K, *spatial), bool.
+        target: of classes (B, 1, *spatial), integer, or (B, K, *spatial), bool, as in a
+            :class:`~nnunet_ssl.losses.pseudo_labels.PseudoLabel`.
         mask: (B, 1, *spatial) or (B, K, *spatial), bool.
 
     Returns:
@@ -27,7 +29,8 @@ def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, eps
     axes = [0, *range(2, probabilities.ndim)]
     # Under autocast a half-precision sum over a batch of volumes overflows at 65504.
     probabilities = probabilities.float()
-    masked_target = target & mask
+    # A class where it counts, and the background elsewhere: one channel, not K.
+    masked_target = members(target & mask if target.dtype == torch.bool else target * mask, probabilities.shape[1])
     size = (probabilities.square() * mask).sum(axes) + masked_target.sum(axes)
     # The target is zero wherever the mask is, so the product needs no mask of its own.
     overlap = (probabilities * masked_target).sum(axes)

@@ -16,7 +16,8 @@ class PseudoLabel(NamedTuple):
     """What a stream predicts, as a target for other streams. Neither tensor carries a gradient.
 
     Attributes:
-        target: (B, K, *spatial), bool, one channel per foreground class or region.
+        target: for classes (B, 1, *spatial), uint8 or int16, the class, 0 for the background; for regions (B, K,
+            *spatial), bool.
         confidence: (B, 1, *spatial) for classes, (B, K, *spatial) for regions, float32 in [0, 1].
     """
 
@@ -39,7 +40,7 @@ def foreground_probabilities(logits: Tensor, *, regions: bool) -> Tensor:
 
 @torch.no_grad()
 def pseudo_label(logits: Tensor, *, regions: bool) -> PseudoLabel:
-    """One-hot argmax and its probability; for regions p > 0.5 and max(p, 1 - p), channel by channel.
+    """Argmax and its probability; for regions p > 0.5 and max(p, 1 - p), channel by channel.
 
     Args:
         logits: (B, C, *spatial).
@@ -49,17 +50,31 @@ def pseudo_label(logits: Tensor, *, regions: bool) -> PseudoLabel:
         probability = torch.sigmoid(logits)
         return PseudoLabel(probability > 0.5, torch.maximum(probability, 1 - probability))
     confidence, winner = torch.softmax(logits, 1).max(1, keepdim=True)
-    foreground = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, *[1] * (logits.ndim - 2))
-    return PseudoLabel(winner == foreground, confidence)
+    # Kept for other streams: of many classes, one channel for each would be many times an image's memory.
+    return PseudoLabel(winner.to(torch.uint8 if logits.shape[1] <= 256 else torch.int16), confidence)
+
+
+def members(target: Tensor, structures: int) -> Tensor:
+    """Which voxels belong to each foreground class or region: (B, K, *spatial), bool, K = ``structures``.
+
+    Args:
+        target: of a :class:`PseudoLabel`.
+    """
+    if target.dtype == torch.bool:
+        return target
+    # Of the same type: a comparison of two types would convert them to the larger one.
+    foreground = torch.arange(1, structures + 1, device=target.device, dtype=target.dtype)
+    return target == foreground.view(1, -1, *[1] * (target.ndim - 2))
 
 
 @torch.no_grad()
-def coverage(label: PseudoLabel, threshold: float) -> tuple[Tensor, Tensor]:
+def coverage(label: PseudoLabel, threshold: float, *, structures: int) -> tuple[Tensor, Tensor]:
     """How much of a pseudo-label is confident enough to be learned from.
 
     Args:
-        label: a pseudo-label of K channels.
+        label: a pseudo-label.
         threshold: the least confidence.
+        structures: K, foreground classes or regions.
 
     Returns:
         Two int64 tensors of counts, (K + 1,): confident voxels, and voxels. The first entry counts all voxels (for
@@ -67,7 +82,8 @@ def coverage(label: PseudoLabel, threshold: float) -> tuple[Tensor, Tensor]:
     """
     confident = label.confidence >= threshold
     axes = [0, *range(2, label.target.ndim)]
-    count = torch.cat((confident.sum()[None], (label.target & confident).sum(axes)))
+    predicted = members(label.target, structures)
+    count = torch.cat((confident.sum()[None], (predicted & confident).sum(axes)))
     # Filled on the device: a tensor made of a Python number would be copied there, and the copy waited for.
-    total = torch.cat((count.new_full((1,), confident.numel()), label.target.sum(axes)))
+    total = torch.cat((count.new_full((1,), confident.numel()), predicted.sum(axes)))
     return count, total

@@ -109,7 +109,7 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
 
         self.record_prediction(outputs["u_dn"].logits)
         teacher = self._pseudo_label(outputs["u_dn"].logits)
-        self.record("coverage", *coverage(teacher, self.settings.confidence_threshold))
+        self.record("coverage", *coverage(teacher, self.settings.confidence_threshold, structures=self.num_structures))
 
         weak = self._pseudo_label(outputs["u_dw"].logits)
         yield {"tkd": self._dice(outputs["u_dw"].logits, teacher) / 4}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_ssl.losses.dice import masked_dice_loss
-from nnunet_ssl.losses.pseudo_labels import coverage, foreground_probabilities, pseudo_label
+from nnunet_ssl.losses.pseudo_labels import coverage, foreground_probabilities, members, pseudo_label
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
 
 SHAPES = [(2, 3, 5, 7), (2, 3, 4, 5, 6), (1, 1, 3, 3, 3)]
@@ -114,10 +114,33 @@ def test_pseudo_label_of_classes(shape):
     label = pseudo_label(logits, regions=False)
     z = logits.double().numpy()
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
-    for k in range(1, shape[1]):
-        np.testing.assert_array_equal(label.target[:, k - 1].numpy(), p.argmax(1) == k)
+    np.testing.assert_array_equal(label.target[:, 0].numpy(), p.argmax(1))
     np.testing.assert_allclose(label.confidence[:, 0].numpy(), p.max(1), rtol=1e-5)
-    assert label.target.shape == (shape[0], shape[1] - 1, *shape[2:])
+    assert label.target.dtype == torch.uint8
+    of_each = members(label.target, shape[1] - 1)
+    assert of_each.shape == (shape[0], shape[1] - 1, *shape[2:]) and of_each.dtype == torch.bool
+    for k in range(1, shape[1]):
+        np.testing.assert_array_equal(of_each[:, k - 1].numpy(), p.argmax(1) == k)
+
+
+def test_a_pseudo_label_of_many_classes_is_one_channel():
+    winner = torch.tensor([0, 1, 255, 256, 299])
+    label = pseudo_label(torch.nn.functional.one_hot(winner, 300).float().t()[None] * 9, regions=False)
+    assert torch.equal(label.target.long(), winner[None, None])
+    assert torch.equal(members(label.target, 299)[0], winner[None] == torch.arange(1, 300)[:, None])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masked_dice_of_classes_is_that_of_their_channels(shape):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape[0], shape[1] + 1, *shape[2:], generator=generator, requires_grad=True)
+    target = torch.randint(0, shape[1] + 1, (shape[0], 1, *shape[2:]), generator=generator).to(torch.uint8)
+    mask = torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.4
+    results = []
+    for given_target in (target, members(target, shape[1])):
+        loss = masked_dice_loss(foreground_probabilities(logits, regions=False), given_target, mask)
+        results.append((loss, *torch.autograd.grad(loss, logits)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_pseudo_label_of_regions():
@@ -139,13 +162,13 @@ def test_coverage_by_hand():
     # Probabilities of class 1: 0.9 (confident), 0.6 (not), 0.05 (confident background), 0.4 (not).
     p = torch.tensor([0.9, 0.6, 0.05, 0.4])
     logits = torch.stack((torch.zeros(4), torch.logit(p)))[None]
-    count, total = coverage(pseudo_label(logits, regions=False), 0.85)
+    count, total = coverage(pseudo_label(logits, regions=False), 0.85, structures=1)
     assert count.tolist() == [2, 1] and total.tolist() == [4, 2]
 
 
 def test_coverage_of_regions_counts_channels():
     logits = torch.logit(torch.tensor([[[0.9, 0.6], [0.05, 0.4]]]))
-    count, total = coverage(pseudo_label(logits, regions=True), 0.85)
+    count, total = coverage(pseudo_label(logits, regions=True), 0.85, structures=2)
     assert count.tolist() == [2, 1, 0] and total.tolist() == [4, 2, 0]
 
 
