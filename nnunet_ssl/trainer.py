@@ -31,6 +31,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
@@ -42,7 +43,7 @@ from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
 from nnunet_ssl.data.leak_guard import check_leaks
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
-from nnunet_ssl.data.predicted_foreground import RARE, Aim, PredictedForeground
+from nnunet_ssl.data.predicted_foreground import RARE, Aim, PredictedForeground, draw_voxels
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.data.previous_stage import check_labeled_cases, previous_stage_folder, segment_by_previous_stage
 from nnunet_ssl.data.views import UnlabeledViews
@@ -188,7 +189,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._steps_in_epoch = 0
         self._first_step = True
         self._overflows = 0
-        self._scale: float | None = None
         self._skipped_steps = 0
         self._recorded: dict[str, Tensor] = {}
         self._seconds_waiting = 0.0
@@ -282,9 +282,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         # On a CPU max is many times faster than argmax.
         label = logits > 0 if self.label_manager.has_regions else logits.max(1).indices
-        # Patches that are centered on foreground say nothing about its share.
-        anywhere = [number for number in range(len(label)) if not self._aims or self._aims[number].structure < 0]
-        self._record_share("unlabeled", label if len(anywhere) == len(label) else label[anywhere])
+        # Patches that are centered on foreground say nothing about its share; the loader puts them last.
+        anywhere = sum(aim.structure < 0 for aim in self._aims) if self._aims else len(label)
+        self._record_share("unlabeled", label[:anywhere])
         if self._coordinates is not None:
             # It is kept for the rest of the step: a quarter of the memory.
             self._predicted = label if label.dtype == torch.bool else label.to(torch.int16)
@@ -594,17 +594,21 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"patches, {self.settings.foreground_crops:.0%} are centered where the network predicts such a class"
             )
 
-    def _remember_foreground(self, keys: list[str]) -> None:
-        """Where the network has predicted rare classes in this step's patches, for later ones."""
-        if self._foreground is None or self._coordinates is None or self._predicted is None:
-            return
-        regions = self.label_manager.has_regions
-        rare = self._foreground.rare
-        names = self.label_manager.foreground_labels
-        for key, aim, label, coordinates in zip(keys, self._aims, self._predicted, self._coordinates, strict=True):
-            members = [label[number] if regions else label == names[number] for number in rare]
-            self._foreground.update(key, aim, members, coordinates)
-        self._predicted = None
+    def _drawn_foreground(self) -> Tensor | None:
+        """Where this step's patches are predicted as foreground: (U, K) of :func:`draw_voxels`, if it is wanted."""
+        label, self._predicted = self._predicted, None
+        if label is None or self._foreground is None or not self._foreground.rare:
+            return None
+        if label.dtype == torch.bool:
+            return draw_voxels(label.flatten(0, 1).flatten(1), 2)[:, 1].view(label.shape[:2])
+        return draw_voxels(label.flatten(1), self.num_structures + 1)[:, 1:]
+
+    def _remember_foreground(self, keys: list[str], voxels: NDArray[np.int32]) -> None:
+        """Keep what :meth:`_drawn_foreground` drew, for later patches."""
+        assert self._foreground is not None and self._coordinates is not None
+        patch_size = self.configuration_manager.patch_size
+        for key, aim, drawn, coordinates in zip(keys, self._aims, voxels, self._coordinates, strict=True):
+            self._foreground.update(key, aim, drawn, patch_size, coordinates)
 
     @property
     def _loaders_with_workers(self) -> dict[str, NonDetMultiThreadedAugmenter]:
@@ -702,40 +706,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         weights = self.loss_weights(self.progress)
         terms = self._gradients_or_split(labeled, unlabeled, weights)
         self._record_labeled_share(labeled)
-        means = torch.stack(list(terms.values()))
-        stop = self._sigterm.came
-        if self.is_ddp:
-            # Then all ranks stop at a term that is not finite on one, and at a signal that came to one.
-            means = torch.cat((means, means.new_full((1,), float(stop))))
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-        # One transfer, as nnU-Net makes one for its loss.
-        found = means.cpu().numpy()
-        stop = stop or bool(found[len(terms) :].any())
-        values = dict(zip(terms, found, strict=False))
+        scaler = self.grad_scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if scaler is not None:
+            # It leaves out a step whose gradients are not finite, so there is nothing to wait for before it.
+            self._step_of_optimizer()
+            scaler.update()
+        values, gradient, stop, voxels = self._read_step(terms, norm)
         self._check_finite(values, labeled, unlabeled)
-
-        parameters = self.network.parameters()
-        if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, 12)
-            before = self._scale if self._scale is not None else self.grad_scaler.get_scale()
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-            # The scaler lowers its scale when it skipped the step, and only then. Read once a step, since it waits for
-            # the GPU.
-            self._scale = self.grad_scaler.get_scale()
-            stepped = self._scale >= before
-            self._skipped_steps += not stepped
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 12)
+        if scaler is None:
             # Terms may be finite where their gradient is not, and no scaler would skip the step.
-            self._check_finite({"the gradient": norm.item()}, labeled, unlabeled)
-            self.optimizer.step()
-            stepped = True
-        if stepped:
-            self.after_optimizer_step()
-        self._remember_foreground(unlabeled.keys)
+            self._check_finite({"the gradient": gradient}, labeled, unlabeled)
+            self._step_of_optimizer()
+        if voxels is not None:
+            self._remember_foreground(unlabeled.keys, voxels)
         self._steps_in_epoch += 1
         self._first_step = False
         if stop:
@@ -746,6 +732,49 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             **{f"loss/{name}": value for name, value in values.items()},
             **{f"weight/{name}": weight for name, weight in weights.items()},
         }
+
+    def _step_of_optimizer(self) -> None:
+        """Step with the gradient scaler, where there is one, and tell the method of a step that was not left out."""
+        if self.grad_scaler is None:
+            self.optimizer.step()
+            self.after_optimizer_step()
+            return
+        # The scaler does not say whether it stepped, and reading its scale would wait for the GPU once more.
+        steps: list[bool] = []
+        hook = self.optimizer.register_step_post_hook(lambda *_: steps.append(True))
+        self.grad_scaler.step(self.optimizer)
+        hook.remove()
+        if steps:
+            self.after_optimizer_step()
+        else:
+            self._skipped_steps += 1
+
+    def _read_step(
+        self, terms: Mapping[str, Tensor], norm: Tensor
+    ) -> tuple[dict[str, float], float, bool, NDArray[np.int32] | None]:
+        """All that the host needs of a step, in one transfer, as nnU-Net makes one for its loss.
+
+        Returns:
+            the terms, the gradient's norm, whether a signal to stop came, and what :meth:`_drawn_foreground` drew; of
+            several processes the means of terms and norms, and a signal that came to any.
+        """
+        numbers = torch.stack([*terms.values(), norm.float()])
+        stop = self._sigterm.came
+        if self.is_ddp:
+            # Then all ranks stop at a term that is not finite on one, and at a signal that came to one.
+            numbers = torch.cat((numbers, numbers.new_full((1,), float(stop))))
+            dist.all_reduce(numbers)
+            numbers /= dist.get_world_size()
+        voxels = self._drawn_foreground()
+        parts = [numbers.view(torch.int32), *([] if voxels is None else [voxels.flatten()])]
+        found = torch.cat(parts).cpu().numpy()
+        values = found[: len(numbers)].view(np.float32)
+        return (
+            dict(zip(terms, values, strict=False)),
+            float(values[len(terms)]),
+            stop or bool(values[len(terms) + 1 :].any()),
+            None if voxels is None else found[len(numbers) :].reshape(voxels.shape),
+        )
 
     def _labeled_batch(self, batch: dict) -> LabeledBatch:
         return LabeledBatch(
@@ -989,7 +1018,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
-            self._scale = None
         self.logger.load_checkpoint(checkpoint["logging"])
         self._best_ema = checkpoint["_best_ema"]
         self.current_epoch = checkpoint["current_epoch"]

@@ -21,7 +21,7 @@ TRAINERS = (CrossMatchTrainer, MutualReliableTrainer, SimCVDTrainer)
 
 
 def make_trainer(
-    method, planned, monkeypatch, tmp_path, *, regions=False, ignore=False, residual=False, **settings
+    method, planned, monkeypatch, tmp_path, *, classes=2, regions=False, ignore=False, residual=False, **settings
 ) -> SemiSupervisedTrainer:
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         monkeypatch.setenv(name, planned.environment[name])
@@ -37,6 +37,8 @@ def make_trainer(
         arch = tiny["architecture"]["arch_kwargs"]
         arch["n_blocks_per_stage"] = arch.pop("n_conv_per_stage")
     dataset_json = json.loads((planned.preprocessed / "dataset.json").read_text())
+    if classes != 2:
+        dataset_json["labels"] = {"background": 0} | {f"class {number}": number for number in range(1, classes + 1)}
     if regions:
         dataset_json["labels"] = {"background": 0, "both": [1, 2], "second": 2}
         dataset_json["regions_class_order"] = [1, 2]

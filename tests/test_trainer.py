@@ -328,7 +328,7 @@ def test_the_share_counts_patches_cut_anywhere_and_all_are_searched(planned_2d, 
     if not regions:
         logits[:, 0] = 0.0
     trainer.record_prediction(logits)
-    trainer._remember_foreground(["a", "b"])
+    trainer._remember_foreground(["a", "b"], trainer._drawn_foreground().numpy())
     voxels = np.prod(patch)
     expected = {"share/unlabeled": [[2, 0, 2], [voxels] * 3], "patches/unlabeled": [[1, 0, 1], [1, 1, 1]]}
     assert {name: counts.tolist() for name, counts in trainer._recorded.items()} == expected

@@ -78,8 +78,8 @@ class UnlabeledDataLoader(nnUNetDataLoader):
     - ``boxes``: one CutMix box per strong view and sample, a list of (U, dim, 2) int64 (see :class:`CutMix`);
     - ``partner``: (U,) int64, for each sample another one of the batch to mix with;
     - ``keys``: the U cases;
-    - where a class is rare, ``aims``, what each patch was centered on, and ``coordinates`` of its voxels, (U, 3,
-      *:func:`~nnunet_ssl.data.predicted_foreground.sparse`).
+    - where a class is rare, ``aims``, what each patch was centered on, those cut anywhere first, and ``coordinates`` of
+      its voxels, (U, 3, *:func:`~nnunet_ssl.data.predicted_foreground.sparse`).
 
     Args:
         labeled: nnU-Net's loader of labeled training batches, whose patch sizes and transforms this one shares.
@@ -121,7 +121,11 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         self._seed_this_process()
         keys = list(self.get_indices())
         aimed = self.foreground is not None and bool(self.foreground.rare)
-        aims = [self._aim(key) if aimed else ANYWHERE for key in keys]
+        # Those that are cut anywhere come first, as in nnU-Net's batches.
+        drawn = sorted(
+            ((key, self._aim(key) if aimed else ANYWHERE) for key in keys), key=lambda pair: pair[1].structure >= 0
+        )
+        keys, aims = [key for key, _ in drawn], [aim for _, aim in drawn]
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             patches = [self._patch(key, aim, with_coordinates=aimed) for key, aim in zip(keys, aims, strict=True)]
         weak = torch.stack([weak for weak, _, _ in patches])

@@ -57,7 +57,7 @@ class PredictedForeground:
     @property
     def rare(self) -> list[int]:
         """Classes or regions of which voxels are kept."""
-        return self._rare.nonzero()[:, 0].tolist()
+        return np.flatnonzero(self._rare.numpy()).tolist()
 
     @rare.setter
     def rare(self, structures: Sequence[int]) -> None:
@@ -87,30 +87,49 @@ class PredictedForeground:
         voxels = self._voxels[self._rows[key], aim.structure].numpy()
         voxels[(voxels == aim.voxel).all(1)] = -1
 
-    def update(self, key: str, aim: Aim, predicted: Sequence[Tensor], coordinates: Tensor) -> None:
+    def update(
+        self, key: str, aim: Aim, voxels: NDArray[np.integer], patch_size: Sequence[int], coordinates: Tensor
+    ) -> None:
         """Keep a voxel of each rare class that is predicted in a patch; forget the patch's aim where it is not.
 
         Args:
             key: the case.
             aim: what the patch was centered on.
-            predicted: for each rare class whether a voxel is predicted as it, (*patch size), bool.
+            voxels: (K,), for each class or region a voxel of the patch that is predicted as it, or -1, as
+                :func:`draw_voxels` draws them.
+            patch_size: of the patch.
             coordinates: :func:`sparse` coordinates of the patch's voxels in the case, (3, *sparse).
         """
-        for structure, members in zip(self.rare, predicted, strict=True):
-            voxels = members.nonzero()
-            if len(voxels):
-                chosen = voxels[np.random.randint(len(voxels))].tolist()
-                index = [min(v // STRIDE, n - 1) for v, n in zip(chosen, coordinates.shape[1:], strict=True)]
-                voxel = (
-                    coordinates.flatten(1)[:, np.ravel_multi_index(index, coordinates.shape[1:])]
-                    .round()
-                    .clamp(min=0)
-                    .to(torch.int32)
-                    .numpy()
-                )
-                self.put(key, Aim(structure, voxel))
+        known = coordinates.numpy()
+        for structure in self.rare:
+            if voxels[structure] >= 0:
+                at = np.unravel_index(voxels[structure], tuple(patch_size))
+                nearest = (slice(None), *(min(v // STRIDE, n - 1) for v, n in zip(at, known.shape[1:], strict=True)))
+                self.put(key, Aim(structure, known[nearest].round().clip(min=0).astype(np.int32)))
             elif aim.structure == structure:
                 self.remove(key, aim)
+
+
+def draw_voxels(labels: Tensor, values: int) -> Tensor:
+    """For each row and each label, one of the voxels that have it, any of them alike; on a GPU without waiting for it.
+
+    Args:
+        labels: (S, N), integer or bool, in [0, ``values``).
+        values: number of labels.
+
+    Returns:
+        (S, ``values``), int32: the voxel's index in [0, N), or -1 where no voxel of the row has the label.
+    """
+    rows, voxels = labels.shape
+    places = torch.arange(rows * values + 1, dtype=torch.int32, device=labels.device)
+    # One list of all rows: equal labels of a row lie together once it is sorted.
+    ordered, order = (labels + places[:-1:values, None]).flatten().sort(stable=True)
+    bounds = torch.searchsorted(ordered, places)
+    first, end = bounds[:-1], bounds[1:]
+    drawn = first + (torch.rand(len(first), device=labels.device) * (end - first)).long()
+    # A product may be rounded up to the count. Where there is none, any voxel will do.
+    voxel = order[torch.minimum(drawn, end - 1).clamp(min=0)] % voxels
+    return torch.where(end > first, voxel, -1).to(torch.int32).view(rows, values)
 
 
 def coordinates_of(box: Sequence[Sequence[int]]) -> Tensor:

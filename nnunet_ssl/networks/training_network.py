@@ -25,6 +25,7 @@ UNet: TypeAlias = PlainConvUNet | ResidualEncoderUNet
 SUPPORTED = {architecture.__name__: architecture for architecture in (PlainConvUNet, ResidualEncoderUNet)}
 """Their classes, by name."""
 
+_UPDATES = "training_only.teacher.updates"
 _HOMES_OF_LAYERS = ("torch.nn.", "dynamic_network_architectures.")
 
 Logits: TypeAlias = Any
@@ -308,20 +309,20 @@ class TrainingNetwork(nn.Module):
         Source: Tarvainen and Valpola, Mean teachers are better role models, NIPS 2017, section 2. Step counts from 0,
         so that the first update copies the student.
         """
-        teacher = self.teacher
-        # On the device: reading the counter here would wait for it.
-        keep = (1 - 1 / (teacher.updates + 1)).clamp(max=max_decay)
-        for mine, students in self._teacher_pairs():
-            if mine.is_floating_point():
-                mine.lerp_(students, (1 - keep).to(mine.dtype))
-            else:
+        teacher, pairs = self.teacher, self._teacher_pairs()
+        keep = min(max_decay, 1 - 1 / (teacher.updates + 1))
+        moved = [pair for pair in pairs if pair[0].is_floating_point()]
+        # All in a few kernels, where each tensor would have its own.
+        torch._foreach_lerp_([mine for mine, _ in moved], [students for _, students in moved], 1 - keep)
+        for mine, students in pairs:
+            if not mine.is_floating_point():
                 mine.copy_(students)
         teacher.updates += 1
 
     def _teacher_pairs(self) -> list[tuple[Tensor, Tensor]]:
         student = dict([*self.named_parameters(), *self.named_buffers()])
         teacher = dict([*self.teacher.named_parameters(), *self.teacher.named_buffers()])
-        return [(tensor, student[name]) for name, tensor in teacher.items() if name != "updates"]
+        return [(tensor, student[name]) for name, tensor in teacher.items()]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The weights of the network that predicts, under nnU-Net's names, and nothing else."""
@@ -344,7 +345,10 @@ class TrainingNetwork(nn.Module):
         everything = dict([*self.named_parameters(), *self.named_buffers()])
         prefix = "training_only.teacher." if self.predict_with_teacher else ""
         in_state_dict = (f"{prefix}encoder.", f"{prefix}decoder.")
-        return {name: tensor.detach() for name, tensor in everything.items() if not name.startswith(in_state_dict)}
+        state = {name: tensor.detach() for name, tensor in everything.items() if not name.startswith(in_state_dict)}
+        if "teacher" in self.training_only:
+            state[_UPDATES] = torch.tensor(self.teacher.updates)
+        return state
 
     @torch.no_grad()
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
@@ -360,21 +364,21 @@ class TrainingNetwork(nn.Module):
             if tensor.shape != state[name].shape:
                 raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(state[name])
+        if "teacher" in self.training_only:
+            self.teacher.updates = int(state[_UPDATES])
 
 
 class _Teacher(TrainingNetwork):
     """A copy of the student that no optimizer moves.
 
     Attributes:
-        updates: how often it was moved, a scalar on the device.
+        updates: how often it was moved. On the host, since its moves depend on it.
     """
-
-    updates: Tensor
 
     def __init__(self, network: nn.Module, head: nn.Module | None) -> None:
         super().__init__(copy.deepcopy(network), head=copy.deepcopy(head))
         self.requires_grad_(False)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.updates = 0
 
 
 def check_supported(network: nn.Module) -> UNet:

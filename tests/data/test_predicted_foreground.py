@@ -14,6 +14,7 @@ from nnunet_ssl.data.predicted_foreground import (
     Aim,
     PredictedForeground,
     coordinates_of,
+    draw_voxels,
     sparse,
 )
 
@@ -24,6 +25,13 @@ def make(rare=(0, 2), structures=3) -> PredictedForeground:
     foreground = PredictedForeground(KEYS, structures)
     foreground.rare = list(rare)
     return foreground
+
+
+def update(foreground, key, aim, predicted: dict[int, torch.Tensor], coordinates) -> None:
+    """Of a patch in which each structure is predicted where its mask is, and background elsewhere."""
+    label = sum((structure + 1) * mask for structure, mask in predicted.items())
+    (voxels,) = draw_voxels(label.flatten()[None], len(foreground._rare) + 1).numpy()
+    foreground.update(key, aim, voxels[1:], label.shape, coordinates)
 
 
 def drawn(foreground, key, times=200) -> set[tuple]:
@@ -83,7 +91,7 @@ def test_a_predicted_voxel_is_found_again_in_the_case(low, size, data):
     predicted = torch.zeros(size, dtype=torch.bool)
     predicted[tuple(at)] = True
     foreground = make(rare=[1])
-    foreground.update(KEYS[0], ANYWHERE, [predicted], sparse(coordinates))
+    update(foreground, KEYS[0], ANYWHERE, {1: predicted}, sparse(coordinates))
     aim = foreground.draw(KEYS[0])
     expected = np.clip(np.add(low, at), 0, None)
     assert aim.structure == 1 and (abs(aim.voxel - expected) < STRIDE).all()
@@ -96,10 +104,31 @@ def test_an_aim_that_is_no_longer_predicted_is_forgotten_and_others_are_kept():
     foreground.put(KEYS[0], other)
     nowhere = torch.zeros(4, 4, dtype=torch.bool)
     coordinates = sparse(coordinates_of([[0, 1], [0, 4], [0, 4]])[:, 0])
-    foreground.update(KEYS[0], ANYWHERE, [nowhere, nowhere], coordinates)
+    update(foreground, KEYS[0], ANYWHERE, {0: nowhere, 2: nowhere}, coordinates)
     assert drawn(foreground, KEYS[0]) == {(0, 1, 2, 3), (2, 1, 2, 3)}, "cut anywhere, it says nothing about a voxel"
-    foreground.update(KEYS[0], aim, [nowhere, nowhere], coordinates)
+    update(foreground, KEYS[0], aim, {0: nowhere, 2: nowhere}, coordinates)
     assert drawn(foreground, KEYS[0]) == {(2, 1, 2, 3)}
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(1, 4), voxels=st.integers(1, 60), values=st.integers(1, 9), seed=st.integers(0, 999))
+def test_a_voxel_of_each_label_is_drawn(rows, voxels, values, seed):
+    labels = torch.randint(0, values, (rows, voxels), generator=torch.Generator().manual_seed(seed))
+    for dtype in (torch.int16, torch.int64) if values > 2 else (torch.bool, torch.int16):
+        found = draw_voxels(labels.to(dtype), max(values, 2))
+        for row, label in np.ndindex(*found.shape):
+            there = (labels[row] == label).nonzero()[:, 0].tolist()
+            assert found[row, label] in there or (found[row, label] == -1 and not there)
+
+
+def test_voxels_of_a_label_are_drawn_alike():
+    """Of each row apart, and the first and the last as often as others."""
+    labels = torch.tensor([[0, 1, 1, 0, 1, 2], [2, 2, 2, 2, 0, 0]], dtype=torch.int16)
+    found = torch.stack([draw_voxels(labels, 3) for _ in range(3000)])
+    for row, label, expected in ((0, 1, [1, 2, 4]), (1, 2, [0, 1, 2, 3]), (0, 2, [5]), (1, 1, [-1])):
+        places, counts = found[:, row, label].unique(return_counts=True)
+        assert places.tolist() == expected
+        assert (counts / 3000 - 1 / len(expected)).abs().max() < 0.05
 
 
 def test_two_dimensions():
@@ -109,5 +138,5 @@ def test_two_dimensions():
     predicted = torch.zeros(16, 20, dtype=torch.bool)
     predicted[6, 2] = True
     foreground = make(rare=[0])
-    foreground.update(KEYS[1], ANYWHERE, [predicted], coordinates)
+    update(foreground, KEYS[1], ANYWHERE, {0: predicted}, coordinates)
     assert drawn(foreground, KEYS[1]) == {(0, 7, 16, 22)}

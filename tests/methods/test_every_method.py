@@ -114,41 +114,40 @@ def test_the_step_is_counted_clipped_and_followed_by_the_hook(make, planned_2d, 
     assert trainer._steps_in_epoch == 0 and trainer._recorded == {}
 
 
-class OverflowingScaler:
-    """A gradient scaler that skips the first step, as after an overflow."""
-
-    def __init__(self) -> None:
-        self.scale_now, self.calls = 4.0, 0
-
-    def scale(self, loss):
-        return loss
-
-    def unscale_(self, optimizer):
-        pass
-
-    def get_scale(self):
-        return self.scale_now
-
-    def step(self, optimizer):
-        self.calls += 1
-        if self.calls > 1:
-            optimizer.step()
-
-    def update(self):
-        if self.calls == 1:
-            self.scale_now /= 2
-
-
-def test_a_step_that_the_gradient_scaler_skipped_moves_nothing(make, planned_2d):
+def test_a_step_that_the_gradient_scaler_skipped_moves_nothing(make, planned_2d, monkeypatch):
     trainer = make(planned_2d)
     _, _, batch = make_batches(trainer)
-    trainer.grad_scaler = OverflowingScaler()
+    # The first step's gradients overflow, the second one's are scaled by 3.
+    trainer.grad_scaler = torch.GradScaler("cpu", init_scale=3e38, backoff_factor=1e-38)
+    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].square().sum() * 1e4)
     before = {n: t.clone() for n, t in [*trainer.network.named_parameters(), *trainer.network.named_buffers()]}
     trainer.train_step(batch)
     after = dict([*trainer.network.named_parameters(), *trainer.network.named_buffers()])
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert trainer._skipped_steps == 1 and updates_of_teacher(trainer) in (None, 0)
     trainer.train_step(batch)
     assert not all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert trainer._skipped_steps == 1 and updates_of_teacher(trainer) in (None, 1)
+
+
+def updates_of_teacher(trainer) -> int | None:
+    network = trainer.training_network
+    return network.teacher.updates if "teacher" in network.training_only else None
+
+
+def test_with_a_gradient_scaler_terms_that_are_not_finite_move_nothing_and_stop_after_twenty(
+    make, planned_2d, monkeypatch
+):
+    trainer = make(planned_2d)
+    _, _, batch = make_batches(trainer)
+    trainer.grad_scaler = torch.GradScaler("cpu")
+    before = {n: p.clone() for n, p in trainer.network.named_parameters()}
+    monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].sum() * float("nan"))
+    for _ in range(20):
+        trainer.train_step(batch)
+    with pytest.raises(RuntimeError, match=r"not finite: supervised.*l0, l1"):
+        trainer.train_step(batch)
+    assert all(torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make, planned_2d, monkeypatch):

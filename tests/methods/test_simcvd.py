@@ -161,7 +161,7 @@ def test_the_teacher_is_the_students_moving_average(planned_2d, monkeypatch, tmp
     # min(0.6, 1 - 1/(step + 1)): the first update copies.
     for step, decay in enumerate((0.0, 0.5, 0.6, 0.6)):
         trainer.train_step(batch)
-        assert network.teacher.updates.item() == step + 1
+        assert network.teacher.updates == step + 1
         for name, parameter in network.teacher.named_parameters():
             value = student[name].detach().double().numpy()
             expected[name] = decay * expected.get(name, 0.0) + (1 - decay) * value

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_training_network import step_images, unet
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_ssl.networks.boundary_head import BoundaryHead, coarse_grid
 from nnunet_ssl.networks.interpolating_decoder import interpolating_decoder
@@ -195,7 +196,7 @@ def test_the_state_dict_is_stock_and_both_states_restore_everything(predict_with
     other.load_training_state(rest)
     for name, tensor in [*other.named_parameters(), *other.named_buffers()]:
         assert torch.equal(tensor, expected[name]), name
-    assert other.teacher.updates == 2
+    assert other.teacher.updates == 2 and torch.equal(rest["training_only.teacher.updates"], torch.tensor(2))
 
 
 def test_a_training_state_of_another_network_is_refused_by_name():
@@ -221,6 +222,21 @@ def test_the_teacher_moves_and_takes_no_gradient():
     network.update_teacher(0.9)  # 1 - 1/2
     torch.testing.assert_close(network.teacher.encoder.stages[0][0].convs[0].conv.weight, mine + 0.5)
     assert not any(p.requires_grad for p in network.teacher.parameters())
+
+
+def test_the_teacher_moves_in_one_operation():
+    """One for each parameter would be hundreds of small kernels on a GPU."""
+    operations = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(func)
+            return func(*args, **(kwargs or {}))
+
+    network = network_of(2)
+    with Operations():
+        network.update_teacher(0.9)
+    assert operations == [torch.ops.aten._foreach_lerp_.Scalar]
 
 
 @given(st.lists(st.integers(1, 200), min_size=2, max_size=3), st.integers(1, 600))
