@@ -307,6 +307,14 @@ class Verdict(NamedTuple):
     text: str
 
 
+def start_split(estimate: MemoryEstimate, free: float, memory_mode: str) -> bool:
+    """Whether memory mode auto has no use in trying stacked: it needs more than the ``free`` GB of a GPU.
+
+    Up to a quarter below them, auto tries stacked, and goes to split when that fails.
+    """
+    return memory_mode == "auto" and estimate.stacked > free
+
+
 def judge(estimate: MemoryEstimate, free: float, memory_mode: str) -> Verdict:
     """Compare an estimate with the ``free`` GB of a GPU; a quarter more than the estimate has to be free."""
 
@@ -322,6 +330,8 @@ def judge(estimate: MemoryEstimate, free: float, memory_mode: str) -> Verdict:
                 f'{free:.1f} GB may not suffice for stacked: set "memory_mode" to "auto" or "split", which should',
             )
         by_itself = "; auto goes there by itself" if memory_mode == "auto" else ""
+        if start_split(estimate, free, memory_mode):
+            by_itself = '; auto starts there, as stacked needs more ("memory_mode": "stacked" tries it anyway)'
         return Verdict(True, f"split should fit into {free:.1f} GB{by_itself}")
     least = f"{estimate.split_checkpointed:.1f} GB"
     if fits(estimate.split_checkpointed):
@@ -337,15 +347,23 @@ def judge(estimate: MemoryEstimate, free: float, memory_mode: str) -> Verdict:
     )
 
 
-def log_memory(trainer: Any) -> None:
-    """On a GPU, log how much memory a step needs and which memory mode fits; never stops a training."""
+def log_memory(trainer: Any) -> bool:
+    """On a GPU, log how much memory a step needs and which memory mode fits; never stops a training.
+
+    Returns:
+        Whether memory mode auto should start in split, since stacked needs more memory than there is; False where
+        nothing is known.
+    """
     if trainer.device.type != "cuda" or trainer.local_rank != 0:
-        return
+        return False
     try:
         estimate = MemoryEstimate(trainer)
-        free = torch.cuda.mem_get_info(trainer.device)[0] + torch.cuda.memory_reserved(trainer.device)
-        verdict = judge(estimate, free / 1e9, trainer.settings.memory_mode)
+        free = (torch.cuda.mem_get_info(trainer.device)[0] + torch.cuda.memory_reserved(trainer.device)) / 1e9
+        memory_mode = trainer.settings.memory_mode
+        verdict = judge(estimate, free, memory_mode)
         text = f"Estimate of a step's GPU memory: split {estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB. "
         trainer.print_to_log_file(text + verdict.text[0].upper() + verdict.text[1:])
+        return start_split(estimate, free, memory_mode)
     except Exception as error:
         trainer.print_to_log_file(f"No estimate of the GPU memory of a step ({type(error).__name__}: {error})")
+        return False

@@ -64,6 +64,7 @@ from nnunet_ssl.networks.training_network import (
     draw_dropout_masks,
     unsupported,
 )
+from nnunet_ssl.out_of_memory import allocate_momentum, free_memory, random_state, unless_out_of_memory
 from nnunet_ssl.processes import Sigterm, derived_seed, handled_sigterm, killed_workers, seed_this_process
 from nnunet_ssl.settings import PLANS_KEY, SemiSupervisedSettings
 
@@ -399,11 +400,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
-        self.print_to_log_file(f"Memory mode: {self.memory_mode}")
         if self.is_ddp:
             # All processes start with PyTorch's default seed, and would draw the same dropout and noise.
             torch.manual_seed(torch.initial_seed() + dist.get_rank())
-        log_memory(self)
+        start_split = log_memory(self)
+        if self.memory_mode == "stacked" and not on_all_ranks(not start_split, self.device):
+            self.memory_mode = "split"
+        self.print_to_log_file(f"Memory mode: {self.memory_mode}")
         cases = self._prepare_unlabeled_cases()
         previous_stage = self._segment_by_previous_stage(cases) if self.is_cascaded else None
         self._unlabeled_dataset = UnlabeledDataset(cases, previous_stage)
@@ -787,23 +790,34 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _gradients_or_split(
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        if not (self._first_step and self.memory_mode == "stacked" and self.settings.memory_mode == "auto"):
+        """The step's gradients; with memory mode auto, in split mode from the first step on that stacked cannot make.
+
+        The repeated step is as if nothing had been before it, but for running statistics of a batch normalization. Of
+        several processes, which have to go on together, only the first step is tried, with all that later ones hold.
+        The optimizer's own step is never repeated: it may have moved some of the weights.
+        """
+        if (
+            self.memory_mode != "stacked"
+            or self.settings.memory_mode != "auto"
+            or (self.is_ddp and not self._first_step)
+        ):
             return self._gradients(labeled, unlabeled, weights)
-        recorded = dict(self._recorded)
-        fits = True
-        try:
+        recorded, restore_random_state = dict(self._recorded), random_state(self.device)
+
+        def attempt() -> dict[str, Tensor]:
+            allocate_momentum(self.optimizer)
             with self._without_other_ranks():
-                terms = self._gradients(labeled, unlabeled, weights)
-        except torch.cuda.OutOfMemoryError:
-            # Nothing more here: the exception holds the frames, and they the tensors.
-            fits = False
-        if fits and not self.is_ddp:
+                return self._gradients(labeled, unlabeled, weights)
+
+        terms = unless_out_of_memory(attempt)
+        if terms is not None and not self.is_ddp:
             return terms
         self._recorded = recorded
-        if not on_all_ranks(fits, self.device):
+        restore_random_state()
+        if not on_all_ranks(terms is not None, self.device):
             self.memory_mode = "split"
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.optimizer.zero_grad(set_to_none=True)
+            free_memory(self.device, compiled=self._is_compiled)
             self.print_to_log_file(
                 "The GPU's memory does not suffice for all streams in one pass: going on in memory mode split, one "
                 'stream at a time. Set "memory_mode": "split" in the plans\' "semi_supervised" to skip this attempt.'

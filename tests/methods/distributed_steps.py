@@ -156,7 +156,7 @@ def main(planned_folders: dict[str, Path], results: Path) -> None:
 
 
 def _out_of_memory(self) -> None:
-    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    raise RuntimeError("GET was unable to find an engine to execute this computation")
 
 
 if __name__ == "__main__":

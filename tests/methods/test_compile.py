@@ -110,3 +110,24 @@ def test_unlabeled_batches_of_another_size_add_one_graph_of_the_encoder(make):
         trainer.train_step(batch)
     assert counters["stats"]["unique_graphs"] == 2 + 4 + 1, "one of nnU-Net's Dice"
     assert not counters["graph_break"]
+
+
+def test_a_compiled_step_that_runs_out_of_memory_goes_on_compiled(make, monkeypatch):
+    trainer = make(CrossMatchTrainer)
+    labeled, _, batch = make_batches(trainer, u=2)
+    trainer.memory_mode = "stacked"
+
+    def fail(self):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    monkeypatch.setattr(outputs_module.StackedOutputs, "finish", fail)
+    trainer.train_step(batch)
+    assert trainer.memory_mode == "split"
+    validate(trainer, batch, labeled.target)
+    graphs = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trainer.train_step(batch)
+        validate(trainer, batch, labeled.target)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    assert outputs_module._compiled.cache_info().currsize == 2, "encode and decode"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
 
-import numpy as np
 import pytest
 import torch
 from method_steps import TRAINERS, Given, make_batches, make_trainer, summed_terms
@@ -15,7 +15,7 @@ from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks import outputs as outputs_module
 from nnunet_ssl.networks.outputs import StackedOutputs
 from nnunet_ssl.networks.training_network import draw_dropout_masks
-from nnunet_ssl.trainer import TRAINING_LENGTHS, training_length_variants
+from nnunet_ssl.trainer import TRAINING_LENGTHS, SemiSupervisedTrainer, training_length_variants
 
 SETTINGS = {"CrossMatchTrainer": {"confidence_threshold": 0.4}, "MutualReliableTrainer": {}, "SimCVDTrainer": {}}
 
@@ -171,25 +171,81 @@ def test_a_term_that_is_not_finite_stops_with_its_cases(make, planned_3d):
     assert all(torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
 
 
-def test_out_of_memory_in_the_first_step_goes_on_in_split_mode(make, planned_3d, monkeypatch):
-    trainer = make(planned_3d)
+def fail_after_the_passes(monkeypatch, error: str) -> None:
+    """In memory mode stacked, raise where the backward pass would begin."""
+
+    def fail(self):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(outputs_module.StackedOutputs, "finish", fail)
+
+
+ENGINE = "FIND was unable to find an engine to execute this computation"
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_out_of_memory_in_any_step_goes_on_in_split_mode_as_if_nothing_had_been(make, before, planned_3d, monkeypatch):
+    def after_steps(*, fail: bool) -> tuple[SemiSupervisedTrainer, dict, dict]:
+        trainer = make(planned_3d)
+        _, _, batch = make_batches(trainer)
+        torch.manual_seed(3)
+        trainer.memory_mode = "stacked"  # as auto chooses on a GPU
+        for _ in range(before):
+            trainer.train_step(batch)
+        with monkeypatch.context() as context:
+            if fail:
+                fail_after_the_passes(context, ENGINE)
+            else:
+                trainer.memory_mode = "split"
+            results = [trainer.train_step(batch) for _ in range(2)]
+        tensors = [*trainer.network.named_parameters(), *trainer.network.named_buffers()]
+        return trainer, results[-1], dict(tensors)
+
+    expected, logged, weights = after_steps(fail=False)
+    state = torch.get_rng_state()
+    found, found_logged, found_weights = after_steps(fail=True)
+    assert found.memory_mode == "split"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found_logged == logged
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found_weights.items())
+    # Counted once, not once for each attempt.
+    assert found._recorded.keys() == expected._recorded.keys()
+    assert all(torch.equal(counts, expected._recorded[name]) for name, counts in found._recorded.items())
+
+
+def test_a_failed_attempt_held_the_momentum_and_left_nothing(make, planned_2d, monkeypatch):
+    trainer = make(planned_2d)
     _, _, batch = make_batches(trainer)
-    trainer.memory_mode = "stacked"  # as auto chooses on a GPU
-
-    def out_of_memory(self):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(outputs_module.StackedOutputs, "finish", out_of_memory)
-    result = trainer.train_step(batch)
-    assert trainer.memory_mode == "split" and np.isfinite(result["loss"])
-    # Counted once, not once per attempt: twice as much after another step.
-    once = {name: counts[1].clone() for name, counts in trainer._recorded.items() if not counts.is_floating_point()}
-    trainer.train_step(batch)
-    for name, total in once.items():
-        assert trainer._recorded[name][1].flatten()[0] == 2 * total.flatten()[0]
     trainer.memory_mode = "stacked"
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        trainer.train_step(batch)
+    alive, momentum = [], []
+    init = outputs_module.SplitOutputs.__init__
+
+    def fail(self):
+        alive.extend(weakref.ref(loss) for loss in self._losses)
+        alive.extend(weakref.ref(output.full_resolution) for output in self._outputs.values())
+        momentum.extend(trainer.optimizer.state)
+        raise RuntimeError(ENGINE)
+
+    def after_it(self, *args, **kwargs):
+        assert alive and not any(one() is not None for one in alive)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(outputs_module.StackedOutputs, "finish", fail)
+    monkeypatch.setattr(outputs_module.SplitOutputs, "__init__", after_it)
+    trainer.train_step(batch)
+    assert trainer.memory_mode == "split"
+    assert len(momentum) == sum(parameter.requires_grad for parameter in trainer.network.parameters())
+
+
+def test_only_memory_mode_auto_falls_back_and_from_memory_errors_alone(make, planned_2d, monkeypatch):
+    for mode, error in (("stacked", ENGINE), ("auto", "an illegal memory access was encountered")):
+        trainer = make(planned_2d, memory_mode=mode)
+        _, _, batch = make_batches(trainer)
+        trainer.memory_mode = "stacked"
+        fail_after_the_passes(monkeypatch, error)
+        with pytest.raises(RuntimeError, match=error):
+            trainer.train_step(batch)
+        assert trainer.memory_mode == "stacked"
 
 
 @pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])

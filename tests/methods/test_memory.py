@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,7 +235,9 @@ def test_a_trainer_of_plans_has_the_step_of_an_initialized_one(make, planned_2d,
         (50, "stacked", True, "stacked should fit"),
         (50, "split", True, "split should fit"),
         (49, "auto", True, "auto goes there by itself"),
-        (20, "auto", True, "auto goes there by itself"),
+        (40, "auto", True, "auto goes there by itself"),
+        (39, "auto", True, "auto starts there, as stacked needs more"),
+        (20, "auto", True, "auto starts there"),
         (20, "stacked", False, 'set "memory_mode"'),
         (20, "split", True, "split should fit into 20.0 GB"),
         (14, "auto", False, 'set "activation_checkpointing": true, for about 9.0 GB'),
@@ -258,7 +261,7 @@ def logged(trainer, monkeypatch, *, free: int) -> str:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
     monkeypatch.setattr(trainer, "device", torch.device("cuda"))
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *text: lines.append(" ".join(map(str, text))))
-    log_memory(trainer)
+    trainer.start_split = log_memory(trainer)
     (line,) = lines
     return line
 
@@ -273,6 +276,32 @@ def test_the_start_says_which_mode_fits(make, planned_2d, monkeypatch) -> None:
     assert "-gpu_memory_target" in logged(trainer, monkeypatch, free=int(estimate.split_checkpointed * 1e9))
 
 
+def test_auto_starts_in_split_where_stacked_needs_more_than_there_is(make, planned_2d, monkeypatch) -> None:
+    trainer = make(CrossMatchTrainer, planned_2d)
+    stacked = int(MemoryEstimate(trainer).stacked * 1e9)
+    for free, expected in ((stacked + 10_000, False), (stacked - 10_000, True)):
+        logged(trainer, monkeypatch, free=free)
+        assert trainer.start_split == expected
+    for mode in ("stacked", "split"):
+        trainer = make(CrossMatchTrainer, planned_2d, memory_mode=mode)
+        logged(trainer, monkeypatch, free=stacked - 10_000)
+        assert not trainer.start_split
+
+
+@pytest.mark.parametrize("too_large", [True, False])
+def test_the_start_goes_to_split_and_says_so(make, planned_2d, monkeypatch, too_large) -> None:
+    trainer = make(CrossMatchTrainer, planned_2d)
+    trainer.memory_mode = "stacked"  # as auto chooses on a GPU
+    lines: list[str] = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *text: lines.append(" ".join(map(str, text))))
+    monkeypatch.setattr("nnunet_ssl.trainer.log_memory", lambda given: too_large)
+    monkeypatch.setattr(CrossMatchTrainer, "_prepare_unlabeled_cases", lambda self: sys.exit())
+    with pytest.raises(SystemExit):
+        trainer.on_train_start()
+    expected = "split" if too_large else "stacked"
+    assert trainer.memory_mode == expected and lines[-1] == f"Memory mode: {expected}"
+
+
 def test_without_an_estimate_training_goes_on(make, planned_2d, monkeypatch) -> None:
     trainer = make(CrossMatchTrainer, planned_2d)
 
@@ -282,6 +311,7 @@ def test_without_an_estimate_training_goes_on(make, planned_2d, monkeypatch) -> 
     monkeypatch.setattr(CrossMatchTrainer, "streams", broken)
     line = logged(trainer, monkeypatch, free=10**10)
     assert line == "No estimate of the GPU memory of a step (ValueError: no streams)"
+    assert not trainer.start_split
 
 
 def test_on_a_cpu_nothing_is_said_and_nothing_computed(make, planned_2d, monkeypatch) -> None:
