@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from common import where
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 
+from nnunet_ssl.data.splits import unlabeled_list
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer, lesson
 
@@ -69,10 +69,10 @@ def main() -> None:
 def patches(trainer: Any, batches: int) -> Any:
     """Batches of the hidden cases: images (B, C, *spatial) and labels (B, *spatial), the same in each run."""
     folder = Path(trainer.preprocessed_dataset_folder_base)
-    fold = load_json(str(folder / "splits_final.json"))[trainer.fold]
+    hides = unlabeled_list(folder / "splits_final.json", trainer.fold)
     truth = {path.name for path in (folder / "gt_segmentations").iterdir()}
     ending = trainer.dataset_json["file_ending"]
-    hidden = [case for case in fold.get("unlabeled", []) if f"{case}{ending}" in truth]
+    hidden = [case for case in hides if f"{case}{ending}" in truth]
     assert hidden, f"fold {trainer.fold} hides no labels"
     patch = trainer.configuration_manager.patch_size
     loader = nnUNetDataLoader(

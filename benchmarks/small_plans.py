@@ -19,7 +19,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunet_ssl.data.splits import write_splits
+from nnunet_ssl.data.splits import read_splits, write_splits
 from nnunet_ssl.files import write_text
 
 SMALL = {
@@ -90,7 +90,7 @@ def add_plans(file: Path) -> None:
 
 def add_fold(file: Path, *, labeled: int) -> int:
     """Add fold 0 with fewer labeled cases to a splits file; its number, which is 0 where none has to be taken away."""
-    splits = load_json(str(file))
+    splits = read_splits(file)
     train = splits[0]["train"]
     if labeled == len(train):
         return 0

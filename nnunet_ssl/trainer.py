@@ -38,7 +38,13 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 import nnunet_ssl
-from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases, folder_name, no_unlabeled_cases_message
+from nnunet_ssl.data.cases import (
+    UnlabeledCase,
+    collect_unlabeled_cases,
+    folder_name,
+    no_unlabeled_cases_message,
+    preprocessed_cases,
+)
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
 from nnunet_ssl.data.leak_guard import check_leaks
@@ -46,6 +52,7 @@ from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabe
 from nnunet_ssl.data.predicted_foreground import RARE, Aim, PredictedForeground, draw_voxels
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.data.previous_stage import check_labeled_cases, previous_stage_folder, segment_by_previous_stage
+from nnunet_ssl.data.splits import SPLITS_FILE, check_fold, train_all
 from nnunet_ssl.data.views import UnlabeledViews
 from nnunet_ssl.distributed import alone, average_gradients, device_of_this_process, on_all_ranks, patient_group
 from nnunet_ssl.errors import UserError
@@ -396,7 +403,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return max(2, -(-self.unlabeled_batch_size // world_size))
 
     def on_train_start(self) -> None:
-        """Preprocess and check the unlabeled cases, then start as nnU-Net does."""
+        """Check the fold, preprocess and check the unlabeled cases, then start as nnU-Net does.
+
+        Raises:
+            UserError: the fold cannot be trained, or there is no unlabeled case, or one that is a validation case.
+        """
+        # Of several processes, none has let nnU-Net write a split file yet: that comes after the network's wrapping.
+        if self.local_rank == 0:
+            self._check_fold()
         if not self.was_initialized:
             self.initialize()
         self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
@@ -413,6 +427,24 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().on_train_start()
         # From here on there is something to save first.
         self._sigterm.held = True
+
+    def _check_fold(self) -> None:
+        plans = self.plans_manager
+        labeled = Path(self.preprocessed_dataset_folder)
+        notes = check_fold(
+            Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE,
+            self.fold,
+            labeled,
+            preprocessed_cases(labeled),
+            train_all=train_all(plans.dataset_name, self.configuration_name, plans.plans_name, type(self).__name__),
+        )
+        for note in notes:
+            self.print_to_log_file(f"WARNING: {note}")
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """As nnU-Net; a fold without validation cases has its training cases in their place, as fold all has."""
+        train, val = super().do_split()
+        return train, val if len(val) else train
 
     def _prepare_unlabeled_cases(self) -> list[UnlabeledCase]:
         preprocessed = Path(self.preprocessed_dataset_folder_base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,61 @@ def test_training_without_unlabeled_cases_says_how_to_add_some(make, monkeypatch
     monkeypatch.setattr(trainer_module, "collect_unlabeled_cases", lambda *args: [])
     with pytest.raises(UserError, match="imagesUn"):
         make().run_training()
+
+
+@pytest.fixture
+def splits(make, planned_3d, monkeypatch, tmp_path):
+    """The split file of a copy of the dataset in which imagesUn is not preprocessed; ``make`` trains on it."""
+    folder = tmp_path / "preprocessed" / planned_3d.raw.name
+    shutil.copytree(planned_3d.preprocessed, folder, ignore=shutil.ignore_patterns("*_unlabeled*"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    return folder / "splits_final.json"
+
+
+def log_of(trainer) -> str:
+    return next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+
+
+def test_folds_that_cannot_be_trained_are_refused_before_any_work(make, splits):
+    lists = json.loads(splits.read_text())[0]
+    cases = [*lists["train"], *lists["val"]]
+    for content, expected in (
+        (b"\xef\xbb\xbf" + splits.read_bytes(), r"splits_final\.json begins with a byte-order mark"),
+        (json.dumps([{**lists, "train": []}]).encode(), "no case in the 'train' list of fold 0"),
+        (json.dumps([{"train": ["stranger"], "val": cases[:1]}]).encode(), "name stranger, but"),
+    ):
+        splits.write_bytes(content)
+        with pytest.raises(UserError, match=expected):
+            make().run_training()
+    splits.write_text(json.dumps([{"train": cases[:2], "val": cases[2:3], "unlabeled": cases[3:]}]))
+    trainer = make()
+    trainer.fold = 1
+    with pytest.raises(UserError, match=r"no fold 1.* fold 0 only.*labels that fold\(s\) 0 hide"):
+        trainer.run_training()
+    splits.unlink()
+    folder = Path(trainer.preprocessed_dataset_folder)
+    for file in folder.glob(f"{cases[0]}*"):
+        file.unlink()
+    ready = (
+        rf"holds 4 labeled case.*\(nnunet-ssl split -d {splits.parent.name} --labeled 100%\).*"
+        rf"\(nnUNetv2_train {splits.parent.name} tiny all -tr CrossMatchTrainer\)"
+    )
+    with pytest.raises(UserError, match=ready):
+        make().run_training()
+    assert not splits.exists() and not list(splits.parent.glob("*_unlabeled*"))
+
+
+def test_a_fold_without_validation_cases_is_trained_as_fold_all(make, splits):
+    lists = json.loads(splits.read_text())[0]
+    splits.write_text(json.dumps([{"train": lists["train"][:2], "val": [], "unlabeled": lists["train"][2:]}]))
+    trainer = make(epochs=1)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    predicted = {file.name for file in (Path(trainer.output_folder) / "validation").glob("*.nii.gz")}
+    assert predicted == {f"{case}.nii.gz" for case in lists["train"][:2]}
+    log = log_of(trainer)
+    assert "WARNING: There is no case in the 'val' list of fold 0" in log
+    assert "2 labeled case(s) are in no list of fold 0" in log and ", ".join(lists["val"]) in log
 
 
 def test_a_cascade_names_what_it_needs_of_the_previous_stage(make, tmp_path):

@@ -321,12 +321,11 @@ def _configure(dataset: _Dataset) -> None:
     plans["configurations"][CONFIGURATION] = demo_configuration(plans["configurations"][PARENT])
     file.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
 
-    splits = dataset.preprocessed / "splits_final.json"
-    images = dataset.raw / "imagesUn"
-    listed = splits.is_file() and _read_json(splits)[FOLD].get("unlabeled")
-    if not listed and not (images.is_dir() and any(images.iterdir())):
-        from nnunet_ssl.data.splits import split_dataset
+    from nnunet_ssl.data.splits import SPLITS_FILE, split_dataset, unlabeled_list
 
+    images = dataset.raw / "imagesUn"
+    listed = unlabeled_list(dataset.preprocessed / SPLITS_FILE, FOLD)
+    if not listed and not (images.is_dir() and any(images.iterdir())):
         report = split_dataset(dataset.preprocessed, dataset.raw, labeled="25%", fold=FOLD)
         fold = report.folds[FOLD]
         print(

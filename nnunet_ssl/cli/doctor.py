@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from nnunet_ssl.cli.trainers import trainers_folder
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import some_of
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -263,7 +262,7 @@ def check_dataset(
     except UserError:
         return  # check_trainer has reported it
     yield from _safely(check_settings(trainer, manager.configuration))
-    yield from _safely(check_fold(preprocessed, manager.data_identifier, fold, trainer, manager.configuration))
+    yield from _safely(check_fold(preprocessed, plans_manager, configuration, fold, trainer))
     unsupported = [*_safely(check_network(trainer, plans_manager, configuration, description))]
     yield from unsupported or _safely(check_memory(trainer, plans_manager, configuration, description))
 
@@ -285,6 +284,7 @@ def check_unlabeled(
 ) -> Iterator[Finding]:
     """Where the unlabeled cases are, and how many of them a training can use."""
     from nnunet_ssl.data import cases
+    from nnunet_ssl.data.splits import SPLITS_FILE, unlabeled_list
 
     images_folder = raw / cases.IMAGES_FOLDER
     named, problems = cases.find_raw_cases(
@@ -308,7 +308,7 @@ def check_unlabeled(
         yield warn(f"{images_folder}: {identifier} could not be preprocessed: {reason}")
     missing = len(named) - len(failed) - sum(case.identifier in ready for case in named)
     later = "" if not missing else f", {missing} will be when training starts (or now: nnunet-ssl preprocess)"
-    listed = cases.unlabeled_list_of_fold(preprocessed / "splits_final.json", fold)
+    listed = unlabeled_list(preprocessed / SPLITS_FILE, fold)
     if not named and not ready and not listed:
         yield fail(cases.no_unlabeled_cases_message(raw, preprocessed, fold))
         return
@@ -319,40 +319,40 @@ def check_unlabeled(
 
 
 def check_fold(
-    preprocessed: Path, data_identifier: str, fold: int | str, trainer: type[Any], configuration: dict[str, Any]
+    preprocessed: Path, plans: PlansManager, configuration: str, fold: int | str, trainer: type[Any]
 ) -> Iterator[Finding]:
     """The fold's lists against the preprocessed cases and against each other, images included."""
-    from nnunet_ssl.data.cases import collect_unlabeled_cases, list_names
+    from nnunet_ssl.data import splits
+    from nnunet_ssl.data.cases import collect_unlabeled_cases, preprocessed_cases
     from nnunet_ssl.data.leak_guard import check_leaks
-    from nnunet_ssl.data.splits import read_splits
 
-    file = preprocessed / "splits_final.json"
+    manager = plans.get_configuration(configuration)
+    file, labeled = preprocessed / splits.SPLITS_FILE, preprocessed / manager.data_identifier
+    cases = preprocessed_cases(labeled)
+    if not cases:
+        return  # check_labeled has reported it
+    train_all = splits.train_all(preprocessed.name, configuration, plans.plans_name, trainer.__name__)
+    yield from map(warn, splits.check_fold(file, fold, labeled, cases, train_all=train_all))
     if fold == "all":
         yield ok("fold all trains on every labeled case; there is no validation case to protect")
         return
-    if not file.is_file():
-        yield ok(f"{file} does not exist: nnU-Net will write its own five folds when training starts")
+    lists = splits.fold_lists(file, fold)
+    if lists is None:
+        if not file.is_file():
+            yield ok(f"{file} does not exist: nnU-Net will write its own five folds when training starts")
         return
-    splits = read_splits(file)
-    if int(fold) >= len(splits):
-        yield warn(f"{file} has folds 0 to {len(splits) - 1}: for fold {fold} nnU-Net draws 80 % at random")
-        return
-    train, val = splits[int(fold)]["train"], splits[int(fold)]["val"]
-    labeled = preprocessed / data_identifier
-    there = {name.removesuffix(".pkl") for name in list_names(labeled)}
-    missing = sorted({*train, *val} - there)
-    if missing:
-        yield fail(f"fold {fold} names {some_of(missing)}, which {labeled} does not hold: correct {file}")
-        return
+    train, val = lists["train"], lists["val"]
+    if not val and not hasattr(trainer, "settings_class"):
+        yield fail(f"{trainer.__name__} trains no fold without validation cases: name some in {file}, or use fold all")
     notes: list[str] = []
-    unlabeled = collect_unlabeled_cases(preprocessed, data_identifier, fold)
+    unlabeled = collect_unlabeled_cases(preprocessed, manager.data_identifier, fold)
     if hasattr(trainer, "settings_class"):
         check_leaks(
             unlabeled=unlabeled,
             labeled_folder=labeled,
             train=train,
             val=val,
-            allow_transductive=trainer.settings_class.from_plans(configuration).allow_transductive,
+            allow_transductive=trainer.settings_class.from_plans(manager.configuration).allow_transductive,
             log=notes.append,
         )
     yield from map(warn, notes)

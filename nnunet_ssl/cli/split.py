@@ -18,8 +18,9 @@ trainers use the unlabeled ones too, beside those in imagesUn.
 The draw is seeded. Splitting again starts from labeled and unlabeled cases together, so nothing is lost: --labeled 8,
 then --labeled 100%, is the fold as it was. With the same seed, a smaller number is a part of a larger one.
 
-The folds are those of splits_final.json in nnUNet_preprocessed; if there is no such file, nnU-Net's own five folds.
-The previous file is kept as splits_final.json.bak.
+The folds are those of splits_final.json in nnUNet_preprocessed; if there is no such file, nnU-Net's own five folds. Two
+to four labeled cases make as many folds, each with one case for validation. A single case makes one fold, which trains
+on it and validates none. The previous file is kept as splits_final.json.bak.
 """
 
 
@@ -69,6 +70,12 @@ def run(args: argparse.Namespace) -> int:
     rows = [[number, *(len(fold[entry]) for entry in lists)] for number, fold in report.folds.items()]
     print(format_table(["fold", "labeled", "unlabeled", "validation"], rows))
     print(f"\n{report.file}" + (f" (previous: {report.backup.name})" if report.backup else ""))
+    for number, fold in report.folds.items():
+        if not fold["val"]:
+            print(
+                f"Note: fold {number} has no validation case. This package's trainers validate its training cases "
+                "instead, whose scores tell nothing about other images. nnUNetTrainer does not train it; use fold all."
+            )
     if report.conflicts_with_raw:
         print(
             f"Note: nnU-Net will refuse to plan {name} again while {report.conflicts_with_raw} has other folds. "

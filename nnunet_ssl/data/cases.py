@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.data.splits import SPLITS_FILE, fold_lists
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import shorten, some_of
 
@@ -121,6 +122,14 @@ def files_per_case(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> in
     return counts.most_common(1)[0][0] if counts else num_channels
 
 
+def labeled_images(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> list[Path]:
+    """The first image file of each labeled case, sorted; none without imagesTr."""
+    if "dataset" in dataset_json:
+        return sorted(raw_dataset_folder / case["images"][0] for case in dataset_json["dataset"].values())
+    channels, _ = _channel_files(raw_dataset_folder / LABELED_IMAGES_FOLDER, dataset_json["file_ending"])
+    return sorted(raw_dataset_folder / LABELED_IMAGES_FOLDER / names[0] for names in channels.values() if 0 in names)
+
+
 def channel_names(dataset_json: dict[str, Any]) -> dict[str, str]:
     """The dataset's channels; 'modality' is what older datasets call them."""
     return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
@@ -197,6 +206,13 @@ def list_names(folder: Path) -> set[str]:
         return set()
 
 
+def preprocessed_cases(folder: Path) -> set[str]:
+    """The cases that nnU-Net finds in a folder of preprocessed labeled cases; none if it does not exist."""
+    names = list_names(folder)
+    blosc = {name.removesuffix(".b2nd") for name in names if name.endswith(".b2nd") and not name.endswith("_seg.b2nd")}
+    return blosc | {name.removesuffix(".npz") for name in names if name.endswith(".npz")}
+
+
 def read_record(file: Path) -> dict[str, Any] | None:
     """One case's record; None if it does not exist or is no record."""
     try:
@@ -224,26 +240,6 @@ def has_files(identifier: str, names: set[str]) -> bool:
     return all(identifier + ending in names for ending in CASE_FILES)
 
 
-def unlabeled_list_of_fold(splits_file: Path, fold: int | str) -> list[str]:
-    """The third list of a fold of ``splits_final.json``: cases of imagesTr whose labels the fold must not see.
-
-    Returns:
-        the list; empty without file, list or fold, and for fold "all".
-
-    Raises:
-        UserError: the file or the list is malformed.
-    """
-    entry = _fold_entry(splits_file, fold)
-    listed = entry.get("unlabeled", [])
-    where = f"The 'unlabeled' list of fold {fold} in {splits_file}"
-    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise UserError(f"{where} must be a list of case names, found {shorten(listed)}.")
-    duplicates = sorted(name for name, count in Counter(listed).items() if count > 1)
-    if duplicates:
-        raise UserError(f"{where} names {some_of(duplicates)} more than once.")
-    return listed
-
-
 def collect_unlabeled_cases(
     preprocessed_dataset_folder: Path, data_identifier: str, fold: int | str
 ) -> list[UnlabeledCase]:
@@ -257,21 +253,20 @@ def collect_unlabeled_cases(
         UnlabeledCase(identifier, folder, IMAGES_FOLDER)
         for identifier in ready_cases(preprocessed_dataset_folder, data_identifier)
     ]
-    splits_file = preprocessed_dataset_folder / "splits_final.json"
-    listed = unlabeled_list_of_fold(splits_file, fold)
+    splits_file = preprocessed_dataset_folder / SPLITS_FILE
+    lists = fold_lists(splits_file, fold) or {}
+    listed = lists.get("unlabeled")
     if not listed:
         return cases
 
-    labeled = _fold_entry(splits_file, fold).get("train", [])
-    both = sorted(set(listed) & set(labeled))
+    both = sorted(set(listed) & set(lists["train"]))
     if both:
         raise UserError(
             f"Fold {fold} in {splits_file} lists {some_of(both)} as 'train' and as 'unlabeled', so training would see "
             "labels that it must not. Keep each case in one of the two lists."
         )
     labeled_folder = preprocessed_dataset_folder / data_identifier
-    names = list_names(labeled_folder)
-    missing = sorted(name for name in listed if f"{name}.b2nd" not in names and f"{name}.npz" not in names)
+    missing = sorted(set(listed) - preprocessed_cases(labeled_folder))
     if missing:
         raise UserError(
             f"The 'unlabeled' list of fold {fold} in {splits_file} names {some_of(missing)}, but {labeled_folder} "
@@ -306,29 +301,9 @@ def no_unlabeled_cases_message(
         state = "holds no case that could be preprocessed (nnunet-ssl preprocess lists the reasons)"
     message = f"There is no unlabeled case: {images_folder} {state}"
     if fold is not None:
-        splits_file = preprocessed_dataset_folder / "splits_final.json"
+        splits_file = preprocessed_dataset_folder / SPLITS_FILE
         message += f", and fold {fold} in {splits_file} has no 'unlabeled' list"
     return (
         f"{message}. Put images there, named as in {LABELED_IMAGES_FOLDER} (CASE_0000{ending}, one file per channel), "
         "or leave only some of the training cases labeled with nnunet-ssl split."
     )
-
-
-def _fold_entry(splits_file: Path, fold: int | str) -> dict[str, Any]:
-    if fold == "all" or not splits_file.is_file():
-        return {}
-    try:
-        splits = json.loads(splits_file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{splits_file} is no valid JSON: {error}.") from None
-    if not isinstance(splits, list):
-        raise UserError(f"{splits_file} must hold a list of folds, found {shorten(splits)}.")
-    number = int(fold)
-    if not 0 <= number < len(splits):
-        return {}
-    if not isinstance(splits[number], dict):
-        raise UserError(
-            f"Fold {fold} in {splits_file} must be a table with the lists 'train' and 'val', "
-            f"found {shorten(splits[number])}."
-        )
-    return splits[number]

@@ -13,14 +13,23 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.text import one_line, unwrap
 
 _SPACING_FACTOR = 2.0
+_LEAST_COSINE = 0.5  # an axis that is turned by more than 60 degrees points elsewhere
+_MOST_HEADERS = 200
 _MOST_VOXELS = 2**31  # a wrong spacing in a header can ask for more memory than any machine has
+
+
+# Of each of the three axes of a voxel array as stored, in file order, the unit vector (right, anterior, superior).
+Direction = tuple[tuple[float, ...], ...]
 
 
 class BadImageError(Exception):
@@ -35,11 +44,13 @@ class LabeledImages:
         dimensions: 2 or 3.
         spacing: smallest and largest of each axis.
         intensities: percentiles 0.5 and 99.5 of each channel's foreground.
+        directions: those that occur, see :func:`direction_of`; empty where the reader turns images itself.
     """
 
     dimensions: int | None
     spacing: tuple[tuple[float, float], ...] | None
     intensities: tuple[tuple[float, float] | None, ...]
+    directions: tuple[Direction, ...] = ()
 
 
 def describe_labeled_images(folder: Path, plans_manager: PlansManager, num_channels: int) -> LabeledImages:
@@ -63,6 +74,70 @@ def describe_labeled_images(folder: Path, plans_manager: PlansManager, num_chann
     )
 
 
+def directions_of(reader: Any, images: Sequence[Path]) -> tuple[Direction, ...]:
+    """The directions that occur among images, by their headers; of very many images, only some are read.
+
+    Args:
+        reader: one of nnU-Net's readers.
+        images: one file of each case.
+    """
+    some = images[:: -(-len(images) // _MOST_HEADERS) or 1]
+    return tuple(sorted({found for file in some if (found := direction_of(reader, file)) is not None}))
+
+
+def direction_of(reader: Any, file: Path) -> Direction | None:
+    """Where the axes of an image point, by its header.
+
+    Returns:
+        see ``Direction``; None for a reader of nnU-Net's that turns images to one direction or knows none, for 2D
+        images, and for a header that cannot be read.
+    """
+    try:
+        if isinstance(reader, NibabelIO):
+            axes = np.asarray(nibabel.load(file).affine, np.float64)[:3, :3]  # type: ignore[attr-defined]
+        elif isinstance(reader, SimpleITKIO) and not isinstance(reader, SimpleITKIOWithReorient):
+            header = _read_header(file)
+            if header.GetDimension() < 3:
+                return None
+            axes = np.reshape(header.GetDirection(), (header.GetDimension(),) * 2)[:3, :3] * [[-1], [-1], [1]]
+        else:
+            return None
+    except (RuntimeError, OSError, ValueError, ImageFileError, HeaderDataError):
+        return None
+    lengths = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(axes).all() or not lengths.all():
+        return None
+    return tuple(tuple(float(part) for part in axis) for axis in np.round(axes / lengths, 2).T + 0.0)
+
+
+def _read_header(file: Path) -> sitk.ImageFileReader:
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(file))
+    header.ReadImageInformation()
+    return header
+
+
+def direction_warnings(direction: Direction | None, labeled: LabeledImages) -> list[str]:
+    """A warning if axes are flipped or permuted against those of all labeled images.
+
+    nnU-Net's usual readers take voxels as they are stored, so the network would see such an image mirrored or turned.
+    """
+    if direction is None or not labeled.directions:
+        return []
+    cosines = np.sum(np.asarray(direction) * np.asarray(labeled.directions), axis=-1)  # (labeled directions, axis)
+    if (cosines.min(axis=1) >= _LEAST_COSINE).any():
+        return []
+    others = ", ".join(sorted({_axis_codes(one) for one in labeled.directions}))
+    return [
+        f"its axes point to {_axis_codes(direction)}, those of the labeled images to {others}; nnU-Net does not turn "
+        "it, so that it is seen flipped or turned"
+    ]
+
+
+def _axis_codes(direction: Direction) -> str:
+    return "".join(nibabel.orientations.aff2axcodes(np.pad(np.asarray(direction).T, (0, 1))))
+
+
 def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
     """Read one case.
 
@@ -79,6 +154,8 @@ def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str
     for file in files:
         if file.name.endswith((".nii", ".nii.gz")):
             check_nifti(file)
+        if isinstance(reader, SimpleITKIO):
+            _check_single_values(file)
     try:
         return reader.read_images([str(file) for file in files])
     except MemoryError:
@@ -97,6 +174,24 @@ def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str
                 found = ", ".join(f"{name} {value}" for name, value in of_file.items())
                 raise BadImageError(f"the channels differ in {what}: {found}") from error
         raise BadImageError(f"cannot be read: {one_line(error)}") from error
+
+
+def _check_single_values(file: Path) -> None:
+    """SimpleITK gives vectors as a last axis, which nnU-Net takes for one of the image and the first for channels."""
+    try:
+        header = _read_header(file)
+    except RuntimeError:
+        return  # the reader has the last word
+    if header.GetNumberOfComponents() > 1 and "vector" in sitk.GetPixelIDValueAsString(header.GetPixelID()):
+        raise _not_single(file, header.GetNumberOfComponents())
+
+
+def _not_single(file: Path, count: int) -> BadImageError:
+    kind = {3: "RGB", 4: "RGBA"}.get(count, "vector")
+    return BadImageError(
+        f"{file.name} has {kind} voxels, {count} values each, where nnU-Net reads one: store a gray value, or each "
+        "channel in a file of its own"
+    )
 
 
 def check_nifti(file: Path) -> None:
@@ -126,6 +221,10 @@ def check_nifti(file: Path) -> None:
         return
     if voxels.size == 0:
         raise BadImageError(f"{file.name} has no voxels: an axis has size 0")
+    if voxels.dtype.names is not None:
+        raise _not_single(file, len(voxels.dtype.names))
+    if voxels.ndim == 5 and voxels.shape[4] > 1:
+        raise _not_single(file, voxels.shape[4])
     bad = voxels.size - np.count_nonzero(np.isfinite(voxels)) if voxels.dtype.kind in "fc" else 0
     if bad:
         raise BadImageError(f"{file.name} has {bad} voxels that are NaN or infinite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,42 @@ _PLANS: dict[str, type] = {
     "configurations": dict,
 }
 _KINDS: dict[type, str] = {str: "a text", list: "a list", dict: "a table"}
+# UTF-32 first: its mark begins with that of UTF-16.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "UTF-8",
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_any_json(file: Path, *, otherwise: str) -> Any:
+    """What a JSON file holds, as long as nnU-Net can read it too: UTF-8 without a byte-order mark.
+
+    Args:
+        file: of any origin.
+        otherwise: what to do where it is missing or broken.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"There is no {file}. {otherwise}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). {otherwise}") from None
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if content.startswith(mark):
+            raise UserError(
+                f"{file} begins with a byte-order mark ({encoding}), with which nnU-Net cannot read it. Save it as "
+                "UTF-8 without a byte-order mark."
+            )
+    try:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no valid JSON ({error}). {otherwise}") from None
 
 
 def read_json(file: Path, *, otherwise: str, entries: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any]:
@@ -34,14 +71,7 @@ def read_json(file: Path, *, otherwise: str, entries: Mapping[str, type] = Mappi
     Raises:
         UserError: it is missing, cannot be read, or is something else.
     """
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"There is no {file}. {otherwise}") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}). {otherwise}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no valid JSON ({error}). {otherwise}") from None
+    content = read_any_json(file, otherwise=otherwise)
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no table, but {shorten(content)}. {otherwise}")
     for key, kind in entries.items():

@@ -24,7 +24,7 @@ import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from nnunet_ssl.data.cases import (
     channel_names,
     files_per_case,
     find_raw_cases,
+    labeled_images,
     list_names,
     read_record,
     ready_cases,
@@ -53,6 +54,9 @@ from nnunet_ssl.data.image_checks import (
     LabeledImages,
     check_image,
     describe_labeled_images,
+    direction_of,
+    direction_warnings,
+    directions_of,
     read_image,
 )
 from nnunet_ssl.data.leak_guard import image_signature
@@ -241,6 +245,9 @@ def preprocess_unlabeled(
     if to_do:
         remove_abandoned(job.folder.parent, job.temporary_prefix)
         _make_folders(job)
+        reader = plans_manager.image_reader_writer_class()
+        directions = directions_of(reader, labeled_images(raw_dataset_folder, dataset_json))
+        job = replace(job, labeled=replace(job.labeled, directions=directions))
         # Folds that are started at the same time share the work: each in its own order, skipping what is done.
         random.SystemRandom().shuffle(to_do)
         _run(job, to_do, num_processes, report, log)
@@ -470,10 +477,12 @@ def _preprocess(job: _Job, case: RawCase, folder: Path) -> dict[str, Any]:
     configuration = plans_manager.get_configuration(job.configuration)
     # nnU-Net's readers and preprocessors print; lines of many processes would tear up the progress bar.
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        image, properties = read_image(plans_manager.image_reader_writer_class(), case.images)
+        reader = plans_manager.image_reader_writer_class()
+        image, properties = read_image(reader, case.images)
         lines = printed.getvalue().splitlines()
         warnings = [line.removeprefix("WARNING").lstrip("! ") for line in lines if line.startswith("WARNING")]
         warnings += check_image(image, properties["spacing"], labeled=job.labeled)
+        warnings += direction_warnings(direction_of(reader, case.images[0]), job.labeled)
         try:
             image, segmentation, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
                 image, None, properties, plans_manager, configuration, job.dataset_json

@@ -156,6 +156,32 @@ def _fold_out_of_range(dataset: Dataset) -> None:
     dataset.write_splits([])
 
 
+def _few_cases_and_no_splits(dataset: Dataset) -> None:
+    (dataset.preprocessed / "splits_final.json").unlink()
+    for file in [*dataset.labeled.glob(f"{CASES[0]}*"), *dataset.labeled.glob(f"{CASES[1]}*")]:
+        file.unlink()
+
+
+def _no_validation_case(dataset: Dataset) -> None:
+    dataset.write_splits([{**SPLITS[0], "val": []}])
+
+
+def _no_training_case(dataset: Dataset) -> None:
+    dataset.write_splits([{**SPLITS[0], "train": []}])
+
+
+def _cases_in_no_list(dataset: Dataset) -> None:
+    dataset.write_splits([{"train": CASES[:2], "val": CASES[2:4]}])
+
+
+def _byte_order_mark(name: str) -> Callable[[Dataset], None]:
+    def mark(dataset: Dataset) -> None:
+        file = dataset.preprocessed / name
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+
+    return mark
+
+
 def _labeled_and_unlabeled(dataset: Dataset) -> None:
     dataset.write_splits([{**SPLITS[0], "unlabeled": CASES[1:2]}])
 
@@ -195,8 +221,16 @@ def _failed_before(dataset: Dataset) -> None:
         (_bad_setting, "FAIL", "'ramp_lenght'"),
         (_not_preprocessed, "FAIL", "no preprocessed case: nnUNetv2_plan_and_preprocess -d 7 -c 2d"),
         (_some_not_preprocessed, "warn", "6 of 9 preprocessed cases"),
-        (_fold_names_a_stranger, "FAIL", "fold 0 names stranger"),
+        (_fold_names_a_stranger, "FAIL", "name stranger, but"),
         (_fold_out_of_range, "warn", "draws 80 % at random"),
+        (_few_cases_and_no_splits, "FAIL", "nnunet-ssl split -d Dataset007_Tiny --labeled 100%"),
+        (_few_cases_and_no_splits, "FAIL", "nnUNetv2_train Dataset007_Tiny 2d all -tr CrossMatchTrainer"),
+        (_no_validation_case, "warn", "no case in the 'val' list of fold 0"),
+        (_no_training_case, "FAIL", "no case in the 'train' list of fold 0"),
+        (_cases_in_no_list, "warn", "2 labeled case(s) are in no list of fold 0"),
+        (_byte_order_mark("splits_final.json"), "FAIL", "splits_final.json begins with a byte-order mark"),
+        (_byte_order_mark("dataset.json"), "FAIL", "dataset.json begins with a byte-order mark"),
+        (_byte_order_mark("nnUNetPlans.json"), "FAIL", "nnUNetPlans.json begins with a byte-order mark"),
         (_labeled_and_unlabeled, "FAIL", "case_1"),
         (_leak_by_name, "FAIL", "imagesTr/case_2"),
         (_leak_by_image, "FAIL", "imagesTr/case_4 = imagesTr/case_2"),
@@ -215,6 +249,21 @@ def test_what_is_wrong_with_a_dataset_is_found(
     lines = report("-d", "7", "-c", "2d")
     assert [line for line in lines if line.startswith(level) and expected in line], "\n".join(lines)
     assert not [line for line in lines if "broke off" in line]
+
+
+def test_a_fold_that_is_not_there_is_refused_where_others_hide_labels(dataset: Dataset) -> None:
+    (line,) = [line for line in report("-d", "7", "-c", "2d", "-f", "1") if line.startswith("FAIL")]
+    assert "There is no fold 1" in line and "labels that fold(s) 0 hide" in line
+    dataset.write_splits([{**SPLITS[0], "unlabeled": []}])
+    lines = report("-d", "7", "-c", "2d", "-f", "1")
+    assert [line for line in lines if line.startswith("warn") and "draws 80 % at random" in line]
+    assert not [line for line in lines if line.startswith("FAIL")]
+
+
+def test_nnunets_trainer_needs_validation_cases(dataset: Dataset) -> None:
+    _no_validation_case(dataset)
+    lines = report("-d", "7", "-c", "2d", "-tr", "nnUNetTrainer")
+    assert [line for line in lines if line.startswith("FAIL") and "nnUNetTrainer trains no fold without" in line]
 
 
 @pytest.mark.parametrize(

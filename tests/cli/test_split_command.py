@@ -67,3 +67,13 @@ def test_needs_nnunet_preprocessed(dataset, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_preprocessed")
     assert main(["split", "-d", "42", "--labeled", "2"]) == 2
     assert "nnUNet_preprocessed is not set" in capsys.readouterr().err
+
+
+def test_a_single_labeled_case_makes_a_fold_without_validation(dataset, capsys):
+    for folder in ("imagesTr", "labelsTr"):
+        for file in sorted((dataset.parents[2] / "nnUNet_raw" / "Dataset042_P" / folder).iterdir())[1:]:
+            file.unlink()
+    assert main(["split", "-d", "42", "--labeled", "100%"]) == 0
+    assert "Note: fold 0 has no validation case." in capsys.readouterr().out
+    (fold,) = json.loads(dataset.read_text())
+    assert len(fold["train"]) == 1 and fold["val"] == fold["unlabeled"] == []

@@ -16,7 +16,6 @@ from nnunet_ssl.data.cases import (
     ready_cases,
     records_folder,
     unlabeled_folder,
-    unlabeled_list_of_fold,
 )
 from nnunet_ssl.errors import UserError
 
@@ -87,37 +86,6 @@ def test_labeled_cases_tell_how_many_files_a_case_has(tmp_path: Path) -> None:
     assert files_per_case(tmp_path, color) == 1
     assert files_per_case(tmp_path, {**color, "dataset": {"a": {"images": ["x", "y"]}}}) == 2
     assert files_per_case(tmp_path, {"modality": {"0": "MR"}, "file_ending": ".nii"}) == 1
-
-
-@pytest.mark.parametrize(
-    ("fold", "expected"), [(0, []), (1, ["b", "a"]), ("1", ["b", "a"]), (2, []), ("all", []), (-1, [])]
-)
-def test_unlabeled_list(tmp_path: Path, fold: int | str, expected: list[str]) -> None:
-    file = write_splits(tmp_path, [{"train": ["a"], "val": []}, {"train": [], "val": [], "unlabeled": ["b", "a"]}])
-    assert unlabeled_list_of_fold(file, fold) == expected
-
-
-def test_unlabeled_list_without_splits(tmp_path: Path) -> None:
-    assert unlabeled_list_of_fold(tmp_path / "splits_final.json", 0) == []
-
-
-@pytest.mark.parametrize(
-    ("splits", "expected"),
-    [
-        ([{"unlabeled": "LA_001"}], "must be a list of case names, found 'LA_001'"),
-        ([{"unlabeled": ["a", 3]}], "must be a list of case names"),
-        ([{"unlabeled": None}], "must be a list of case names, found None"),
-        ([{"unlabeled": ["a", "b", "a"]}], "names a more than once"),
-        ({"0": {}}, "must hold a list of folds"),
-        ([["a"]], "must be a table"),
-        ("[{", "no valid JSON"),
-    ],
-)
-def test_malformed_splits(tmp_path: Path, splits: Any, expected: str) -> None:
-    file = write_splits(tmp_path, splits)
-    with pytest.raises(UserError, match=expected) as error:
-        unlabeled_list_of_fold(file, 0)
-    assert str(file) in str(error.value)
 
 
 @pytest.fixture

@@ -297,6 +297,11 @@ def _four_dimensions(dataset: TinyDataset) -> None:
     nibabel.save(image, dataset.images / "bad_0000.nii.gz")
 
 
+def _color(dataset: TinyDataset) -> None:
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 255, (20, 24, 24, 3), np.uint8), isVector=True)
+    sitk.WriteImage(image, str(dataset.images / "bad_0000.nii.gz"))
+
+
 BAD_INPUTS: dict[str, tuple[Callable[[TinyDataset], None], str]] = {
     "cut off": (_cut_off, r"bad_0000\.nii\.gz is damaged or incomplete"),
     "one bit": (_one_bit_changed, r"bad_0000\.nii\.gz is damaged or incomplete: CRC check failed"),
@@ -309,6 +314,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[TinyDataset], None], str]] = {
     "2D": (lambda dataset: dataset.add("bad", voxels(1, (24, 24))), "2D image .* labeled images are 3D"),
     "one slice": (lambda dataset: dataset.add("bad", voxels(1, (1, 24, 24))), "2D image .* labeled images are 3D"),
     "channels": (_four_dimensions, "2 channels, but this dataset has 1"),
+    "color": (_color, r"bad_0000\.nii\.gz has RGB voxels, 3 values each"),
     "spacing": (lambda dataset: dataset.add("bad", voxels(1), spacing=500.0), "correct the spacing in its header"),
 }
 
@@ -412,6 +418,66 @@ def test_odd_images_are_used_with_a_warning(dataset: TinyDataset) -> None:
     assert "spacing 5 x 1.25 x 1.25" in reasons(report.warnings)["coarse"]
     assert "outside the labeled foreground's (50 to 150)" in reasons(report.warnings)["bright"]
     assert dataset.run().warnings == report.warnings
+
+
+def test_color_in_other_formats_and_readers(dataset: TinyDataset) -> None:
+    color = np.random.default_rng(0).integers(0, 255, (20, 24, 24, 3), np.uint8)
+    dataset.dataset_json["file_ending"] = ".nrrd"
+    sitk.WriteImage(sitk.GetImageFromArray(color, isVector=True), str(dataset.images / "nrrd_0000.nrrd"))
+    assert "RGB voxels" in reasons(dataset.run().failed)["nrrd"]
+
+    dataset.dataset_json["file_ending"] = ".nii"
+    dataset.plans["image_reader_writer"] = "NibabelIO"
+    sitk.WriteImage(sitk.GetImageFromArray(color, isVector=True), str(dataset.images / "vector_0000.nii"))
+    rgb = color.view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
+    nibabel.save(nibabel.Nifti1Image(rgb, np.eye(4)), dataset.images / "rgb_0000.nii")
+    failed = reasons(dataset.run().failed)
+    assert failed.keys() == {"rgb", "vector"} and all("RGB voxels" in reason for reason in failed.values())
+
+
+def write_turned(file: Path, direction: tuple[float, ...]) -> None:
+    write_image(file, voxels(0))
+    image = sitk.ReadImage(str(file))
+    image.SetDirection(direction)
+    sitk.WriteImage(image, str(file))
+
+
+UPRIGHT = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
+FLIPPED = (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)
+PERMUTED = (0, 1.0, 0, 0, 0, 1.0, 1.0, 0, 0)
+OBLIQUE = (0.8, 0, 0.6, 0, 1.0, 0, -0.6, 0, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("reader", "found"),
+    [
+        ("SimpleITKIO", {"flipped": "to RAS, those of the labeled images to LPS", "permuted": "to SLP, those"}),
+        ("NibabelIO", {"flipped": "to RAS, those of the labeled images to LPS", "permuted": "to SLP, those"}),
+        ("SimpleITKIOWithReorient", {}),
+        ("NibabelIOWithReorient", {}),
+    ],
+)
+def test_images_that_lie_otherwise_are_used_with_a_warning(
+    dataset: TinyDataset, reader: str, found: dict[str, str]
+) -> None:
+    dataset.plans["image_reader_writer"] = reader
+    for number in range(3):
+        write_turned(dataset.raw / "imagesTr" / f"L{number}_0000.nii.gz", UPRIGHT)
+    for name, direction in (("flipped", FLIPPED), ("permuted", PERMUTED), ("oblique", OBLIQUE), ("upright", UPRIGHT)):
+        write_turned(dataset.images / f"{name}_0000.nii.gz", direction)
+    report = dataset.run()
+    assert report.done == ["flipped", "oblique", "permuted", "upright"]
+    warned = reasons(report.warnings)
+    assert warned.keys() == found.keys(), warned
+    assert all(text in warned[name] for name, text in found.items()), warned
+
+
+def test_any_direction_of_a_labeled_image_will_do(dataset: TinyDataset) -> None:
+    for number, direction in enumerate((UPRIGHT, FLIPPED)):
+        write_turned(dataset.raw / "imagesTr" / f"L{number}_0000.nii.gz", direction)
+    write_turned(dataset.images / "U0_0000.nii.gz", FLIPPED)
+    write_turned(dataset.images / "U1_0000.nii.gz", PERMUTED)
+    assert reasons(dataset.run().warnings).keys() == {"U1"}
 
 
 def test_without_fingerprint_spacing_is_not_compared(dataset: TinyDataset) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_ssl.data.splits import label_few, parse_count, read_splits, split_dataset
+from nnunet_ssl.data.splits import check_fold, label_few, parse_count, read_splits, split_dataset, unlabeled_list
 from nnunet_ssl.errors import UserError
 
 CASES = [f"case_{number:02d}" for number in range(12)]
@@ -101,6 +102,28 @@ def test_without_a_file_the_folds_are_nnunets_own(folders):
     assert report.backup is None
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_of_fewer_than_five_cases_each_is_validated_once(folders, count):
+    preprocessed, raw = folders
+    (preprocessed / "splits_final.json").unlink()
+    for case in CASES[count:]:
+        (preprocessed / "gt_segmentations" / f"{case}.nii.gz").unlink()
+    folds = split_dataset(preprocessed, raw, labeled="100%").folds
+    assert sorted(fold["val"] for fold in folds.values()) == [[case] for case in CASES[:count]]
+    assert all(sorted(fold["train"] + fold["val"]) == CASES[:count] for fold in folds.values())
+    assert all(fold["unlabeled"] == [] for fold in folds.values())
+
+
+def test_a_single_case_is_trained_on(folders):
+    preprocessed, raw = folders
+    (preprocessed / "splits_final.json").unlink()
+    for case in CASES[1:]:
+        (preprocessed / "gt_segmentations" / f"{case}.nii.gz").unlink()
+    assert split_dataset(preprocessed, raw, labeled="100%").folds == {
+        0: {"train": CASES[:1], "val": [], "unlabeled": []}
+    }
+
+
 def test_raw_split_file_is_the_start_and_a_conflict_is_reported(folders):
     preprocessed, raw = folders
     raw.mkdir(parents=True)
@@ -157,3 +180,106 @@ def test_unusable_files_are_named(folders, tmp_path):
         assert (preprocessed / "splits_final.json").read_text() == content
     with pytest.raises(UserError, match="No labeled case"):
         split_dataset(tmp_path / "Dataset009_None", None, labeled="1")
+
+
+def write(folder, splits):
+    file = folder / "splits_final.json"
+    file.write_text(splits if isinstance(splits, str) else json.dumps(splits))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("fold", "expected"), [(0, []), (1, ["b", "a"]), ("1", ["b", "a"]), (2, []), ("all", []), (-1, [])]
+)
+def test_unlabeled_list(tmp_path, fold, expected):
+    file = write(tmp_path, [{"train": ["a"], "val": []}, {"train": [], "val": [], "unlabeled": ["b", "a"]}])
+    assert unlabeled_list(file, fold) == expected
+
+
+def test_unlabeled_list_without_splits(tmp_path):
+    assert unlabeled_list(tmp_path / "splits_final.json", 0) == []
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        ([{"train": [], "val": [], "unlabeled": "LA_001"}], "must be a list of case names, found 'LA_001'"),
+        ([{"train": [], "val": [], "unlabeled": ["a", 3]}], "must be a list of case names"),
+        ([{"train": [], "val": [], "unlabeled": None}], "must be a list of case names, found None"),
+        ([{"train": [], "val": [], "unlabeled": ["a", "b", "a"]}], "names a more than once"),
+        ([{"train": [], "val": "LA_001"}], "The 'val' list of fold 0 .* must be a list of case names, found 'LA_001'"),
+        ([{"train": [], "val": []}, {"val": []}], "There is no list 'train' in fold 1"),
+        ({"0": {}}, "must hold a list of folds"),
+        ([["a"]], "must be a table"),
+        ("[{", "no valid JSON"),
+    ],
+)
+def test_malformed_splits(tmp_path, splits, expected):
+    file = write(tmp_path, splits)
+    with pytest.raises(UserError, match=expected) as error:
+        unlabeled_list(file, 0)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF32_LE, "utf-32-le")],
+)
+def test_a_byte_order_mark_is_named(tmp_path, mark, encoding):
+    """Python reads such bytes, nnU-Net does not."""
+    file = tmp_path / "splits_final.json"
+    file.write_bytes(mark + json.dumps([{"train": ["a"], "val": []}]).encode(encoding))
+    name = encoding.removesuffix("-le").upper()
+    with pytest.raises(UserError, match=rf"splits_final.json begins with a byte-order mark \({name}\).* as UTF-8"):
+        read_splits(file)
+
+
+def check(folder, splits, fold, cases):
+    file = folder / "splits_final.json" if splits is None else write(folder, splits)
+    return check_fold(file, fold, folder / "plans_2d", cases, train_all="THE COMMAND")
+
+
+HIDING = [{"train": CASES[:2], "val": CASES[2:3], "unlabeled": CASES[3:]}, {"train": CASES[:11], "val": CASES[11:]}]
+OPEN = [{"train": CASES[:11], "val": CASES[11:], "unlabeled": []}]
+
+
+@pytest.mark.parametrize(
+    ("splits", "fold", "cases", "expected"),
+    [
+        (None, 0, [], "plans_2d holds no preprocessed labeled case"),
+        (None, 0, CASES[:4], r"4 labeled case.*\(nnunet-ssl split -d \S+ --labeled 100%\).*\(THE COMMAND\)"),
+        (HIDING, 2, CASES, r"no fold 2: .* has folds 0 to 1\..*80 %.* labels that fold\(s\) 0 hide"),
+        (HIDING, -1, CASES, "no fold -1"),
+        (OPEN, -1, CASES, "no fold -1: .* has fold 0 only"),
+        (OPEN, 1, CASES[:1], "no fold 1"),
+        ([{"train": [], "val": CASES}], 0, CASES, "no case in the 'train' list of fold 0"),
+        ([{"train": ["x"], "val": ["y"]}], 0, CASES, "of fold 0 in .* name x, y, but .*plans_2d holds no such case"),
+    ],
+)
+def test_folds_that_cannot_be_trained(tmp_path, splits, fold, cases, expected):
+    with pytest.raises(UserError, match=expected) as error:
+        check(tmp_path, splits, fold, cases)
+    assert (str(tmp_path / "splits_final.json") in str(error.value)) == bool(cases)
+
+
+@pytest.mark.parametrize(
+    ("splits", "fold", "cases", "expected"),
+    [
+        (None, 4, CASES, []),
+        (None, "all", CASES[:1], []),
+        (OPEN, "all", CASES, []),
+        (OPEN, 0, CASES, []),
+        (HIDING, 0, CASES, []),
+        (None, 5, CASES, ["has folds 0 to 4. nnU-Net draws 80 %"]),
+        (OPEN, 1, CASES, ["has fold 0 only. nnU-Net draws 80 %"]),
+        ([], 0, CASES, ["has no folds. nnU-Net draws 80 %"]),
+        (HIDING, "all", CASES, ["labels, also with those that fold(s) 0 of"]),
+        ([{"train": CASES, "val": []}], 0, CASES, ["no case in the 'val' list of fold 0"]),
+        ([{"train": CASES, "val": CASES[:1]}], 0, CASES, ["both name case_00."]),
+        ([{"train": CASES[:8], "val": CASES[8:9]}], 0, CASES, ["3 labeled case(s) are in no list of fold 0"]),
+    ],
+)
+def test_what_a_user_should_know_of_a_fold(tmp_path, splits, fold, cases, expected):
+    notes = check(tmp_path, splits, fold, cases)
+    assert len(notes) == len(expected)
+    assert all(text in note for text, note in zip(expected, notes, strict=True)), notes
