@@ -7,6 +7,7 @@ validation is evaluated and added to the campaign's table.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -314,7 +315,7 @@ def describe(task: Task, campaign: Campaign) -> dict[str, object]:
         "fold": task.fold,
         "seed": task.seed,
         "epochs": campaign.epochs,
-        "nnunet_ssl": nnunet_ssl.__version__,
+        "nnunet_ssl": f"{nnunet_ssl.__version__} ({source_digest()})",
         "nnunetv2": version("nnunetv2"),
         "torch": torch.__version__,
         "numpy": version("numpy"),
@@ -325,6 +326,18 @@ def describe(task: Task, campaign: Campaign) -> dict[str, object]:
         "compiled": task.compiled or task.device == "cuda",
         "jobs": task.jobs,
     }
+
+
+def source_digest() -> str:
+    """Of this package's source: between two releases there are many versions of one number."""
+    home = Path(nnunet_ssl.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(home.rglob("*.py")):
+        # The trainers' folder lies inside the package or beside it, and only names what the package holds.
+        if file.parent.name != "trainers":
+            content = file.read_bytes().replace(b"\r\n", b"\n")
+            digest.update(file.relative_to(home).as_posix().encode() + b"\0" + content)
+    return digest.hexdigest()[:8]
 
 
 def processor_name() -> str:
