@@ -231,15 +231,18 @@ def _fall_back(args: argparse.Namespace, effort: Effort, arm: Arm) -> Iterator[R
 
 
 def _needed(args: argparse.Namespace, arm: Arm, trainer: Any, mode: Any) -> int:
-    """Bytes of a step: measured in this run, or computed."""
+    """Bytes of a step: measured in this run, or computed; on a CPU without what is there before the step."""
     if not _cuda(args):
         found = step_bytes(trainer, mode, mixed_precision=False)
         return found.peak - found.before
-    for row in read_rows(args.output):
-        same = all(row[name] == getattr(arm, name) for name in ("trainer", "plan", "compiled"))
-        if same and row["question"] == "a" and row["mode"] == mode and "reserved" in row:
-            return int(row["reserved"])
-    return step_bytes(trainer, mode, mixed_precision=True).peak
+    return measured(read_rows(args.output), arm, mode) or step_bytes(trainer, mode, mixed_precision=True).peak
+
+
+def measured(rows: list[Row], arm: Arm, mode: str) -> int | None:
+    """Bytes that were reserved for the step of an arm's trainer in a memory mode, if that is known."""
+    wanted = {"question": "a", "trainer": arm.trainer, "plan": arm.plan, "compiled": arm.compiled, "mode": mode}
+    found = [row["reserved"] for row in rows if "reserved" in row and wanted.items() <= row.items()]
+    return found[0] if found else None
 
 
 @contextmanager

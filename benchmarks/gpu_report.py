@@ -52,8 +52,14 @@ def report(rows: list[Row], folder: Path) -> str:
     for row in rows:
         if row["question"] == "h":
             text += ["\n## h. Accuracy\n", *(f"    {row[name]}\n" for name in ("command",) if name in row), row["note"]]
-            text += [file.read_text(encoding="utf-8") for file in sorted((folder / "accuracy").glob("*.md"))]
+            file = folder / "accuracy" / "report.md"
+            text += [_below(file.read_text(encoding="utf-8"))] if file.is_file() else []
     return "\n".join(text) + "\n"
+
+
+def _below(text: str) -> str:
+    """Of another report, with its headings below those here."""
+    return "".join(f"##{line}" if line.startswith("#") else line for line in text.splitlines(keepends=True))
 
 
 def _step(row: Row) -> str:
