@@ -27,7 +27,7 @@ def save_figure(file: Path, report: Report) -> None:
     """
     structures = report.structures if len(report.structures) <= _MOST_STRUCTURES else report.structures[-1:]
     arms = report.arms[1:]
-    colors = {arm: f"C{index % 10}" for index, arm in enumerate(arms)}
+    numbers = {arm: number for number, arm in enumerate(arms, 1)}
     with matplotlib.style.context("default"):
         height = max(2.6, 0.9 + 0.28 * len(arms) * len(structures) ** 0.5)
         rows = len(report.settings)
@@ -39,15 +39,16 @@ def save_figure(file: Path, report: Report) -> None:
                 gains = [gain for gain in report.gains(setting, metric) if gain.structure in structures]
                 _draw_gains(axis, gains, arms, structures)
                 better = "more is better" if metric == "dice" else "less is better"
-                axis.set_xlabel(f"{name} minus {report.baseline}'s ({better})")
+                axis.set_xlabel(f"{name} minus {report.baseline}'s\n({better})")
                 base = [gain for gain in gains if gain.arm == report.baseline and gain.structure == structures[-1]]
                 reached = f"; {report.baseline}: {base[0].mean:.3f}" if base else ""
                 axis.set_title(f"{setting}{reached}", fontsize=10)
             axes[1].set_yticklabels([])
             dice = [gain for gain in report.gains(setting, "dice") if gain.structure == structures[-1]]
-            _draw_costs(axes[2], dice, report.costs(setting), colors)
-            axes[2].set_xlabel(f"cost of a step, times {report.baseline}'s")
+            _draw_costs(axes[2], dice, report.costs(setting), numbers)
+            axes[2].set_xlabel(f"cost of a step,\ntimes {report.baseline}'s")
             axes[2].set_ylabel("gain in Dice")
+            axes[2].set_title(f"gain and cost; square: {report.baseline}", fontsize=10)
         about = report.runs[0].about
         title = " ".join(filter(None, [about["dataset"] or about["campaign"], about["configuration"]]))
         figure.suptitle(f"{title}: mean difference and 95 % interval over cases and trainings", fontsize=11)
@@ -70,26 +71,32 @@ def _draw_gains(axis: Axes, gains: Sequence[Gain], arms: Sequence[str], structur
                 axis.plot([gain.low, gain.high], [place, place], color=shades, linewidth=1.6)
     axis.axvline(0, color="gray", linewidth=1)
     runs = {gain.arm: gain.runs for gain in gains}
-    axis.set_yticks(range(len(arms)), [f"{arm} ({runs.get(arm, 0)})" for arm in arms], fontsize=9)
+    # The number stands for the arm in the third panel, where there is no room for names.
+    names = [f"{_wrapped(arm)} ({runs.get(arm, 0)} trainings)  [{number}]" for number, arm in enumerate(arms, 1)]
+    axis.set_yticks(range(len(arms)), names, fontsize=9)
     axis.set_ylim(max(len(arms), 1) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
     if len(structures) > 1 and arms:
         axis.legend(fontsize=7, frameon=False)
 
 
-def _draw_costs(axis: Axes, gains: Sequence[Gain], costs: Sequence[Cost], colors: dict[str, str]) -> None:
+def _wrapped(arm: str) -> str:
+    """A trainer with its settings, a line for each."""
+    trainer, _, settings = arm.partition(":")
+    return "\n".join([trainer, *settings.split(",")]) if settings else trainer
+
+
+def _draw_costs(axis: Axes, gains: Sequence[Gain], costs: Sequence[Cost], numbers: dict[str, int]) -> None:
     by_arm = {cost.arm: cost.relative_step for cost in costs}
     drawn = [gain for gain in gains if gain.pairs and not math.isnan(by_arm.get(gain.arm, math.nan))]
     right = max([2.0, *(1.15 * by_arm[gain.arm] for gain in drawn)])
     for gain in drawn:
-        cost, color = by_arm[gain.arm], colors[gain.arm]
+        cost, color = by_arm[gain.arm], f"C{(numbers[gain.arm] - 1) % 10}"
         if not math.isnan(gain.low):
             axis.plot([cost, cost], [gain.low, gain.high], color=color, alpha=0.5)
         axis.plot(cost, gain.difference, "o", color=color)
-        place, side = ((-5, 4), "right") if cost > right / 2 else ((5, 4), "left")
-        axis.annotate(
-            gain.arm, (cost, gain.difference), place, textcoords="offset points", fontsize=8, color=color, ha=side
-        )
+        number = f"[{numbers[gain.arm]}]"
+        axis.annotate(number, (cost, gain.difference), (5, 3), textcoords="offset points", fontsize=9, color=color)
     if not drawn:
         axis.text(0.5, 0.5, "no cost measured", ha="center", va="center", transform=axis.transAxes, color="gray")
     axis.plot(1, 0, "s", color="gray", ms=6)

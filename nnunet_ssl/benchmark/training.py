@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from nnunet_ssl.benchmark.results import add_run
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
-from nnunet_ssl.processes import derived_seed, seed_this_process
+from nnunet_ssl.processes import derived_seed, handled_sigterm, seed_this_process
 
 HELD = 75
 """Exit code of a process that leaves its training to the one that holds its lock (EX_TEMPFAIL)."""
@@ -126,7 +128,7 @@ def main(task_file: Path, *, with_parent: bool) -> int:
     """Train, validate, evaluate, and add the result to the campaign's table; ends with its parent if so asked."""
     if with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    with lock(lock_file(task_file), wait=False) as held:
+    with handled_sigterm(), lock(lock_file(task_file), wait=False) as held:
         if not held:
             return HELD
         train(Task.read(task_file), task_file)
@@ -355,17 +357,14 @@ def processor_name() -> str:
 
 def _end_with_parent() -> None:
     """Stop when the benchmark that started this process is gone: nothing else would. Its end closes the pipe."""
-    import _thread
-    import signal
-
     while os.read(0, 1):
         pass
-    # As Ctrl-C does, so that workers are ended; and for certain, should that hang.
-    if sys.platform == "win32":
-        _thread.interrupt_main()
-    else:
-        os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(30)
+    if sys.platform != "win32":
+        # Not SIGINT, which a process in the background may have been told to ignore.
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    for worker in multiprocessing.active_children():
+        worker.kill()
     os._exit(1)
 
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
 
-def start(planned, folder, *arguments):
+def start(planned, folder, *arguments, **options):
     command = [sys.executable, "-m", "nnunet_ssl.cli.main", "benchmark", "-d", str(planned.dataset_id), "-c", "tiny"]
     command += ["-device", "cpu", "--epochs", "3", "--labeled", "2", "-o", str(folder), *arguments]
-    return subprocess.Popen(
-        command, env=planned.environment, cwd=planned.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=planned.environment, cwd=planned.root, **output, **options)
+
+
+def processes_of(folder):
+    """That name a folder in their command, where the system shows them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in file.read_bytes():
+                found.append(file.parent.name)
+    return found
 
 
 def finish(process):
@@ -31,13 +43,19 @@ def test_killed_shared_and_reported(planned_2d, tmp_path):
     folder = tmp_path / "bench"
     # A training long enough to be killed in its middle.
     arms = ["-tr", "nnUNetTrainer_short", "CrossMatchTrainer_short", "--seeds", "0"]
-    first = start(planned_2d, folder, *arms)
+    # In the background, as a shell's & and nohup leave it.
+    ignored = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    first = start(planned_2d, folder, *arms, preexec_fn=ignored)
     progress = folder / "tasks" / "nnUNetTrainer_short_2_labeled_seed_0.progress"
     deadline = time.monotonic() + 300
     while not progress.is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
     first.kill()
     first.wait()
+    deadline = time.monotonic() + 60
+    while processes_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes_of(folder), "the training ends with the command, and its workers with it"
     done = len(json.loads(progress.read_text())["epochs"])
     assert 1 <= done <= 3
 
@@ -74,10 +92,10 @@ def test_killed_shared_and_reported(planned_2d, tmp_path):
 def test_the_same_seed_makes_the_same_training(planned_2d, tmp_path):
     """Of nnU-Net's own trainer, which has no setting for it; with one worker, on one machine."""
     digits = []
-    for name in ("a", "b"):
-        finish(start(planned_2d, tmp_path / name, "-tr", "nnUNetTrainer_short", "--seeds", "0", "1"))
+    for name, seeds in (("a", ["0", "1"]), ("b", ["0"])):
+        finish(start(planned_2d, tmp_path / name, "-tr", "nnUNetTrainer_short", "--seeds", *seeds))
         rows = csv.DictReader((tmp_path / name / "results.csv").open())
-        digits.append([(row["training"], row["case"], row["structure"], row["dice"], row["assd"]) for row in rows])
-    assert digits[0] == digits[1]
-    half = len(digits[0]) // 2
-    assert [row[1:] for row in digits[0][:half]] != [row[1:] for row in digits[0][half:]], "another seed, another one"
+        digits += [(row["seed"], [row[name] for name in ("case", "structure", "dice", "assd")]) for row in rows]
+    count = len(digits) // 3
+    first, other, again = ([row[1] for row in digits[part * count : (part + 1) * count]] for part in range(3))
+    assert first == again and first != other
