@@ -25,8 +25,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 import nnunet_ssl
 from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
 from nnunet_ssl.data.labeled_targets import AddTargets
-from nnunet_ssl.networks.training_network import Stream, StreamOutput
-from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.networks.streams import Stream, StreamOutput
+from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 
 # The large plan that needs no dataset: nnU-Net's own for patches of 128x128x128, and two structures.
 PATCH, BATCH, FEATURES = (128, 128, 128), 2, (32, 64, 128, 256, 320, 320)

@@ -36,7 +36,7 @@ from common import (
 from gpu_rows import LARGE_PLAN, SMALL_PLAN, SUPERVISED, Arm, Row, read_rows, turn, write_row
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnunet_ssl.memory import LiveBytes, step_bytes
+from nnunet_ssl.trainer.memory import LiveBytes, step_bytes
 
 _EDGES = {SMALL_PLAN: 64, LARGE_PLAN: 128}
 
@@ -221,12 +221,12 @@ def _fall_back(args: argparse.Namespace, effort: Effort, arm: Arm) -> Iterator[R
         least, most = (_needed(args, arm, trainer, mode) for mode in ("split", "stacked"))
         limit = int(least + arm.limit * (most - least))
         # On a CPU "auto" begins in split.
-        trainer.memory_mode = "stacked"
+        trainer.step_gradients.memory_mode = "stacked"
         modes, finite = [], True
         with _limited_memory(args, limit):
             for _ in range(3):
                 finite = finite and math.isfinite(step()["loss/total"])
-                modes.append(trainer.memory_mode)
+                modes.append(trainer.step_gradients.memory_mode)
         yield {"bytes": limit, "split": least, "stacked": most, "modes": modes, "finite": finite}
 
 

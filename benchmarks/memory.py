@@ -4,8 +4,8 @@
     python benchmarks/memory.py -d 901 -c 3d_fullres -device cuda
 
 Each is measured in a process of its own, as what two steps add to the memory the process held before them. On a GPU it
-is what PyTorch allocated, on a CPU what the process had resident. Beside it is what nnunet_ssl.memory computes for the
-same step, in mixed precision on a GPU as nnU-Net trains there, in float32 on a CPU.
+is what PyTorch allocated, on a CPU what the process had resident. The table also has what nnunet_ssl.trainer.memory
+computes for the same step, in mixed precision on a GPU as nnU-Net trains there, in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from common import (
 )
 
 from nnunet_ssl.evaluation.tables import format_table
-from nnunet_ssl.memory import step_bytes
+from nnunet_ssl.trainer.memory import step_bytes
 
 STEPS = ("supervised", "split", "split, checkpointing", "stacked", "stacked, checkpointing")
 

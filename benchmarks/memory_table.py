@@ -14,7 +14,7 @@ from common import BATCH, DATASET_JSON, FEATURES, PATCH, method_names, plans_wit
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.evaluation.tables import format_table
-from nnunet_ssl.memory import step_bytes, trainer_of_plans
+from nnunet_ssl.trainer.memory import step_bytes, trainer_of_plans
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ import torch
 from common import add_trainer_arguments, bare_passes, give_unlabeled_batches, labeled_batch, make_trainer, now, where
 
 from nnunet_ssl.evaluation.tables import format_table
-from nnunet_ssl.networks.training_network import StreamOutput
-from nnunet_ssl.trainer import SemiSupervisedTrainer
+from nnunet_ssl.networks.streams import StreamOutput
+from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 
 
 class _Detached(dict[str, StreamOutput]):
@@ -42,9 +42,9 @@ class LossTerms:
 
     def __init__(self, trainer: SemiSupervisedTrainer, batch: dict[str, Any]) -> None:
         self.trainer = trainer
-        self.labeled = trainer._labeled_batch(batch)
-        self.unlabeled = trainer._next_unlabeled()
-        streams, images = trainer.streams(), trainer.images(self.labeled, self.unlabeled)
+        self.labeled, self.unlabeled = trainer.next_batches(batch)
+        self.prepared = trainer.prepare(self.labeled, self.unlabeled)
+        streams, images = trainer.streams(), trainer.images(self.labeled, self.unlabeled, self.prepared)
         with torch.no_grad():
             found = trainer.training_network(images, streams, {})
         self.outputs = _Detached({name: _leaves(output.detach()) for name, output in found.items()})
@@ -55,7 +55,8 @@ class LossTerms:
         """One run."""
         spent: dict[str, float] = {}
         start = now(self.trainer.device)
-        for part in self.trainer.loss_terms(self.outputs, self.labeled, self.unlabeled):  # type: ignore[arg-type]
+        batches = self.labeled, self.unlabeled, self.prepared
+        for part in self.trainer.loss_terms(self.outputs, *batches):  # type: ignore[arg-type]
             torch.stack([self.weights[name] * value for name, value in part.items()]).sum().backward()
             end, name = now(self.trainer.device), " + ".join(part)
             spent[name] = spent.get(name, 0.0) + end - start

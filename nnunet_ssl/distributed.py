@@ -98,7 +98,7 @@ def device_of_this_process(device: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", dist.get_rank())))
 
 
-def patient_group() -> Any:
+def long_timeout_group() -> Any:
     """A group to wait in for hours: the ordinary one gives up after minutes, as long as a collective may take.
 
     All ranks have to call this, in the same order as other collectives.

@@ -7,3 +7,7 @@ class UserError(RuntimeError):
     Raised by the command line and by the trainers for everything a user can cause: missing folders, bad settings,
     no unlabeled case, a leak. Defects of this package raise ordinary exceptions instead.
     """
+
+
+class MethodError(Exception):
+    """A mistake in a method's class, which its author can correct; the text says where and how."""

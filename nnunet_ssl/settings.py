@@ -140,6 +140,24 @@ class SemiSupervisedSettings:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class TeacherSettings(SemiSupervisedSettings):
+    """Settings of every method with a teacher that follows the student as a moving average."""
+
+    ema_decay: float = setting(0.99, "largest decay of the teacher's moving average", minimum=0.0, maximum=1.0)
+    predict_with: str = setting(
+        "student",
+        "whose weights a checkpoint's network_weights are, to validate and predict with",
+        choices=("student", "teacher"),
+    )
+    validate_both: bool = setting(
+        False,
+        "after the training, validate the other of student and teacher too, into validation_student or "
+        "validation_teacher",
+        choices=(True, False),
+    )
+
+
 def _check(option: dataclasses.Field[Any], value: Any) -> None:
     allowed = option.metadata
     if value is None and allowed["optional"]:

@@ -14,8 +14,9 @@ from nnunet_ssl.data.signed_distance import signed_distance_map
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
-from nnunet_ssl.networks.training_network import StreamOutput
-from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
+from nnunet_ssl.networks.streams import StreamOutput
+from nnunet_ssl.trainer.base import SemiSupervisedTrainer
+from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 
 TRAINERS = (CrossMatchTrainer, MutualReliableTrainer, SimCVDTrainer)
 
@@ -74,7 +75,7 @@ def make_batches(trainer, u=3, seed=0) -> tuple[LabeledBatch, UnlabeledBatch, di
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
     targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, s))) for s in scales]
     image = torch.randn(2, 1, *patch, generator=generator)
-    batch = AddTargets(trainer._labeled_targets)(data=image, target=targets, keys=["l0", "l1"])
+    batch = AddTargets(trainer.extra_targets)(data=image, target=targets, keys=["l0", "l1"])
     views = trainer.unlabeled_views()
     unlabeled = {
         "weak": torch.randn(u, 1, *patch, generator=generator),
@@ -114,7 +115,20 @@ class Given(dict):
 def summed_terms(trainer, outputs, labeled, unlabeled) -> dict[str, torch.Tensor]:
     """The terms, their parts added up."""
     terms: dict[str, torch.Tensor] = {}
-    for part in trainer.loss_terms(outputs, labeled, unlabeled):
+    for part in trainer.loss_terms(outputs, labeled, unlabeled, trainer.prepare(labeled, unlabeled)):
         for name, value in part.items():
             terms[name] = terms.get(name, 0) + value
     return terms
+
+
+def gradients_step(trainer, labeled, unlabeled, weights) -> dict[str, torch.Tensor]:
+    """Fill the gradients as a step does; returns the terms."""
+    return trainer.step_gradients(labeled, unlabeled, trainer.prepare(labeled, unlabeled), weights)
+
+
+def images_of(trainer, labeled, unlabeled) -> dict[str, torch.Tensor]:
+    return trainer.images(labeled, unlabeled, trainer.prepare(labeled, unlabeled))
+
+
+def terms_of(trainer, outputs, labeled, unlabeled):
+    return trainer.loss_terms(outputs, labeled, unlabeled, trainer.prepare(labeled, unlabeled))

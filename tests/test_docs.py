@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from nnunet_ssl.cli.main import COMMANDS
-from nnunet_ssl.networks.training_network import StreamOutput
+from nnunet_ssl.networks.streams import StreamOutput
 from nnunet_ssl.settings import SemiSupervisedSettings
-from nnunet_ssl.trainer import TRAINING_LENGTHS, LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
+from nnunet_ssl.trainer.base import SemiSupervisedTrainer
+from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
+from nnunet_ssl.trainer.variants import TRAINING_LENGTHS
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCS = PROJECT / "docs"
@@ -183,11 +185,13 @@ def test_the_example_of_a_method_is_a_method(tmp_path: Path, monkeypatch: pytest
     image = torch.randn(2, 1, 4, 4)
     labeled = LabeledBatch(image, torch.randint(0, 3, (2, 4, 4)), ["a", "b"])
     unlabeled = UnlabeledBatch(image, [image] * views.strong, [], torch.tensor([1, 0]), ["c", "d"])
-    assert {stream.image for stream in streams.values()} == set(trainer.images(labeled, unlabeled))
+    assert {stream.image for stream in streams.values()} == set(trainer.images(labeled, unlabeled, None))
     outputs = {
         name: StreamOutput(torch.randn(2, 3, 4, 4, requires_grad=stream.gradient)) for name, stream in streams.items()
     }
-    terms = {name: term for part in trainer.loss_terms(outputs, labeled, unlabeled) for name, term in part.items()}
+    terms = {
+        name: term for part in trainer.loss_terms(outputs, labeled, unlabeled, None) for name, term in part.items()
+    }
     assert set(terms) == set(trainer.loss_weights(0.5))
     torch.stack(list(terms.values())).sum().backward()
     assert all((output.logits.grad is not None) == streams[name].gradient for name, output in outputs.items())

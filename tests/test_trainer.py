@@ -14,8 +14,8 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import pin_memo
 from method_steps import make_batches, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_ssl import trainer as trainer_module
-from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, sparse
+from nnunet_ssl.data import predicted_foreground
+from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, subsampled
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 
@@ -133,7 +133,7 @@ def test_a_kill_while_writing_keeps_the_old_checkpoint(make, monkeypatch, tmp_pa
         stream.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module.torch, "save", killed)
+    monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.save_checkpoint(str(file))
     assert file.read_bytes() == before
@@ -172,7 +172,7 @@ def test_log_has_every_key_once_per_epoch_also_after_an_older_checkpoint(make):
     trainer.current_epoch = 2
     lists = trainer.logger.local_logger.my_fantastic_logging
     lists["ssl/loss/of_an_older_version"] = [0.5, 0.4]
-    trainer._log_ssl({"loss/supervised": 1.0, "loss/total": 1.0, "weight/supervised": 1.0})
+    trainer.epoch_log.write(2, {"loss/supervised": 1.0, "loss/total": 1.0, "weight/supervised": 1.0})
     np.testing.assert_equal(lists["ssl/loss/supervised"], [np.nan, np.nan, 1.0])
     np.testing.assert_equal(lists["ssl/loss/of_an_older_version"], [0.5, 0.4, np.nan])
 
@@ -209,19 +209,18 @@ def test_all_loaders_are_stopped_when_training_fails(make, monkeypatch):
 
 def test_on_few_cores_fewer_workers_make_unlabeled_batches(make, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
-    monkeypatch.setattr(trainer_module.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     trainer = make()
     try:
         trainer.on_train_start()
-        workers = {name: loader.num_processes for name, loader in trainer._loaders_with_workers.items()}
+        workers = {name: loader.num_processes for name, loader in trainer.loaders.with_workers.items()}
     finally:
-        for loader in trainer._loaders_with_workers.values():
-            loader._finish()
+        trainer.loaders.finish()
     assert workers == {"training": 2, "validation": 1, "unlabeled": 1}
 
 
 def test_training_without_unlabeled_cases_says_how_to_add_some(make, monkeypatch, planned_3d, tmp_path):
-    monkeypatch.setattr(trainer_module, "collect_unlabeled_cases", lambda *args: [])
+    monkeypatch.setattr("nnunet_ssl.data.prepare.collect_unlabeled_cases", lambda *args: [])
     with pytest.raises(UserError, match="imagesUn"):
         make().run_training()
 
@@ -298,17 +297,17 @@ def test_a_cascade_names_what_it_needs_of_the_previous_stage(make, tmp_path):
 
 
 def test_patches_are_centered_on_rare_classes_from_the_second_epoch_on(make, monkeypatch):
-    monkeypatch.setattr(trainer_module, "RARE", 1.1)  # every class
+    monkeypatch.setattr(predicted_foreground, "RARE", 1.1)  # every class
     trainer = make(epochs=3, foreground_crops=1.0)
     seen: list[tuple[int, list[int], torch.Tensor | None]] = []
-    next_unlabeled = trainer._next_unlabeled
+    next_batches = trainer.next_batches
 
-    def spied():
-        batch = next_unlabeled()
-        seen.append((trainer.current_epoch, [aim.structure for aim in trainer._aims], trainer._coordinates))
-        return batch
+    def spied(batch):
+        labeled, unlabeled = next_batches(batch)
+        seen.append((trainer.current_epoch, [aim.structure for aim in unlabeled.aims], unlabeled.coordinates))
+        return labeled, unlabeled
 
-    monkeypatch.setattr(trainer, "_next_unlabeled", spied)
+    monkeypatch.setattr(trainer, "next_batches", spied)
     trainer.run_training()
     assert all(coordinates is None and not aims for epoch, aims, coordinates in seen if epoch == 0)
     later = [aims for epoch, aims, _ in seen if epoch > 0]
@@ -320,7 +319,7 @@ def test_patches_are_centered_on_rare_classes_from_the_second_epoch_on(make, mon
 
 
 def test_a_resumed_training_knows_the_rare_classes(make, monkeypatch):
-    monkeypatch.setattr(trainer_module, "RARE", 1.1)
+    monkeypatch.setattr(predicted_foreground, "RARE", 1.1)
     first = make(epochs=1)
     first.run_training()
     checkpoint = str(Path(first.output_folder) / "checkpoint_final.pth")
@@ -328,14 +327,14 @@ def test_a_resumed_training_knows_the_rare_classes(make, monkeypatch):
     second.initialize()
     second.load_checkpoint(checkpoint)
     second.on_train_start()
-    assert second._foreground.rare == [0, 1]
+    assert second.predictions.foreground.rare == [0, 1]
 
 
 def test_common_classes_have_no_patches_of_their_own(make, monkeypatch):
-    monkeypatch.setattr(trainer_module, "RARE", 0.0)
+    monkeypatch.setattr(predicted_foreground, "RARE", 0.0)
     trainer = make(epochs=2)
     trainer.run_training()
-    assert trainer._foreground.rare == [] and trainer._coordinates is None
+    assert trainer.predictions.foreground.rare == []
 
 
 @pytest.mark.parametrize(("settings", "workers"), [({"foreground_crops": 0.0}, "0"), ({"seed": 1}, "1")])
@@ -345,9 +344,8 @@ def test_when_all_patches_are_cut_anywhere(make, monkeypatch, settings, workers)
     try:
         trainer.on_train_start()
     finally:
-        for loader in trainer._loaders_with_workers.values():
-            loader._finish()
-    assert trainer._foreground is None
+        trainer.loaders.finish()
+    assert trainer.predictions.foreground is None
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     assert ("foreground_crops has no effect" in log) == ("seed" in settings)
 
@@ -356,13 +354,13 @@ def test_aims_survive_pinned_memory(planned_2d, monkeypatch, tmp_path):
     """On a GPU, batchgenerators pins each batch, and rebuilds what is in it."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     trainer = make_trainer(CrossMatchTrainer, planned_2d, monkeypatch, tmp_path)
-    make_batches(trainer)
+    _, _, labeled = make_batches(trainer)
     batch = next(trainer.dataloader_unlabeled)
     aims = [Aim(0, np.asarray([1, 2, 3], np.int32)), ANYWHERE, ANYWHERE]
     pinned = pin_memory_of_all_eligible_items_in_dict({**batch, "aims": aims, "coordinates": torch.zeros(3, 3, 4, 4)})
     trainer.dataloader_unlabeled = iter([pinned])
-    trainer._next_unlabeled()
-    assert [aim.structure for aim in trainer._aims] == [0, -1, -1] and trainer._aims[0].voxel.tolist() == [1, 2, 3]
+    _, unlabeled = trainer.next_batches(labeled)
+    assert [aim.structure for aim in unlabeled.aims] == [0, -1, -1] and unlabeled.aims[0].voxel.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -374,8 +372,11 @@ def test_the_share_counts_patches_cut_anywhere_and_all_are_searched(planned_2d, 
     aim = Aim(1, np.asarray([0, 1, 1], np.int32))
     foreground.put("b", aim)
     foreground.put("a", aim)
-    trainer._foreground, trainer._aims = foreground, [Aim(-1, aim.voxel), aim]
-    trainer._coordinates = torch.stack([sparse(coordinates_of([[5, 6], [0, patch[0]], [0, patch[1]]])[:, 0])] * 2)
+    trainer.predictions.foreground = foreground
+    coordinates = torch.stack([subsampled(coordinates_of([[5, 6], [0, patch[0]], [0, patch[1]]])[:, 0])] * 2)
+    _, unlabeled, _ = make_batches(trainer, u=2)
+    aims = [Aim(-1, aim.voxel), aim]
+    trainer.predictions.begin(unlabeled._replace(keys=["a", "b"], aims=aims, coordinates=coordinates))
     # The second structure is predicted in two voxels of a, and the first alone everywhere in b.
     logits = torch.full((2, 2 if regions else 3, *patch), -1.0)
     first, second = (0, 1) if regions else (1, 2)
@@ -384,9 +385,9 @@ def test_the_share_counts_patches_cut_anywhere_and_all_are_searched(planned_2d, 
     if not regions:
         logits[:, 0] = 0.0
     trainer.record_prediction(logits)
-    trainer._remember_foreground(["a", "b"], trainer._drawn_foreground().numpy())
+    trainer.predictions.remember(trainer.predictions.draw().numpy(), patch)
     voxels = np.prod(patch)
     expected = {"share/unlabeled": [[2, 0, 2], [voxels] * 3], "patches/unlabeled": [[1, 0, 1], [1, 1, 1]]}
-    assert {name: counts.tolist() for name, counts in trainer._recorded.items()} == expected
+    assert {name: counts.tolist() for name, counts in trainer.epoch_log.counts.items()} == expected
     assert foreground.draw("b").structure == -1, "no longer predicted where the patch was centered on it"
     assert {tuple(foreground.draw("a").voxel.tolist()) for _ in range(50)} == {(0, 1, 1), (5, 10, 10)}

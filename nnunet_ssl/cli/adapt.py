@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnunet_ssl.networks.architectures import check_architecture, check_supported
     from nnunet_ssl.networks.checkpoints import (
         NotPlainError,
         read_checkpoint,
         with_pretrained_encoder,
         write_checkpoint,
     )
-    from nnunet_ssl.networks.training_network import check_architecture, check_supported
 
     dataset = preprocessed / dataset_name(args.d)
     plans = PlansManager(read_plans(dataset, args.p, args.d))

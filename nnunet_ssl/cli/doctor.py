@@ -381,7 +381,7 @@ def check_network(
     import torch
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    from nnunet_ssl.networks.training_network import check_architecture, check_supported
+    from nnunet_ssl.networks.architectures import check_architecture, check_supported
 
     manager = plans.get_configuration(configuration)
     check_architecture(manager)
@@ -405,7 +405,7 @@ def check_memory(
     if not hasattr(trainer, "settings_class"):
         return
 
-    from nnunet_ssl.memory import MemoryEstimate, judge, trainer_of_plans
+    from nnunet_ssl.trainer.memory import MemoryEstimate, judge, trainer_of_plans
 
     name = trainer.__name__
     try:

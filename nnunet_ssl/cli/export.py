@@ -161,8 +161,8 @@ def _write_model(
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnunet_ssl.networks.architectures import check_architecture
     from nnunet_ssl.networks.checkpoints import write_checkpoint
-    from nnunet_ssl.networks.training_network import check_architecture
 
     otherwise = "nnU-Net writes it when a training starts: train, or copy it from another fold's training."
     plans = _without_settings(read_plans(model / "plans.json", otherwise=otherwise))
@@ -201,7 +201,7 @@ def _exported_checkpoint(
 ) -> tuple[dict[str, Any], str, tuple[str, ...]]:
     """What nnU-Net reads of a checkpoint, whose weights they are, and whose there are; fills ``network`` with them."""
     from nnunet_ssl.networks.checkpoints import NotPlainError, differences, networks_in, read_checkpoint, stock_weights
-    from nnunet_ssl.trainer import CHECKPOINT_KEY
+    from nnunet_ssl.trainer.checkpoint import CHECKPOINT_KEY
 
     try:
         checkpoint = read_checkpoint(file)

@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_limits
 
 from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.cutmix import CutMix
-from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, sparse
-from nnunet_ssl.data.views import UnlabeledViews
+from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, subsampled
+from nnunet_ssl.data.views import PatchViews, UnlabeledViews
 
 
 def unlabeled_workers(labeled: int, cores: int) -> int:
@@ -77,9 +77,10 @@ class UnlabeledDataLoader(nnUNetDataLoader):
     - ``strong``: a list of tensors like ``weak``, one per strong view, of the same spatial samples;
     - ``boxes``: one CutMix box per strong view and sample, a list of (U, dim, 2) int64 (see :class:`CutMix`);
     - ``partner``: (U,) int64, for each sample another one of the batch to mix with;
+    - ``augmented``, where the method asks for it: like ``weak``, with nnU-Net's own changes of intensity;
     - ``keys``: the U cases;
-    - where a class is rare, ``aims``, what each patch was centered on, those cut anywhere first, and ``coordinates`` of
-      its voxels, (U, 3, *:func:`~nnunet_ssl.data.predicted_foreground.sparse`).
+    - where a class is rare, ``aims``, what each patch was centered on, those cropped anywhere first, and
+      ``coordinates`` of its voxels, (U, 3, *:func:`~nnunet_ssl.data.predicted_foreground.subsampled`).
 
     Args:
         labeled: nnU-Net's loader of labeled training batches, whose patch sizes and transforms this one shares.
@@ -128,22 +129,25 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         keys, aims = [key for key, _ in drawn], [aim for _, aim in drawn]
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             patches = [self._patch(key, aim, with_coordinates=aimed) for key, aim in zip(keys, aims, strict=True)]
-        weak = torch.stack([weak for weak, _, _ in patches])
-        strong = [torch.stack(view) for view in zip(*(strong for _, strong, _ in patches), strict=True)]
+        weak = torch.stack([views.weak for views, _ in patches])
+        strong = [torch.stack(view) for view in zip(*(views.strong for views, _ in patches), strict=True)]
         patch_size = weak.shape[2:]
         boxes = [torch.from_numpy(self.cutmix.draw(len(keys), patch_size)) for _ in strong] if self.cutmix else []
         partner = (torch.arange(len(keys)) + np.random.randint(1, len(keys))) % len(keys)
         batch = {"weak": weak, "strong": strong, "boxes": boxes, "partner": partner, "keys": keys}
+        augmented = [views.augmented for views, _ in patches if views.augmented is not None]
+        if augmented:
+            batch["augmented"] = torch.stack(augmented)
         if aimed:
-            batch |= {"aims": aims, "coordinates": torch.stack([coordinates for _, _, coordinates in patches])}
+            batch |= {"aims": aims, "coordinates": torch.stack([coordinates for _, coordinates in patches])}
         return batch
 
     def _aim(self, key: str) -> Aim:
         assert self.foreground is not None
         return self.foreground.draw(key) if np.random.uniform() < self.foreground_share else ANYWHERE
 
-    def _patch(self, key: str, aim: Aim, *, with_coordinates: bool) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
-        """The views of a patch, and sparse coordinates of its voxels or None."""
+    def _patch(self, key: str, aim: Aim, *, with_coordinates: bool) -> tuple[PatchViews, Any]:
+        """The views of a patch, and subsampled coordinates of its voxels or None."""
         image, segmentation, box = self._crop(key, aim)
         channels = len(image)
         if with_coordinates:
@@ -152,8 +156,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
             image = torch.cat((image, coordinates[:, 0] if self.patch_size_was_2d else coordinates))
         sample = self.views.moved(image, segmentation)
         sample["image"], coordinates = sample["image"][:channels], sample["image"][channels:]
-        weak, strong = self.views.of_sample(sample)
-        return weak, strong, sparse(coordinates) if with_coordinates else None
+        return self.views.of_sample(sample), subsampled(coordinates) if with_coordinates else None
 
     def _crop(self, key: str, aim: Aim) -> tuple[torch.Tensor, torch.Tensor | None, list[list[int]]]:
         image, segmentation, previous = self._data.load_case(key)

@@ -46,9 +46,13 @@ class PredictedForeground:
     Args:
         keys: the unlabeled cases.
         structures: number of classes or regions, without the background.
+
+    Attributes:
+        structures: that number.
     """
 
     def __init__(self, keys: Sequence[str], structures: int) -> None:
+        self.structures = structures
         self._rows = {key: row for row, key in enumerate(keys)}
         slots = max(1, min(_VOXELS, _BYTES // (12 * len(keys) * structures)))
         self._voxels = torch.full((len(keys), structures, slots, 3), -1, dtype=torch.int32).share_memory_()
@@ -63,6 +67,16 @@ class PredictedForeground:
     def rare(self, structures: Sequence[int]) -> None:
         for structure in range(len(self._rare)):
             self._rare[structure] = structure in structures
+
+    def choose_rare(self, shares: Sequence[float]) -> bool:
+        """Take those for rare that few labeled patches hold; returns whether they are others than before.
+
+        Args:
+            shares: for each class or region, the share of randomly cropped labeled patches that hold it.
+        """
+        before = self.rare
+        self.rare = [number for number, share in enumerate(shares) if share < RARE]
+        return self.rare != before
 
     def draw(self, key: str) -> Aim:
         """A voxel of the case to center a patch on, of any rare class alike; ANYWHERE if none is known."""
@@ -98,7 +112,7 @@ class PredictedForeground:
             voxels: (K,), for each class or region a voxel of the patch that is predicted as it, or -1, as
                 :func:`draw_voxels` draws them.
             patch_size: of the patch.
-            coordinates: :func:`sparse` coordinates of the patch's voxels in the case, (3, *sparse).
+            coordinates: :func:`subsampled` coordinates of the patch's voxels in the case, (3, *subsampled).
         """
         known = coordinates.numpy()
         for structure in self.rare:
@@ -137,7 +151,7 @@ def coordinates_of(box: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack(torch.meshgrid(*(torch.arange(low, high) for low, high in box), indexing="ij")).float()
 
 
-def sparse(coordinates: Tensor) -> Tensor:
+def subsampled(coordinates: Tensor) -> Tensor:
     """Of (3, *patch size), one voxel of STRIDE along each axis; of a short axis its middle."""
     for axis, size in enumerate(coordinates.shape[1:], start=1):
         coordinates = coordinates.index_select(axis, torch.arange(min(STRIDE, size) // 2, size, STRIDE))

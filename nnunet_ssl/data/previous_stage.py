@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunet_ssl.data.cases import UnlabeledCase
+from nnunet_ssl.data.prepare import UnlabeledSource
 from nnunet_ssl.data.preprocessing import remove_abandoned
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replacing
@@ -63,6 +65,83 @@ def check_labeled_cases(folder: Path, cases: Sequence[str], *, to_do: str) -> No
             f"{some_of(missing)}. nnU-Net writes that of a case when the fold in which it is a validation case ends. "
             f"{to_do}"
         )
+
+
+@dataclass(frozen=True)
+class PreviousStage:
+    """The first stage of a cascade, trained by the same trainer on the same fold.
+
+    Attributes:
+        labeled: where nnU-Net keeps its segmentations of labeled cases, for the stage that uses them.
+        configuration: its own.
+        used_by: the configuration of the stage that uses them.
+        trainer_name: of both stages.
+    """
+
+    labeled: Path
+    configuration: str
+    used_by: str
+    trainer_name: str
+
+    @property
+    def results(self) -> Path:
+        """Its folder in nnUNet_results."""
+        return self.labeled.parents[1]
+
+    def to_do(self, source: UnlabeledSource) -> str:
+        """What to do where it is not trained."""
+        return (
+            f"Train all folds of the previous stage: nnUNetv2_train {source.plans_manager.dataset_name} "
+            f"{self.configuration} FOLD -tr {self.trainer_name}"
+        )
+
+    def checkpoint(self, source: UnlabeledSource, labeled_cases: Sequence[str]) -> Path:
+        """The file of its checkpoint.
+
+        Raises:
+            UserError: it is not trained, or has not validated all labeled cases of the fold.
+        """
+        to_do = self.to_do(source)
+        file = self.results / f"fold_{source.fold}" / "checkpoint_final.pth"
+        if not file.is_file():
+            raise UserError(f"{self.used_by} needs {file}, which does not exist. {to_do}")
+        check_labeled_cases(self.labeled, labeled_cases, to_do=to_do)
+        return file
+
+    def segment(
+        self,
+        cases: Sequence[UnlabeledCase],
+        source: UnlabeledSource,
+        checkpoint_file: Path,
+        *,
+        network: nn.Module,
+        mirroring_axes: tuple[int, ...] | None,
+        log: Callable[[str], None],
+    ) -> Path:
+        """Predict what is missing of its segmentations of unlabeled cases; returns their folder.
+
+        Args:
+            cases: to predict, preprocessed for the stage that uses the segmentations.
+            source: of the cases, which are preprocessed for this stage too.
+            checkpoint_file: of :meth:`checkpoint`.
+            network: nnU-Net's network of this stage, with the checkpoint's weights, on the device to predict on.
+            mirroring_axes: for test-time mirroring, as the checkpoint has them.
+            log: takes lines of progress.
+        """
+        folder = previous_stage_folder(self.results, self.used_by, source.fold)
+        segment_by_previous_stage(
+            cases,
+            source.collect(self.configuration),
+            folder=folder,
+            checkpoint=checkpoint_file,
+            network=network,
+            mirroring_axes=mirroring_axes,
+            plans_manager=source.plans_manager,
+            configuration=self.configuration,
+            dataset_json=source.dataset_json,
+            log=log,
+        )
+        return folder
 
 
 def segment_by_previous_stage(

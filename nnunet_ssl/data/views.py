@@ -1,8 +1,9 @@
-"""The views of an unlabeled patch: one weak, and strong ones of the same spatial sample."""
+"""The views of a patch: a weak one, and others of the same spatial sample."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -207,13 +208,28 @@ def _changes(dummy_2d: bool) -> dict[str, RandomTransform]:
     }
 
 
+class PatchViews(NamedTuple):
+    """Views of one unlabeled patch, each (C, *patch size).
+
+    Attributes:
+        weak: moved as nnU-Net moves labeled images, intensities as they are.
+        strong: with strong changes of intensity.
+        augmented: with nnU-Net's own changes of intensity, so augmented as labeled images are; None if not asked for.
+    """
+
+    weak: Tensor
+    strong: list[Tensor]
+    augmented: Tensor | None
+
+
 class UnlabeledViews:
-    """Makes the views of one patch: the weak view, and ``strong`` views of the same spatial sample.
+    """Makes the views of one patch: the weak view, and others of the same spatial sample.
 
     Args:
         training_transforms: nnU-Net's training transforms. Those that move voxels are taken over as they are, with
             the parameters that nnU-Net, or a trainer derived from it, chose for the labeled images.
         strong: how many strong views.
+        augmented: whether there is a view with nnU-Net's own changes of intensity.
         normalization_schemes: the configuration's, one name per channel.
         intensity_properties: the plans' ``foreground_intensity_properties_per_channel``.
     """
@@ -223,10 +239,11 @@ class UnlabeledViews:
         training_transforms: BasicTransform,
         *,
         strong: int,
+        augmented: bool = False,
         normalization_schemes: Sequence[str],
         intensity_properties: Mapping[str, Mapping[str, float]],
     ) -> None:
-        transforms = training_transforms.transforms
+        transforms = flat(training_transforms)
         self.spatial = ComposeTransforms([t for t in transforms if isinstance(t, _SPATIAL)])
         self.from_segmentation = ComposeTransforms([t for t in transforms if isinstance(t, _FROM_SEGMENTATION)])
         self.errors = ComposeTransforms([t for t in transforms if isinstance(getattr(t, "transform", None), _ERRORS)])
@@ -236,13 +253,14 @@ class UnlabeledViews:
             dummy_2d=any(isinstance(t, Convert3DTo2DTransform) for t in transforms),
         )
         self.strong = strong
+        self.augmentation = ComposeTransforms([t for t in transforms if _changes_intensity(t)]) if augmented else None
 
     @property
     def needs_segmentation(self) -> bool:
         """Whether the image is zero outside a mask, or has the previous stage's segmentation as channels."""
         return bool(self.from_segmentation.transforms)
 
-    def __call__(self, image: Tensor, segmentation: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, image: Tensor, segmentation: Tensor | None = None) -> PatchViews:
         """Views of one patch.
 
         Args:
@@ -251,9 +269,9 @@ class UnlabeledViews:
                 the second channel the previous stage's segmentation. Only where it is needed.
 
         Returns:
-            The weak view and the list of strong views, each (C, *patch size); in a cascade C counts a channel more for
-            each foreground label, which is 1 where the previous stage found it. **[choice]** In strong views it has
-            the errors that nnU-Net puts into that of labeled images.
+            The views. In a cascade C counts a channel more for each foreground label, which is 1 where the previous
+            stage found it. **[choice]** In all views but the weak one it has the errors that nnU-Net puts into that of
+            labeled images.
         """
         return self.of_sample(self.moved(image, segmentation))
 
@@ -262,14 +280,65 @@ class UnlabeledViews:
         sample = {"image": image} if segmentation is None else {"image": image, "segmentation": segmentation}
         return self.spatial(**sample)
 
-    def of_sample(self, sample: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def of_sample(self, sample: Mapping[str, Tensor]) -> PatchViews:
         """Views of what :meth:`moved` has made of a patch."""
         weak = sample["image"].contiguous()
         # The transforms work in place.
-        strong = [self.intensity(image=weak.clone())["image"] for _ in range(self.strong)]
+        changed = [self.intensity(image=weak.clone())["image"] for _ in range(self.strong)]
+        if self.augmentation is not None:
+            changed.append(self.augmentation(image=weak.clone())["image"])
         if self.needs_segmentation:
-            weak, *strong = (
+            weak, *changed = (
                 self.from_segmentation(image=view, segmentation=sample["segmentation"])["image"]
-                for view in [weak, *strong]
+                for view in [weak, *changed]
             )
-        return weak, [self.errors(image=view)["image"] for view in strong]
+        changed = [self.errors(image=view)["image"] for view in changed]
+        return PatchViews(weak, changed[: self.strong], changed[-1] if self.augmentation is not None else None)
+
+
+def _changes_intensity(transform: BasicTransform) -> bool:
+    """Whether it is one of nnU-Net's changes of intensity, or one that a trainer has added to them."""
+    inner = getattr(transform, "transform", transform)
+    return isinstance(inner, ImageOnlyTransform) and not isinstance(inner, (*_FROM_SEGMENTATION, *_ERRORS))
+
+
+def flat(transform: BasicTransform) -> list[BasicTransform]:
+    """The transforms that a composed one applies, in order."""
+    if isinstance(transform, WithWeakView):
+        return [*transform.moving.transforms, *transform.then.transforms]
+    if isinstance(transform, ComposeTransforms):
+        return [one for inner in transform.transforms for one in flat(inner)]
+    return [transform]
+
+
+class WithWeakView(BasicTransform):
+    """nnU-Net's training transforms of labeled patches, which also append the weak view to the list of segmentations.
+
+    The weak view is the image as moved, before its intensities change. For this, all transforms that move voxels come
+    first; nnU-Net mirrors after the changes of intensity, which makes no difference to what is drawn on average.
+
+    Args:
+        transforms: nnU-Net's, in its order.
+
+    Attributes:
+        moving: those that move voxels.
+        then: the others.
+    """
+
+    def __init__(self, transforms: Sequence[BasicTransform]) -> None:
+        moving = [t for t in transforms if isinstance(t, _SPATIAL)]
+        super().__init__()
+        self.moving = ComposeTransforms(moving)
+        self.then = ComposeTransforms([t for t in transforms if not isinstance(t, _SPATIAL)])
+        self._from_segmentation = ComposeTransforms([t for t in transforms if isinstance(t, _FROM_SEGMENTATION)])
+
+    def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
+        """Transform one patch: its ``image`` (C, *spatial) and ``segmentation`` (1 or 2, *spatial)."""
+        data_dict = self.moving(**data_dict)
+        weak = self._from_segmentation(
+            image=data_dict["image"].clone(), segmentation=data_dict["segmentation"].clone()
+        )["image"]
+        data_dict = self.then(**data_dict)
+        segmentation = data_dict["segmentation"]
+        levels = segmentation if isinstance(segmentation, list) else [segmentation]
+        return {**data_dict, "segmentation": [*levels, weak]}

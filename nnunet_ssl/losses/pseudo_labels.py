@@ -25,19 +25,6 @@ class PseudoLabel(NamedTuple):
     confidence: Tensor
 
 
-def foreground_probabilities(logits: Tensor, *, regions: bool) -> Tensor:
-    """Probabilities of what nnU-Net's Dice is averaged over: foreground classes, or all regions.
-
-    Args:
-        logits: (B, C, *spatial).
-
-    Returns:
-        (B, K, *spatial), float32: K = C - 1 classes without the background, or K = C regions.
-    """
-    logits = logits.float()
-    return torch.sigmoid(logits) if regions else torch.softmax(logits, 1)[:, 1:]
-
-
 @torch.no_grad()
 def pseudo_label(logits: Tensor, *, regions: bool) -> PseudoLabel:
     """Argmax and its probability; for regions p > 0.5 and max(p, 1 - p), channel by channel.
@@ -58,7 +45,11 @@ def members(target: Tensor, structures: int) -> Tensor:
     """Which voxels belong to each foreground class or region: (B, K, *spatial), bool, K = ``structures``.
 
     Args:
-        target: of a :class:`PseudoLabel`.
+        target: of a :class:`PseudoLabel`, or another label of that form.
+
+    >>> members(torch.tensor([[[0, 2, 1]]]), 2)
+    tensor([[[False, False,  True],
+             [False,  True, False]]])
     """
     if target.dtype == torch.bool:
         return target

@@ -17,15 +17,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nnunet_ssl.data.cutmix import CutMix, box_mask, paste
-from nnunet_ssl.errors import UserError
-from nnunet_ssl.losses.dice import masked_dice_loss
-from nnunet_ssl.losses.pseudo_labels import PseudoLabel, coverage, foreground_probabilities, pseudo_label
-from nnunet_ssl.losses.ramps import gaussian_ramp_up
-from nnunet_ssl.networks.outputs import Outputs
-from nnunet_ssl.networks.training_network import Stream
-from nnunet_ssl.settings import SemiSupervisedSettings, setting
-from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch, Views
+from nnunet_ssl.api import (
+    CutMix,
+    LabeledBatch,
+    Outputs,
+    PseudoLabel,
+    SemiSupervisedSettings,
+    SemiSupervisedTrainer,
+    Stream,
+    UnlabeledBatch,
+    UserError,
+    Views,
+    box_mask,
+    coverage,
+    foreground_probabilities,
+    gaussian_ramp_up,
+    masked_dice_loss,
+    paste,
+    pseudo_label,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -83,19 +94,22 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
             "s2_ds": Stream("s2", dropout=strong),
         }
 
-    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+    def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> tuple[Tensor, ...]:
+        """mix1 and mix2: where the boxes of the strong views are, (U, 1, *patch size), bool."""
+        return tuple(box_mask(boxes, unlabeled.weak.shape[2:]) for boxes in unlabeled.boxes)
+
+    def images(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: tuple[Tensor, ...]
+    ) -> dict[str, Tensor]:
         """The strong views with their boxes filled from another sample of the batch.
 
         **[choice]** The authors fill them from a second unlabeled batch, and run the network on it once more.
         """
-        s1, s2 = (
-            paste(view, box_mask(boxes, view.shape[2:]), unlabeled.partner)
-            for view, boxes in zip(unlabeled.strong, unlabeled.boxes, strict=True)
-        )
+        s1, s2 = (paste(view, mask, unlabeled.partner) for view, mask in zip(unlabeled.strong, prepared, strict=True))
         return {"x": labeled.image, "u": unlabeled.weak, "s1": s1, "s2": s2}
 
     def loss_terms(
-        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: tuple[Tensor, ...]
     ) -> Iterator[dict[str, Tensor]]:
         """L_sup, L_ip, L_tkd and L_dkd, stream by stream.
 
@@ -103,7 +117,7 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
         L_tkd = ¼ [D(u→dw, ŷ) + D(u→ds, ŷ) + D(s2→dw, mix2 ŷ) + D(s2→ds, mix2 ŷ)]   (distillation from the teacher)
         L_dkd = ½ [D(s2→dw, mix2 ŷw) + D(s2→ds, mix2 ŷs)]                            (distillation within a decoder)
         """
-        mix1, mix2 = unlabeled.boxes
+        mix1, mix2 = prepared
 
         yield {"supervised": self.supervised_loss(outputs["x_dn"].logits, labeled.target)}
 
@@ -138,9 +152,8 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
     def _pseudo_label(self, logits: Tensor) -> PseudoLabel:
         return pseudo_label(logits, regions=self.label_manager.has_regions)
 
-    def _mix(self, label: PseudoLabel, boxes: Tensor, unlabeled: UnlabeledBatch) -> PseudoLabel:
+    def _mix(self, label: PseudoLabel, mask: Tensor, unlabeled: UnlabeledBatch) -> PseudoLabel:
         # The confidence is mixed as the label is, so that a voxel keeps the confidence of the label it got.
-        mask = box_mask(boxes, label.target.shape[2:])
         return PseudoLabel(*(paste(tensor, mask, unlabeled.partner) for tensor in label))
 
     def _dice(self, logits: Tensor, label: PseudoLabel) -> Tensor:

@@ -14,19 +14,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_ssl.distributed import num_processes, sum_over_ranks
-from nnunet_ssl.losses.ramps import gaussian_ramp_up
-from nnunet_ssl.networks.interpolating_decoder import interpolating_decoder
-from nnunet_ssl.networks.outputs import Outputs
-from nnunet_ssl.networks.training_network import Stream, StreamOutput, TrainingNetwork, UNet
-from nnunet_ssl.settings import SemiSupervisedSettings, ramp_length_setting, setting
-from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
+from nnunet_ssl.api import (
+    LabeledBatch,
+    Outputs,
+    SemiSupervisedSettings,
+    SemiSupervisedTrainer,
+    Stream,
+    StreamOutput,
+    TrainingNetwork,
+    UNet,
+    UnlabeledBatch,
+    gaussian_ramp_up,
+    interpolating_decoder,
+    num_processes,
+    ramp_length_setting,
+    setting,
+    sum_over_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -107,12 +117,12 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
             for name, decoder in self.decoders.items()
         }
 
-    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any) -> dict[str, Tensor]:
         """Labeled images with nnU-Net's augmentation, unlabeled ones in their weak view."""
         return {"x": labeled.image, "u": unlabeled.weak}
 
     def loss_terms(
-        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any
     ) -> Iterator[dict[str, Tensor]]:
         """Each decoder's L_sup, and L_i←j for each student i and teacher j.
 

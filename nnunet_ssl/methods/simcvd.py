@@ -13,24 +13,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from nnunet_ssl.data.signed_distance import SignedDistanceMaps, of_all_structures
-from nnunet_ssl.distributed import gather_over_ranks, num_processes, sum_over_ranks
-from nnunet_ssl.losses.contrastive import info_nce
-from nnunet_ssl.losses.ramps import gaussian_ramp_up
-from nnunet_ssl.networks.boundary_head import BoundaryHead, coarse_grid, unit_length
-from nnunet_ssl.networks.outputs import Outputs
-from nnunet_ssl.networks.training_network import Stream, StreamOutput, TrainingNetwork, UNet
-from nnunet_ssl.settings import SemiSupervisedSettings, setting
-from nnunet_ssl.trainer import LabeledBatch, SemiSupervisedTrainer, UnlabeledBatch
+from nnunet_ssl.api import (
+    BoundaryHead,
+    LabeledBatch,
+    Outputs,
+    SemiSupervisedTrainer,
+    SignedDistanceMaps,
+    Stream,
+    StreamOutput,
+    TeacherSettings,
+    TrainingNetwork,
+    UNet,
+    UnlabeledBatch,
+    coarse_grid,
+    consistency_mse,
+    gather_over_ranks,
+    gaussian_ramp_up,
+    info_nce,
+    num_processes,
+    of_all_structures,
+    probabilities,
+    setting,
+    sum_over_ranks,
+    unit_length,
+)
 
 
 @dataclass(frozen=True)
-class SimCVDSettings(SemiSupervisedSettings):
+class SimCVDSettings(TeacherSettings):
     """The paper's values. ``ramp_length`` is that of the consistency weight."""
 
     distance_weight: float = setting(0.1, "α: weight of the signed distance maps' error", minimum=0.0)
@@ -46,7 +61,6 @@ class SimCVDSettings(SemiSupervisedSettings):
     noise: float = setting(
         0.1, "standard deviation of the noise on the student's images, clipped at twice that", minimum=0.0
     )
-    ema_decay: float = setting(0.999, "largest decay of the teacher's moving average", minimum=0.0, maximum=1.0)
     projection_channels: int = setting(128, "channels of the boundary-aware features", minimum=1, integer=True)
     contrast_positions: int = setting(512, "most positions of a patch in the contrast", minimum=8, integer=True)
     contrast_positions_in_batch: int = setting(
@@ -61,11 +75,7 @@ class SimCVDSettings(SemiSupervisedSettings):
         minimum=2,
         integer=True,
     )
-    predict_with: str = setting(
-        "student",
-        "whose weights a checkpoint's network_weights are, to validate and predict with",
-        choices=("student", "teacher"),
-    )
+    ema_decay: float = setting(0.999, "largest decay of the teacher's moving average", minimum=0.0, maximum=1.0)
 
 
 class SimCVDTrainer(SemiSupervisedTrainer):
@@ -108,14 +118,17 @@ class SimCVDTrainer(SemiSupervisedTrainer):
             "u_student": Stream("u_noisy", dropout=p, dropout_on=places, head=True, bottleneck=True),
         }
 
-    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Tensor]:
+    def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> Tensor:
         """Noise clip(N(0, σ²), ±2σ) on what the student sees of the unlabeled images."""
         sigma = self.settings.noise
-        noise = (torch.randn_like(unlabeled.weak) * sigma).clamp(-2 * sigma, 2 * sigma)
-        return {"x": labeled.image, "u": unlabeled.weak, "u_noisy": unlabeled.weak + noise}
+        return (torch.randn_like(unlabeled.weak) * sigma).clamp(-2 * sigma, 2 * sigma)
+
+    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Tensor) -> dict[str, Tensor]:
+        """The labeled images, and the unlabeled ones without noise and with it."""
+        return {"x": labeled.image, "u": unlabeled.weak, "u_noisy": unlabeled.weak + prepared}
 
     def loss_terms(
-        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any
     ) -> Iterator[dict[str, Tensor]]:
         """L_sup and the distance maps' error on the labeled batch; on the unlabeled one
 
@@ -134,12 +147,13 @@ class SimCVDTrainer(SemiSupervisedTrainer):
 
         teacher, student = outputs["u_teacher"], outputs["u_student"]
         self.record_prediction(teacher.logits)
+        regions = self.label_manager.has_regions
         keys, first = gather_over_ranks(_head(teacher, "projection").flatten(0, 1))
         queries = _head(student, "projection").flatten(0, 1)
         yield {
             "contrast": info_nce(queries, keys, temperature=self.settings.temperature, first=first),
             "structure": structure_distillation(student, teacher, voxels=self.settings.structure_voxels),
-            "consistency": consistency(student.logits, teacher.logits, regions=self.label_manager.has_regions),
+            "consistency": consistency_mse(*(probabilities(o.logits, regions=regions) for o in (student, teacher))),
         }
 
     def loss_weights(self, progress: float) -> dict[str, float]:
@@ -152,10 +166,6 @@ class SimCVDTrainer(SemiSupervisedTrainer):
             "structure": s.structure_weight,
             "consistency": s.consistency_weight * gaussian_ramp_up(progress, length=s.ramp_length),
         }
-
-    def after_optimizer_step(self) -> None:
-        """The teacher follows the student."""
-        self.training_network.update_teacher(self.settings.ema_decay)
 
 
 def _head(output: StreamOutput, name: str) -> Tensor:
@@ -194,14 +204,3 @@ def structure_distillation(student: StreamOutput, teacher: StreamOutput, *, voxe
         drawn = torch.randperm(v_s.shape[1], device=v_s.device)[:voxels]
         v_s, v_t = v_s[:, drawn], v_t[:, drawn]
     return info_nce(unit_length(v_t), unit_length(v_s), temperature=1.0)
-
-
-def consistency(student: Tensor, teacher: Tensor, *, regions: bool) -> Tensor:
-    """L_con: mean squared difference of the probabilities.
-
-    Args:
-        student: logits (N, C, *spatial).
-        teacher: like ``student``.
-    """
-    p_s, p_t = (z.float().sigmoid() if regions else z.float().softmax(1) for z in (student, teacher))
-    return functional.mse_loss(p_s, p_t)

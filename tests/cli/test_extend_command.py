@@ -7,7 +7,7 @@ from method_steps import make_trainer
 
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
-from nnunet_ssl.trainer import training_length_variants
+from nnunet_ssl.trainer.variants import training_length_variants
 
 TRAINERS = training_length_variants(CrossMatchTrainer)
 

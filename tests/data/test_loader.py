@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
-from nnunet_ssl.data.predicted_foreground import Aim, PredictedForeground, sparse
+from nnunet_ssl.data.predicted_foreground import Aim, PredictedForeground, subsampled
 from nnunet_ssl.data.views import UnlabeledViews
 
 SHAPE = (20, 40, 44)
@@ -219,7 +219,7 @@ def test_coordinates_are_those_of_the_voxels_of_the_weak_view(cases, patch):
     for _ in range(5):
         batch = next(loader)
         for weak, coordinates in zip(batch["weak"], batch["coordinates"], strict=True):
-            seen = sparse(weak)
+            seen = subsampled(weak)
             inside = ((coordinates > 1) & (coordinates < torch.tensor(SHAPE).view(3, *[1] * len(patch)) - 2)).all(0)
             same += (seen - coordinates).abs().amax(0)[inside].lt(1e-3).tolist()
     assert len(same) > 300 and np.mean(same) > 0.95

@@ -15,7 +15,7 @@ from nnunet_ssl.data.predicted_foreground import (
     PredictedForeground,
     coordinates_of,
     draw_voxels,
-    sparse,
+    subsampled,
 )
 
 KEYS = ["imagesUn/a", "imagesUn/b"]
@@ -83,7 +83,7 @@ def test_memory_is_bounded(cases, structures):
     data=st.data(),
 )
 def test_a_predicted_voxel_is_found_again_in_the_case(low, size, data):
-    """To within the stride of the sparse coordinates."""
+    """To within the stride of the subsampled coordinates."""
     box = [[start, start + length] for start, length in zip(low, size, strict=True)]
     coordinates = coordinates_of(box)
     assert coordinates.shape == (3, *size) and coordinates[:, 0, 0, 0].tolist() == low
@@ -91,7 +91,7 @@ def test_a_predicted_voxel_is_found_again_in_the_case(low, size, data):
     predicted = torch.zeros(size, dtype=torch.bool)
     predicted[tuple(at)] = True
     foreground = make(rare=[1])
-    update(foreground, KEYS[0], ANYWHERE, {1: predicted}, sparse(coordinates))
+    update(foreground, KEYS[0], ANYWHERE, {1: predicted}, subsampled(coordinates))
     aim = foreground.draw(KEYS[0])
     expected = np.clip(np.add(low, at), 0, None)
     assert aim.structure == 1 and (abs(aim.voxel - expected) < STRIDE).all()
@@ -103,7 +103,7 @@ def test_an_aim_that_is_no_longer_predicted_is_forgotten_and_others_are_kept():
     foreground.put(KEYS[0], aim)
     foreground.put(KEYS[0], other)
     nowhere = torch.zeros(4, 4, dtype=torch.bool)
-    coordinates = sparse(coordinates_of([[0, 1], [0, 4], [0, 4]])[:, 0])
+    coordinates = subsampled(coordinates_of([[0, 1], [0, 4], [0, 4]])[:, 0])
     update(foreground, KEYS[0], ANYWHERE, {0: nowhere, 2: nowhere}, coordinates)
     assert drawn(foreground, KEYS[0]) == {(0, 1, 2, 3), (2, 1, 2, 3)}, "cut anywhere, it says nothing about a voxel"
     update(foreground, KEYS[0], aim, {0: nowhere, 2: nowhere}, coordinates)
@@ -133,7 +133,7 @@ def test_voxels_of_a_label_are_drawn_alike():
 
 def test_two_dimensions():
     """The slice counts as an axis, as in nnU-Net's preprocessed cases."""
-    coordinates = sparse(coordinates_of([[7, 8], [10, 26], [20, 40]])[:, 0])
+    coordinates = subsampled(coordinates_of([[7, 8], [10, 26], [20, 40]])[:, 0])
     assert coordinates.shape == (3, 4, 5)
     predicted = torch.zeros(16, 20, dtype=torch.bool)
     predicted[6, 2] = True

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_ssl.evaluation.shares import collapse_warning, collapsed, mean_share
+from nnunet_ssl.evaluation.class_shares import collapse_warning, collapsed, mean_share
 
 LABELED = [[0.1, 0.01]] * 8
 

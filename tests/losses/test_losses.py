@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_ssl.losses.dice import masked_dice_loss
-from nnunet_ssl.losses.pseudo_labels import coverage, foreground_probabilities, members, pseudo_label
+from nnunet_ssl.losses.probabilities import foreground_probabilities
+from nnunet_ssl.losses.pseudo_labels import coverage, members, pseudo_label
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
 
 SHAPES = [(2, 3, 5, 7), (2, 3, 4, 5, 6), (1, 1, 3, 3, 3)]

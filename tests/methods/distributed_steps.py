@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from method_steps import TRAINERS, make_batches, make_trainer
+from method_steps import TRAINERS, gradients_step, make_batches, make_trainer
 from torch import distributed as dist
 
-import nnunet_ssl.trainer as trainer_module
 from nnunet_ssl.data.labeled_targets import AddTargets
 from nnunet_ssl.distributed import alone
-from nnunet_ssl.networks import outputs as outputs_module
-from nnunet_ssl.networks.training_network import draw_dropout_masks
-from nnunet_ssl.trainer import LabeledBatch, UnlabeledBatch
+from nnunet_ssl.networks import passes as passes_module
+from nnunet_ssl.networks.streams import draw_dropout_masks
+from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "CrossMatchTrainer": {"confidence_threshold": 0.4},
@@ -45,7 +45,7 @@ def joined_masks(rank: int | None):
     def draw(network, streams, images):
         whole = {name: image.new_empty(JOINED.get(name, UNLABELED), *image.shape[1:]) for name, image in images.items()}
         torch.manual_seed(3)
-        masks = draw_dropout_masks(network, streams, whole)
+        masks = draw_dropout_masks(network.encoder.output_channels, streams, whole)
         if rank is None:
             return masks
         part = {name: _half(len(whole[streams[name].image]), rank) for name in masks}
@@ -84,15 +84,15 @@ def half_batches(trainer, rank: int) -> tuple[LabeledBatch, UnlabeledBatch, dict
         keys=unlabeled.keys[u],
     )
     halves = {"data": batch["data"][x], "target": [t[x] for t in batch["target"]], "keys": batch["keys"][x]}
-    batch = AddTargets(trainer._labeled_targets)(**halves)
+    batch = AddTargets(trainer.extra_targets)(**halves)
     labeled = LabeledBatch(batch["data"], batch["target"], batch["keys"], batch["extra"])
     trainer.dataloader_unlabeled = itertools.repeat(unlabeled._asdict())
     return labeled, unlabeled, batch
 
 
 def gradients(trainer, labeled, unlabeled, mode: str) -> tuple[dict, dict]:
-    trainer.memory_mode = mode
-    terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(0.0))
+    trainer.step_gradients.memory_mode = mode
+    terms = gradients_step(trainer, labeled, unlabeled, trainer.loss_weights(0.0))
     found = {n: p.grad.clone() for n, p in trainer.training_network.named_parameters() if p.grad is not None}
     return terms, found
 
@@ -106,7 +106,7 @@ def main(planned_folders: dict[str, Path], results: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     patch = pytest.MonkeyPatch()
-    patch.setattr(trainer_module, "draw_dropout_masks", joined_masks(rank))
+    patch.setattr(TrainingNetwork, "draw_dropout_masks", joined_masks(rank))
     planned = {
         dim: SimpleNamespace(
             preprocessed=folder,
@@ -124,7 +124,7 @@ def main(planned_folders: dict[str, Path], results: Path) -> None:
             terms, found = gradients(trainer, labeled, unlabeled, mode)
             values = [trainer.train_step(batch) for _ in range(2)]
             report[method.__name__, kind, mode] = {
-                "sizes": (int(trainer.batch_size), trainer._unlabeled_share),
+                "sizes": (int(trainer.batch_size), trainer.unlabeled_patches),
                 "loss_weights": [float(weight) for weight in trainer.loss.weight_factors],
                 "own": own,
                 "terms": terms,
@@ -136,13 +136,16 @@ def main(planned_folders: dict[str, Path], results: Path) -> None:
         # The memory of one rank does not suffice for all streams at once: both go on in split mode.
         trainer = make(method, "2d", planned["2d"], patch, results)
         _, _, batch = half_batches(trainer, rank)
-        trainer.memory_mode = "stacked"
+        trainer.step_gradients.memory_mode = "stacked"
         with pytest.MonkeyPatch.context() as context:
             if rank == 1:
-                context.setattr(outputs_module.StackedOutputs, "finish", _out_of_memory)
+                context.setattr(passes_module.StackedOutputs, "finish", _out_of_memory)
             trainer.train_step(batch)
         trainer.train_step(batch)
-        report[method.__name__, "out of memory"] = {"mode": trainer.memory_mode, "after": tensors_of(trainer)}
+        report[method.__name__, "out of memory"] = {
+            "mode": trainer.step_gradients.memory_mode,
+            "after": tensors_of(trainer),
+        }
 
         # What is not finite on one rank stops both.
         trainer = make(method, "2d", planned["2d"], patch, results)

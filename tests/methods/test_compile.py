@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from method_steps import make_batches, make_trainer
+from method_steps import gradients_step, make_batches, make_trainer
 from torch._dynamo.utils import counters
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
-from nnunet_ssl.networks import outputs as outputs_module
+from nnunet_ssl.networks import passes as passes_module
 
 COMPILE = torch.compile
 
@@ -57,12 +57,12 @@ def make(planned_2d, monkeypatch, tmp_path):
 def forget_graphs() -> None:
     torch._dynamo.reset()
     counters.clear()
-    outputs_module._compiled.cache_clear()
+    passes_module._compiled.cache_clear()
 
 
 def gradients_of(trainer, labeled, unlabeled) -> tuple[dict, dict]:
     torch.manual_seed(11)
-    terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(1.0))
+    terms = gradients_step(trainer, labeled, unlabeled, trainer.loss_weights(1.0))
     return terms, {n: p.grad.clone() for n, p in trainer.training_network.named_parameters() if p.grad is not None}
 
 
@@ -115,14 +115,14 @@ def test_unlabeled_batches_of_another_size_add_one_graph_of_the_encoder(make):
 def test_a_compiled_step_that_runs_out_of_memory_goes_on_compiled(make, monkeypatch):
     trainer = make(CrossMatchTrainer)
     labeled, _, batch = make_batches(trainer, u=2)
-    trainer.memory_mode = "stacked"
+    trainer.step_gradients.memory_mode = "stacked"
 
     def fail(self):
         raise RuntimeError("Triton Error [CUDA]: out of memory")
 
-    monkeypatch.setattr(outputs_module.StackedOutputs, "finish", fail)
+    monkeypatch.setattr(passes_module.StackedOutputs, "finish", fail)
     trainer.train_step(batch)
-    assert trainer.memory_mode == "split"
+    assert trainer.step_gradients.memory_mode == "split"
     validate(trainer, batch, labeled.target)
     graphs = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -130,4 +130,4 @@ def test_a_compiled_step_that_runs_out_of_memory_goes_on_compiled(make, monkeypa
         validate(trainer, batch, labeled.target)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-    assert outputs_module._compiled.cache_info().currsize == 2, "encode and decode"
+    assert passes_module._compiled.cache_info().currsize == 2, "encode and decode"

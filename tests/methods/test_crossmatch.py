@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from method_steps import Given, make_batches, summed_terms
+from method_steps import Given, images_of, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
-from nnunet_ssl.networks.training_network import Stream, StreamOutput, draw_dropout_masks
+from nnunet_ssl.networks.streams import Stream, StreamOutput
 
 
 def make_trainer(planned, monkeypatch, tmp_path, regions=False, **settings) -> CrossMatchTrainer:
@@ -97,7 +97,7 @@ def test_terms_are_the_papers(dim, regions, request, monkeypatch, tmp_path):
 def test_strong_images_are_mixed_as_their_labels(planned_3d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_3d, monkeypatch, tmp_path, cutmix_probability=1.0)
     labeled, unlabeled, _ = make_batches(trainer)
-    images = trainer.images(labeled, unlabeled)
+    images = images_of(trainer, labeled, unlabeled)
     for name, view, boxes in zip(("s1", "s2"), unlabeled.strong, unlabeled.boxes, strict=True):
         for sample, extent in enumerate(boxes):
             expected = view[sample].clone()
@@ -131,7 +131,9 @@ def test_the_unsupervised_terms_reach_every_parameter(planned_3d, monkeypatch, t
     trainer = make_trainer(planned_3d, monkeypatch, tmp_path, ramp_length=0.0, confidence_threshold=0.4)
     labeled, unlabeled, _ = make_batches(trainer)
     monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].sum() * 0.0)
-    trainer._gradients(labeled, unlabeled, trainer.loss_weights(trainer.progress))
+    trainer.step_gradients(
+        labeled, unlabeled, trainer.prepare(labeled, unlabeled), trainer.loss_weights(trainer.progress)
+    )
     heads_of_lower_resolutions = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
     for name, parameter in trainer.network.named_parameters():
         if "encoder.encoder" in name or name in heads_of_lower_resolutions:
@@ -211,15 +213,17 @@ def test_a_step_is_what_the_passes_by_hand_give(mode, planned_2d, monkeypatch, t
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path, confidence_threshold=0.4)
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer._steps_in_epoch = 10, 10, 15
     labeled, unlabeled, _ = make_batches(trainer)
-    trainer.memory_mode = mode
+    trainer.step_gradients.memory_mode = mode
     torch.manual_seed(3)
-    trainer._gradients(labeled, unlabeled, trainer.loss_weights(trainer.progress))
+    trainer.step_gradients(
+        labeled, unlabeled, trainer.prepare(labeled, unlabeled), trainer.loss_weights(trainer.progress)
+    )
     found = {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
 
     # By hand, from the stock decoder's parts: every pass on its own, one loss, one backward pass.
     torch.manual_seed(3)
-    network, images = trainer.training_network, trainer.images(labeled, unlabeled)
-    masks = draw_dropout_masks(network, trainer.streams(), images)
+    network, images = trainer.training_network, images_of(trainer, labeled, unlabeled)
+    masks = network.draw_dropout_masks(trainer.streams(), images)
     logits = {}
     for name, stream in trainer.streams().items():
         skips = network.encoder(images[stream.image])

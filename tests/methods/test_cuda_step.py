@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, backward, fake_cuda, move_to_fake_cuda
-from method_steps import TRAINERS, make_batches, make_trainer
+from method_steps import TRAINERS, gradients_step, make_batches, make_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, sparse
+from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, subsampled
 
 METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
 MODES = pytest.mark.parametrize("mode", ["split", "stacked"])
@@ -37,7 +37,8 @@ def waits_of_a_step(trainer, batch, mode: str | None = None) -> list[str]:
         trainer.optimizer, _ = trainer.configure_optimizers()
         trainer.grad_scaler = torch.GradScaler("cuda")
         if mode is not None:
-            trainer.memory_mode = mode
+            trainer.prepare_steps()
+            trainer.step_gradients.memory_mode = mode
         trainer.train_step(batch)
     for name, parameter in trainer.network.named_parameters():
         assert isinstance(parameter, FakeTensor) and parameter.device == CUDA, name
@@ -52,10 +53,10 @@ def cut_at_rare_classes(trainer) -> None:
     box = [[5, 6]] * (3 - len(patch)) + [[0, length] for length in patch]
     coordinates = coordinates_of(box) if len(patch) == 3 else coordinates_of(box)[:, 0]
     aims = [ANYWHERE if number < len(keys) / 2 else Aim(0, np.zeros(3, np.int32)) for number in range(len(keys))]
-    unlabeled |= {"aims": aims, "coordinates": torch.stack([sparse(coordinates)] * len(keys))}
+    unlabeled |= {"aims": aims, "coordinates": torch.stack([subsampled(coordinates)] * len(keys))}
     trainer.dataloader_unlabeled = itertools.repeat(unlabeled)
-    trainer._foreground = PredictedForeground(keys, trainer.num_structures)
-    trainer._foreground.rare = range(trainer.num_structures)
+    trainer.predictions.foreground = PredictedForeground(keys, trainer.num_structures)
+    trainer.predictions.foreground.rare = range(trainer.num_structures)
 
 
 # Options of the trainer, whether every class is rare, unlabeled patches.
@@ -87,7 +88,7 @@ def test_the_host_waits_as_rarely_as_in_nnunets_step(make, request, method, mode
     losses = sum(name.startswith("supervised") for name in trainer.loss_weights(1.0))
     assert len(found) == 2 + losses * len(in_loss), "\n".join(found)
     if rare:  # a transfer without content says that voxel 0 is of every class
-        known = [trainer._foreground.draw(key).structure for key in ["u0", f"u{u - 1}"] * 20]
+        known = [trainer.predictions.foreground.draw(key).structure for key in ["u0", f"u{u - 1}"] * 20]
         assert min(known) >= 0 and len(set(known)) > 1
 
 
@@ -99,13 +100,13 @@ def test_the_host_waits_as_rarely_as_in_nnunets_step(make, request, method, mode
 def test_the_backward_pass_of_this_test_is_pytorchs(make, planned_2d, monkeypatch, method, mode):
     trainer = make(method, planned_2d)
     labeled, unlabeled, _ = make_batches(trainer)
-    trainer.memory_mode = mode
+    trainer.step_gradients.memory_mode = mode
     gradients = []
     for ours in (False, True):
         if ours:
             monkeypatch.setattr(torch.autograd, "backward", backward)
         torch.manual_seed(11)
-        trainer._gradients(labeled, unlabeled, trainer.loss_weights(1.0))
+        gradients_step(trainer, labeled, unlabeled, trainer.loss_weights(1.0))
         gradients.append({n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None})
     pytorchs, found = gradients
     assert set(found) == set(pytorchs)

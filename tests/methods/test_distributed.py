@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_steps import KINDS, MODES, joined_batches, joined_masks, make, tensors_of
-from method_steps import TRAINERS
+from method_steps import TRAINERS, gradients_step
 
-import nnunet_ssl.trainer as trainer_module
+from nnunet_ssl.networks.training_network import TrainingNetwork
 
 CASES = [(method, *case) for method in TRAINERS for case in itertools.product(KINDS, MODES)]
 
@@ -39,7 +39,7 @@ def ranks(planned_2d, planned_3d, tmp_path_factory) -> list[dict]:
 
 @pytest.fixture
 def joined(planned_2d, planned_3d, monkeypatch, tmp_path):
-    monkeypatch.setattr(trainer_module, "draw_dropout_masks", joined_masks(None))
+    monkeypatch.setattr(TrainingNetwork, "draw_dropout_masks", joined_masks(None))
 
     def factory(method, kind):
         planned = {"2d": planned_2d, "3d": planned_3d}[kind[:2]]
@@ -63,8 +63,8 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(method, kind, mo
     # nnU-Net gives the coarsest output a weight of 1e-6 instead of 0 where several processes train.
     trainer.loss.weight_factors = first["loss_weights"]
     labeled, unlabeled, _ = joined_batches(trainer)
-    trainer.memory_mode = "stacked"
-    terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(0.0))
+    trainer.step_gradients.memory_mode = "stacked"
+    terms = gradients_step(trainer, labeled, unlabeled, trainer.loss_weights(0.0))
     expected = {n: p.grad for n, p in trainer.network.named_parameters() if p.grad is not None}
     assert_close(first["gradients"], expected)
     for name, tensor in second["gradients"].items():

@@ -7,15 +7,15 @@ import weakref
 
 import pytest
 import torch
-from method_steps import TRAINERS, Given, make_batches, make_trainer, summed_terms
+from method_steps import TRAINERS, Given, images_of, make_batches, make_trainer, summed_terms
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
-from nnunet_ssl.networks import outputs as outputs_module
-from nnunet_ssl.networks.outputs import StackedOutputs
-from nnunet_ssl.networks.training_network import draw_dropout_masks
-from nnunet_ssl.trainer import TRAINING_LENGTHS, SemiSupervisedTrainer, training_length_variants
+from nnunet_ssl.networks import passes as passes_module
+from nnunet_ssl.networks.passes import StackedOutputs
+from nnunet_ssl.trainer.base import SemiSupervisedTrainer
+from nnunet_ssl.trainer.variants import TRAINING_LENGTHS, training_length_variants
 
 SETTINGS = {"CrossMatchTrainer": {"confidence_threshold": 0.4}, "MutualReliableTrainer": {}, "SimCVDTrainer": {}}
 
@@ -32,9 +32,11 @@ def make(request, monkeypatch, tmp_path):
 
 
 def gradients_of(trainer, labeled, unlabeled, *, mode: str) -> tuple[dict, dict]:
-    trainer.memory_mode = mode
+    trainer.step_gradients.memory_mode = mode
     torch.manual_seed(11)
-    terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(trainer.progress))
+    terms = trainer.step_gradients(
+        labeled, unlabeled, trainer.prepare(labeled, unlabeled), trainer.loss_weights(trainer.progress)
+    )
     return terms, {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
 
 
@@ -81,8 +83,8 @@ def test_a_step_takes_the_gradient_of_the_weighted_sum(make, mode, planned_2d):
 
     # All terms of outputs with one graph, one weighted sum, one backward pass.
     torch.manual_seed(11)
-    streams, images = trainer.streams(), trainer.images(labeled, unlabeled)
-    masks = draw_dropout_masks(trainer.training_network, streams, images)
+    streams, images = trainer.streams(), images_of(trainer, labeled, unlabeled)
+    masks = trainer.training_network.draw_dropout_masks(streams, images)
     outputs = Given(StackedOutputs(trainer.network, images, streams, masks))
     terms = summed_terms(trainer, outputs, labeled, unlabeled)
     weights = trainer.loss_weights(0.15)
@@ -111,7 +113,7 @@ def test_the_step_is_counted_clipped_and_followed_by_the_hook(make, planned_2d, 
     trainer.logger.log("train_losses", 0.0, 0)
     trainer.record("share", torch.tensor([1]), torch.tensor([2]))
     trainer.on_train_epoch_start()
-    assert trainer._steps_in_epoch == 0 and trainer._recorded == {}
+    assert trainer._steps_in_epoch == 0 and trainer.epoch_log.counts == {}
 
 
 def test_a_step_that_the_gradient_scaler_skipped_moves_nothing(make, planned_2d, monkeypatch):
@@ -119,15 +121,16 @@ def test_a_step_that_the_gradient_scaler_skipped_moves_nothing(make, planned_2d,
     _, _, batch = make_batches(trainer)
     # The first step's gradients overflow, the second one's are scaled by 3.
     trainer.grad_scaler = torch.GradScaler("cpu", init_scale=3e38, backoff_factor=1e-38)
+    trainer.prepare_steps()
     monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].square().sum() * 1e4)
     before = {n: t.clone() for n, t in [*trainer.network.named_parameters(), *trainer.network.named_buffers()]}
     trainer.train_step(batch)
     after = dict([*trainer.network.named_parameters(), *trainer.network.named_buffers()])
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert trainer._skipped_steps == 1 and updates_of_teacher(trainer) in (None, 0)
+    assert trainer.epoch_log.skipped_steps == 1 and updates_of_teacher(trainer) in (None, 0)
     trainer.train_step(batch)
     assert not all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert trainer._skipped_steps == 1 and updates_of_teacher(trainer) in (None, 1)
+    assert trainer.epoch_log.skipped_steps == 1 and updates_of_teacher(trainer) in (None, 1)
 
 
 def updates_of_teacher(trainer) -> int | None:
@@ -177,7 +180,7 @@ def fail_after_the_passes(monkeypatch, error: str) -> None:
     def fail(self):
         raise RuntimeError(error)
 
-    monkeypatch.setattr(outputs_module.StackedOutputs, "finish", fail)
+    monkeypatch.setattr(passes_module.StackedOutputs, "finish", fail)
 
 
 ENGINE = "FIND was unable to find an engine to execute this computation"
@@ -189,14 +192,14 @@ def test_out_of_memory_in_any_step_goes_on_in_split_mode_as_if_nothing_had_been(
         trainer = make(planned_3d)
         _, _, batch = make_batches(trainer)
         torch.manual_seed(3)
-        trainer.memory_mode = "stacked"  # as auto chooses on a GPU
+        trainer.step_gradients.memory_mode = "stacked"  # as auto chooses on a GPU
         for _ in range(before):
             trainer.train_step(batch)
         with monkeypatch.context() as context:
             if fail:
                 fail_after_the_passes(context, ENGINE)
             else:
-                trainer.memory_mode = "split"
+                trainer.step_gradients.memory_mode = "split"
             results = [trainer.train_step(batch) for _ in range(2)]
         tensors = [*trainer.network.named_parameters(), *trainer.network.named_buffers()]
         return trainer, results[-1], dict(tensors)
@@ -204,21 +207,21 @@ def test_out_of_memory_in_any_step_goes_on_in_split_mode_as_if_nothing_had_been(
     expected, logged, weights = after_steps(fail=False)
     state = torch.get_rng_state()
     found, found_logged, found_weights = after_steps(fail=True)
-    assert found.memory_mode == "split"
+    assert found.step_gradients.memory_mode == "split"
     assert torch.equal(torch.get_rng_state(), state)
     assert found_logged == logged
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found_weights.items())
     # Counted once, not once for each attempt.
-    assert found._recorded.keys() == expected._recorded.keys()
-    assert all(torch.equal(counts, expected._recorded[name]) for name, counts in found._recorded.items())
+    assert found.epoch_log.counts.keys() == expected.epoch_log.counts.keys()
+    assert all(torch.equal(counts, expected.epoch_log.counts[name]) for name, counts in found.epoch_log.counts.items())
 
 
 def test_a_failed_attempt_held_the_momentum_and_left_nothing(make, planned_2d, monkeypatch):
     trainer = make(planned_2d)
     _, _, batch = make_batches(trainer)
-    trainer.memory_mode = "stacked"
+    trainer.step_gradients.memory_mode = "stacked"
     alive, momentum = [], []
-    init = outputs_module.SplitOutputs.__init__
+    init = passes_module.SplitOutputs.__init__
 
     def fail(self):
         alive.extend(weakref.ref(loss) for loss in self._losses)
@@ -230,10 +233,10 @@ def test_a_failed_attempt_held_the_momentum_and_left_nothing(make, planned_2d, m
         assert alive and not any(one() is not None for one in alive)
         init(self, *args, **kwargs)
 
-    monkeypatch.setattr(outputs_module.StackedOutputs, "finish", fail)
-    monkeypatch.setattr(outputs_module.SplitOutputs, "__init__", after_it)
+    monkeypatch.setattr(passes_module.StackedOutputs, "finish", fail)
+    monkeypatch.setattr(passes_module.SplitOutputs, "__init__", after_it)
     trainer.train_step(batch)
-    assert trainer.memory_mode == "split"
+    assert trainer.step_gradients.memory_mode == "split"
     assert len(momentum) == sum(parameter.requires_grad for parameter in trainer.network.parameters())
 
 
@@ -241,11 +244,11 @@ def test_only_memory_mode_auto_falls_back_and_from_memory_errors_alone(make, pla
     for mode, error in (("stacked", ENGINE), ("auto", "an illegal memory access was encountered")):
         trainer = make(planned_2d, memory_mode=mode)
         _, _, batch = make_batches(trainer)
-        trainer.memory_mode = "stacked"
+        trainer.step_gradients.memory_mode = "stacked"
         fail_after_the_passes(monkeypatch, error)
         with pytest.raises(RuntimeError, match=error):
             trainer.train_step(batch)
-        assert trainer.memory_mode == "stacked"
+        assert trainer.step_gradients.memory_mode == "stacked"
 
 
 @pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])
@@ -362,7 +365,7 @@ def test_bfloat16_autocast_gives_finite_losses_close_to_float32(make, planned_2d
     trainer = make(planned_2d, ramp_length=0.0)
     labeled, unlabeled, _ = make_batches(trainer)
     expected, _ = gradients_of(trainer, labeled, unlabeled, mode="stacked")
-    monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr(trainer.step_gradients, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     for mode in ("stacked", "split"):
         terms, gradients = gradients_of(trainer, labeled, unlabeled, mode=mode)
         for name, value in terms.items():
@@ -382,10 +385,10 @@ def test_compile_makes_one_graph_of_a_step_and_one_of_a_validation_and_no_more(
     labeled, _, batch = make_batches(trainer)
     validation = {"data": batch["data"], "target": labeled.target}
     if autocast:
-        monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+        monkeypatch.setattr(trainer.step_gradients, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     torch._dynamo.reset()
     trainer.network = torch.compile(trainer.network, backend=backend, fullgraph=True)
-    trainer.memory_mode = "stacked"
+    trainer.step_gradients.memory_mode = "stacked"
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     for _ in range(3):

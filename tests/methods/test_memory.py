@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from method_steps import TRAINERS, make_batches, make_trainer
+from method_steps import TRAINERS, gradients_step, make_batches, make_trainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnunet_ssl.memory import LiveBytes, MemoryEstimate, judge, log_memory, step_bytes, trainer_of_plans
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
+from nnunet_ssl.trainer.memory import LiveBytes, MemoryEstimate, judge, log_memory, step_bytes, trainer_of_plans
 
 METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
 MODES = pytest.mark.parametrize("mode", ["split", "stacked"])
@@ -178,7 +178,7 @@ def test_nothing_is_changed(make, planned_2d, method) -> None:
         step_bytes(trainer, mode, mixed_precision=True, activation_checkpointing=True)
     assert vars(trainer).keys() == before.keys()
     assert all(vars(trainer)[name] is value for name, value in before.items())
-    assert not trainer._recorded
+    assert not trainer.epoch_log.counts
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.network.named_parameters())
     assert all(parameter.grad is None for parameter in trainer.network.parameters())
     assert torch.equal(torch.get_rng_state(), torch_state)
@@ -191,7 +191,7 @@ def test_half_precision_is_that_of_autocast(make, larger, monkeypatch, mode, met
     """A CPU's autocast casts as a GPU's does, but for a few operations that these methods have little of."""
     trainer = make(method, larger)
     computed = step_bytes(trainer, mode, mixed_precision=True).peak
-    monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr(trainer.step_gradients, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     assert computed == pytest.approx(step_bytes(trainer, mode, mixed_precision=False).peak, rel=0.03)
 
 
@@ -291,7 +291,7 @@ def test_auto_starts_in_split_where_stacked_needs_more_than_there_is(make, plann
 @pytest.mark.parametrize("too_large", [True, False])
 def test_the_start_goes_to_split_and_says_so(make, planned_2d, monkeypatch, too_large) -> None:
     trainer = make(CrossMatchTrainer, planned_2d)
-    trainer.memory_mode = "stacked"  # as auto chooses on a GPU
+    trainer.step_gradients.memory_mode = "stacked"  # as auto chooses on a GPU
     lines: list[str] = []
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *text: lines.append(" ".join(map(str, text))))
     monkeypatch.setattr("nnunet_ssl.trainer.log_memory", lambda given: too_large)
@@ -299,7 +299,7 @@ def test_the_start_goes_to_split_and_says_so(make, planned_2d, monkeypatch, too_
     with pytest.raises(SystemExit):
         trainer.on_train_start()
     expected = "split" if too_large else "stacked"
-    assert trainer.memory_mode == expected and lines[-1] == f"Memory mode: {expected}"
+    assert trainer.step_gradients.memory_mode == expected and lines[-1] == f"Memory mode: {expected}"
 
 
 def test_without_an_estimate_training_goes_on(make, planned_2d, monkeypatch) -> None:
@@ -325,12 +325,12 @@ def test_the_start_says_it_before_it_preprocesses(make, planned_2d, monkeypatch)
     trainer = make(CrossMatchTrainer, planned_2d)
     order: list[str] = []
 
-    def preprocess(self):
+    def preprocess(*arguments, **options):
         order.append("preprocess")
         raise SystemExit
 
-    monkeypatch.setattr("nnunet_ssl.trainer.log_memory", lambda given: order.append("memory"))
-    monkeypatch.setattr(CrossMatchTrainer, "_prepare_unlabeled_cases", preprocess)
+    monkeypatch.setattr("nnunet_ssl.trainer.base.log_memory", lambda given: order.append("memory"))
+    monkeypatch.setattr("nnunet_ssl.trainer.base.prepare_unlabeled_cases", preprocess)
     with pytest.raises(SystemExit):
         trainer.on_train_start()
     assert order == ["memory", "preprocess"]
@@ -341,7 +341,7 @@ def test_the_start_says_it_before_it_preprocesses(make, planned_2d, monkeypatch)
 
 def gradients_of(trainer, labeled, unlabeled) -> tuple[dict, dict]:
     torch.manual_seed(11)
-    terms = trainer._gradients(labeled, unlabeled, trainer.loss_weights(1.0))
+    terms = gradients_step(trainer, labeled, unlabeled, trainer.loss_weights(1.0))
     return terms, {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
 
 

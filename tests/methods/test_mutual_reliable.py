@@ -21,7 +21,7 @@ from nnunet_ssl.methods.mutual_reliable import (
     mutual_loss,
     sums_over_members,
 )
-from nnunet_ssl.networks.training_network import Stream, StreamOutput
+from nnunet_ssl.networks.streams import Stream, StreamOutput
 
 
 def make_trainer(planned, monkeypatch, tmp_path, **options) -> MutualReliableTrainer:
@@ -170,14 +170,14 @@ def test_the_log_has_shares_and_reliability_of_each_direction(planned_2d, monkey
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
     labeled, unlabeled, _ = make_batches(trainer)
     summed_terms(trainer, random_outputs(trainer, labeled, unlabeled), labeled, unlabeled)
-    assert set(trainer._recorded) == {"share/unlabeled", "patches/unlabeled"} | {
+    assert set(trainer.epoch_log.counts) == {"share/unlabeled", "patches/unlabeled"} | {
         f"{what}/{d}" for what in ("learned", "reliability") for d in ("a_from_b", "b_from_a")
     }
     voxels = 5 * np.prod(trainer.configuration_manager.patch_size)
-    learned = [trainer._recorded[f"learned/{direction}"] for direction in ("a_from_b", "b_from_a")]
+    learned = [trainer.epoch_log.counts[f"learned/{direction}"] for direction in ("a_from_b", "b_from_a")]
     # Each voxel is learned by the decoder that is less certain there.
     assert sum(counts[0].item() for counts in learned) == voxels == learned[0][1].item()
-    count, total = trainer._recorded["reliability/a_from_b"]
+    count, total = trainer.epoch_log.counts["reliability/a_from_b"]
     assert total == learned[0][0] and 0 < count / total < 1
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import pin_memory_of_all_eligible_items_in_dict
-from method_steps import Given, distance_maps, make_batches, summed_terms
+from method_steps import Given, distance_maps, gradients_step, images_of, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
 
 from nnunet_ssl.data.signed_distance import of_all_structures
-from nnunet_ssl.methods.simcvd import SimCVDTrainer, consistency, distance_error, structure_distillation
-from nnunet_ssl.networks.training_network import Stream, StreamOutput, draw_dropout_masks
+from nnunet_ssl.losses.probabilities import consistency_mse
+from nnunet_ssl.methods.simcvd import SimCVDTrainer, distance_error, structure_distillation
+from nnunet_ssl.networks.streams import Stream, StreamOutput
 
 
 def make_trainer(planned, monkeypatch, tmp_path, **options) -> SimCVDTrainer:
@@ -106,13 +107,13 @@ def test_each_term_reaches_its_own_outputs_of_the_student(planned_2d, monkeypatc
 @pytest.mark.parametrize("mode", ["stacked", "split"])
 def test_the_teacher_gets_no_gradient_and_the_student_does_from_each_term(mode, planned_2d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
-    trainer.memory_mode = mode
+    trainer.step_gradients.memory_mode = mode
     labeled, unlabeled, _ = make_batches(trainer)
     names = list(trainer.loss_weights(1.0))
     reached = {}
     for name in names:
         weights = {other: float(other == name) for other in names}
-        trainer._gradients(labeled, unlabeled, weights)
+        gradients_step(trainer, labeled, unlabeled, weights)
         reached[name] = {
             n for n, p in trainer.network.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-12
         }
@@ -138,13 +139,13 @@ def test_streams_are_the_papers(planned_2d, monkeypatch, tmp_path):
 def test_student_and_teacher_have_masks_of_their_own_and_the_student_noise(planned_2d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
     labeled, unlabeled, _ = make_batches(trainer, u=64)
-    images = trainer.images(labeled, unlabeled)
+    images = images_of(trainer, labeled, unlabeled)
     noise = images["u_noisy"] - images["u"]
     assert torch.equal(images["u"], unlabeled.weak)
     assert noise.abs().max().item() == pytest.approx(0.2, abs=1e-6) and noise.std().item() == pytest.approx(
         0.1, abs=0.01
     )
-    masks = draw_dropout_masks(trainer.training_network, trainer.streams(), images)
+    masks = trainer.training_network.draw_dropout_masks(trainer.streams(), images)
     for skip in (0, 1):
         assert masks["u_teacher"].levels[skip] is None
     for of in (lambda m: m.levels[-1], lambda m: m.features):
@@ -232,18 +233,17 @@ def test_the_labeled_loaders_targets_are_the_distance_maps_in_mm(regions, worker
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     trainer = make_trainer(planned_3d, monkeypatch, tmp_path, regions=regions)
     trainer.configuration_manager.configuration["spacing"] = [4.0, 1.0, 0.5]
-    trainer._labeled_targets = trainer.labeled_targets()
+    trainer.extra_targets = trainer.labeled_targets()
     try:
         trainer.on_train_start()
         batches = [next(trainer.dataloader_train) for _ in range(3)]
         validation = next(trainer.dataloader_val)
     finally:
-        for loader in trainer._loaders_with_workers.values():
-            loader._finish()
+        trainer.loaders.finish()
     assert "extra" not in validation
     present = []
     for batch in batches:
-        labeled = trainer._labeled_batch(pin_memory_of_all_eligible_items_in_dict(batch))
+        labeled, _ = trainer.next_batches(pin_memory_of_all_eligible_items_in_dict(batch))
         assert len(labeled.target) == len(trainer._get_deep_supervision_scales())
         expected = distance_maps(trainer, labeled.full_resolution)
         maps, places = labeled.extra["distance"]
@@ -270,7 +270,7 @@ def test_voxels_with_the_ignore_label_have_no_distance_error(planned_2d, monkeyp
 
 def test_consistency_is_zero_for_equal_logits():
     z = torch.randn(2, 3, 4, 4)
-    assert consistency(z, z, regions=False) == 0 == consistency(z, z, regions=True)
+    assert consistency_mse(z, z) == 0
 
 
 def test_weights_follow_the_settings_and_only_consistency_is_ramped_up(planned_2d, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnunet_ssl.networks.interpolating_decoder import interpolating_decoder
+from nnunet_ssl.networks.decoders import interpolating_decoder
 from nnunet_ssl.networks.linear_upsample import LinearUpsample, linear_by_slices
 
 MODES = {2: "bilinear", 3: "trilinear"}

@@ -7,8 +7,9 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from nnunet_ssl.networks.outputs import SplitOutputs, StackedOutputs
-from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, draw_dropout_masks, drop_channels
+from nnunet_ssl.networks.passes import SplitOutputs, StackedOutputs
+from nnunet_ssl.networks.streams import Stream, draw_dropout_masks, drop_channels
+from nnunet_ssl.networks.training_network import TrainingNetwork
 
 STREAMS = {
     "x": Stream("x", deep_supervision=True),
@@ -72,7 +73,7 @@ def gradients(network, outputs) -> dict[str, torch.Tensor]:
 def test_split_gives_the_gradients_of_stacked(dim, residual):
     network = TrainingNetwork(unet(dim, residual))
     images = step_images(dim)
-    masks = draw_dropout_masks(network, STREAMS, images)
+    masks = network.draw_dropout_masks(STREAMS, images)
     stacked = gradients(network, StackedOutputs(network, images, STREAMS, masks))
     split = gradients(network, SplitOutputs(network, images, STREAMS, masks))
     # Biases before a normalisation have no gradient but rounding noise, which is measured against the largest.
@@ -88,10 +89,16 @@ def test_every_pass_is_made_once():
     network.encoder.register_forward_hook(lambda *_: calls.__setitem__("encoder", calls["encoder"] + 1))
     network.decoder.stages[0].register_forward_hook(lambda *_: calls.__setitem__("decoder", calls["decoder"] + 1))
     images = step_images(2)
-    gradients(network, SplitOutputs(network, images, STREAMS, draw_dropout_masks(network, STREAMS, images)))
+    gradients(
+        network,
+        SplitOutputs(network, images, STREAMS, network.draw_dropout_masks(STREAMS, images)),
+    )
     assert calls == {"encoder": 3, "decoder": 5}
     calls.update(encoder=0, decoder=0)
-    gradients(network, StackedOutputs(network, images, STREAMS, draw_dropout_masks(network, STREAMS, images)))
+    gradients(
+        network,
+        StackedOutputs(network, images, STREAMS, network.draw_dropout_masks(STREAMS, images)),
+    )
     assert calls == {"encoder": 1, "decoder": 2}
 
 
@@ -100,7 +107,7 @@ def test_outputs_without_dropout_are_the_stock_networks(outputs_class):
     stock = unet(3)
     network = TrainingNetwork(stock)
     images = step_images(3)
-    outputs = outputs_class(network, images, STREAMS, draw_dropout_masks(network, STREAMS, images))
+    outputs = outputs_class(network, images, STREAMS, network.draw_dropout_masks(STREAMS, images))
     for ours, theirs in zip(outputs["x"].logits, stock(images["x"]), strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(outputs["u"].logits, stock(images["u"])[0])
@@ -112,7 +119,7 @@ def test_the_teacher_stream_has_no_gradient_and_the_encoder_gets_one(outputs_cla
     network = TrainingNetwork(unet(2))
     images = {"u": step_images(2)["u"]}
     streams = {"u": Stream("u", gradient=False), "student": Stream("u", dropout=0.5)}
-    outputs = outputs_class(network, images, streams, draw_dropout_masks(network, streams, images))
+    outputs = outputs_class(network, images, streams, network.draw_dropout_masks(streams, images))
     outputs.backward((outputs["student"].logits - outputs["u"].logits).square().mean())
     outputs.finish()
     assert all(p.grad is not None for p in network.encoder.parameters())
@@ -121,7 +128,7 @@ def test_the_teacher_stream_has_no_gradient_and_the_encoder_gets_one(outputs_cla
 def test_autocast_casts_kept_by_a_pass_without_gradient_are_not_used_by_the_next():
     network = TrainingNetwork(unet(2))
     images = step_images(2)
-    masks = draw_dropout_masks(network, STREAMS, images)
+    masks = network.draw_dropout_masks(STREAMS, images)
     outputs = SplitOutputs(network, images, STREAMS, masks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _ = outputs["u"]
@@ -136,7 +143,7 @@ def test_autocast_casts_kept_by_a_pass_without_gradient_are_not_used_by_the_next
 def test_asking_for_an_output_after_its_backward_pass_is_an_error():
     network = TrainingNetwork(unet(2))
     images = step_images(2)
-    outputs = SplitOutputs(network, images, STREAMS, draw_dropout_masks(network, STREAMS, images))
+    outputs = SplitOutputs(network, images, STREAMS, network.draw_dropout_masks(STREAMS, images))
     outputs.backward(outputs["s"].logits.mean())
     with pytest.raises(RuntimeError, match="stream s "):
         outputs["s"]
@@ -154,7 +161,9 @@ def test_state_dict_and_stock_forward_are_nnunets():
 def test_dropout_drops_whole_channels_and_keeps_the_mean():
     network = TrainingNetwork(unet(3))
     images = {"x": torch.zeros(2000, 1, 2, 2, 2)}
-    masks = draw_dropout_masks(network, {"a": Stream("x", dropout=0.75), "b": Stream("x")}, images)
+    masks = draw_dropout_masks(
+        network.encoder.output_channels, {"a": Stream("x", dropout=0.75), "b": Stream("x")}, images
+    )
     assert set(masks) == {"a"}
     assert masks["a"].features is None
     assert [m.shape for m in masks["a"].levels] == [(2000, c, 1, 1, 1) for c in (4, 6, 8)]
@@ -166,7 +175,7 @@ def test_masks_differ_between_streams_and_reach_every_level():
     network = TrainingNetwork(unet(2))
     images = {"x": torch.randn(64, 1, 8, 12)}
     streams = {"a": Stream("x", dropout=0.5), "b": Stream("x", dropout=0.5)}
-    masks = draw_dropout_masks(network, streams, images)
+    masks = network.draw_dropout_masks(streams, images)
     assert all(not torch.equal(*pair) for pair in zip(masks["a"].levels, masks["b"].levels, strict=True))
     skips = network.encoder(images["x"])
     for skip, mask, dropped in zip(skips, masks["a"].levels, drop_channels(skips, masks["a"]), strict=True):
@@ -187,7 +196,7 @@ def test_compile_takes_all_streams_in_one_graph_and_never_again():
     before = graphs["unique_graphs"]
     for _ in range(3):
         streams = {name: Stream(**vars(stream)) for name, stream in STREAMS.items()}
-        masks = draw_dropout_masks(network, streams, images)
+        masks = network.draw_dropout_masks(streams, images)
         found = gradients(network, StackedOutputs(compiled, images, streams, masks))
         expected = gradients(network, StackedOutputs(network, images, streams, masks))
         for name, gradient in expected.items():

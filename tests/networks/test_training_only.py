@@ -12,10 +12,11 @@ from test_training_network import step_images, unet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnunet_ssl.networks.boundary_head import BoundaryHead, coarse_grid
-from nnunet_ssl.networks.interpolating_decoder import interpolating_decoder
-from nnunet_ssl.networks.outputs import SplitOutputs, StackedOutputs
-from nnunet_ssl.networks.training_network import Stream, TrainingNetwork, draw_dropout_masks
+from nnunet_ssl.networks.decoders import interpolating_decoder
+from nnunet_ssl.networks.heads import BoundaryHead, coarse_grid
+from nnunet_ssl.networks.passes import SplitOutputs, StackedOutputs
+from nnunet_ssl.networks.streams import Stream
+from nnunet_ssl.networks.training_network import TrainingNetwork
 
 EVERYWHERE = ("skips", "bottleneck", "features")
 STREAMS = {
@@ -80,7 +81,7 @@ def run(network, outputs_class, images, masks) -> dict[str, torch.Tensor]:
 def test_split_gives_the_gradients_of_stacked(dim, residual):
     network = network_of(dim, residual=residual)
     images = step_images(dim)
-    masks = draw_dropout_masks(network, STREAMS, images)
+    masks = network.draw_dropout_masks(STREAMS, images)
     stacked, split = (run(network, kind, images, masks) for kind in (StackedOutputs, SplitOutputs))
     assert set(stacked) == set(split) == {n for n, p in network.named_parameters() if p.requires_grad}
     assert not any("teacher" in name for name in stacked)
@@ -92,7 +93,7 @@ def test_split_gives_the_gradients_of_stacked(dim, residual):
 @pytest.mark.parametrize("outputs_class", [StackedOutputs, SplitOutputs])
 def test_each_stream_returns_what_it_asks_for_of_the_right_network(outputs_class):
     network, images = network_of(2), step_images(2)
-    masks = draw_dropout_masks(network, STREAMS, images)
+    masks = network.draw_dropout_masks(STREAMS, images)
     outputs = outputs_class(network, images, STREAMS, masks)
     for name, stream in STREAMS.items():
         branch = network.teacher if stream.teacher else network
@@ -132,7 +133,7 @@ def test_each_stream_returns_what_it_asks_for_of_the_right_network(outputs_class
 
 def test_peeking_is_a_pass_without_gradient_and_leaves_the_streams_turn():
     network, images = network_of(2), step_images(2)
-    outputs = SplitOutputs(network, images, STREAMS, draw_dropout_masks(network, STREAMS, images))
+    outputs = SplitOutputs(network, images, STREAMS, network.draw_dropout_masks(STREAMS, images))
     peeked = outputs.peek("x_b")
     assert not peeked.logits[0].requires_grad and not peeked.features.requires_grad
     own = outputs["x_b"]

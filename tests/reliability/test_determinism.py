@@ -8,7 +8,7 @@ import pytest
 import torch
 from method_steps import TRAINERS, make_trainer
 
-from nnunet_ssl import trainer as trainer_module
+from nnunet_ssl.data import predicted_foreground
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def train(request, planned_2d, monkeypatch, tmp_path):
 
     def run(seed, *, workers=1, checkpoint=None):
         monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))
-        monkeypatch.setattr(trainer_module, "RARE", 1.1)  # every class, where there is no worker
+        monkeypatch.setattr(predicted_foreground, "RARE", 1.1)  # every class, where there is no worker
         trainer = make_trainer(request.param, planned_2d, monkeypatch, tmp_path, seed=seed)
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 3, 1
         trainer.save_every = 1

@@ -122,14 +122,14 @@ def test_training(method, planned_2d, environment, tmp_path):
 def train(method, planned, folder: Path, epochs: int) -> None:
     """As ``nnUNetv2_train --c`` does; what each checkpoint has to hold is noted before it is written."""
     trainer = make_short(method, planned, folder, epochs)
-    write = trainer._write_checkpoint
+    write = trainer.write_checkpoint_of_epoch
 
     def note_and_write(filename: str, *, next_epoch: int) -> None:
         with (folder / "states").open("a") as file:
             file.write(f"{next_epoch} {digest(state(trainer, next_epoch))}\n")
         write(filename, next_epoch=next_epoch)
 
-    trainer._write_checkpoint = note_and_write
+    trainer.write_checkpoint_of_epoch = note_and_write
     latest = Path(trainer.output_folder, "checkpoint_latest.pth")
     if latest.is_file():
         trainer.load_checkpoint(str(latest))

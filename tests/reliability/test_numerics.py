@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from method_steps import TRAINERS, make_batches, make_trainer
+from method_steps import TRAINERS, images_of, make_batches, make_trainer, terms_of
 
-from nnunet_ssl.networks.boundary_head import unit_length
-from nnunet_ssl.networks.training_network import StreamOutput
+from nnunet_ssl.networks.heads import unit_length
+from nnunet_ssl.networks.streams import StreamOutput
 
 METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
 
@@ -24,7 +26,7 @@ class Outputs(dict):
 
 def made_up_outputs(trainer, labeled, unlabeled, make) -> tuple[Outputs, list[torch.Tensor]]:
     """Outputs of all streams in the right shapes, made by ``make(shape)``, and the tensors that need a gradient."""
-    streams, images = trainer.streams(), trainer.images(labeled, unlabeled)
+    streams, images = trainer.streams(), images_of(trainer, labeled, unlabeled)
     with torch.no_grad():
         shapes = trainer.training_network(images, streams, {})
     leaves = []
@@ -73,7 +75,7 @@ def test_terms_and_gradients_are_finite_for_any_logits(method, regions, dtype, p
 
         outputs, leaves = made_up_outputs(trainer, labeled, unlabeled, make)
         terms: dict[str, torch.Tensor] = {}
-        for part in trainer.loss_terms(outputs, labeled, unlabeled):
+        for part in terms_of(trainer, outputs, labeled, unlabeled):
             for name, value in part.items():
                 # nnU-Net's own loss is not ours to hold to this.
                 if not name.startswith("supervised"):
@@ -106,7 +108,7 @@ def test_odd_unlabeled_images_train(method, change, planned_2d, monkeypatch, tmp
     trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path, ramp_length=0.0)
     _, unlabeled, batch = make_batches(trainer)
     odd = unlabeled._replace(weak=change(unlabeled.weak), strong=[change(view) for view in unlabeled.strong])
-    monkeypatch.setattr(trainer, "_next_unlabeled", lambda: odd)
+    trainer.dataloader_unlabeled = itertools.repeat(odd._asdict())
     for _ in range(3):
         values = trainer.train_step(batch)
         assert all(np.isfinite(value) for value in values.values()), values

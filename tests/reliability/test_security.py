@@ -42,8 +42,8 @@ from nnunet_ssl.data.splits import split_dataset, write_splits
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_text
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.networks.architectures import check_architecture
 from nnunet_ssl.networks.checkpoints import read_checkpoint
-from nnunet_ssl.networks.training_network import check_architecture
 
 PROJECT = Path(__file__).resolve().parents[2]
 DATASET = "Dataset007_Tiny"

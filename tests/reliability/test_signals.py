@@ -31,7 +31,7 @@ def train(*arguments):
 
 def prepare_for_ever(*arguments):
     trainer = make_short(*arguments)
-    trainer._prepare_unlabeled_cases = lambda: (print("preparing", flush=True), time.sleep(1000))
+    trainer.do_split = lambda: (print("preparing", flush=True), time.sleep(1000))
     trainer.run_training()
 
 
@@ -191,5 +191,5 @@ def test_sigterm_in_forked_processes_and_other_threads_is_as_ever():
 def test_a_checkpoint_of_an_epoch_that_was_cut_off_logs_whole_epochs_alone(planned_2d, folder):
     trainer = make_short(CrossMatchTrainer, planned_2d, folder)
     trainer.logger.log("lrs", 0.01, 0)
-    trainer._write_checkpoint(str(folder / "checkpoint.pth"), next_epoch=0)
+    trainer.write_checkpoint_of_epoch(str(folder / "checkpoint.pth"), next_epoch=0)
     assert not any(torch.load(folder / "checkpoint.pth", weights_only=True)["logging"].values())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 COLLAPSE_FACTOR = 5.0
 COLLAPSE_EPOCHS = 5
@@ -37,6 +39,32 @@ def collapsed(
         return [False] * len(reference)
     outside = (last < reference / factor) | (last > reference * factor)
     return [bool(one) for one in outside.all(0) & (reference > 0)]
+
+
+def class_counts(label: Tensor, known: Tensor | None, classes: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """How many voxels and how many patches each class or region takes up, without a transfer from the device.
+
+    Args:
+        label: classes (B, 1, *spatial), integer, or regions (B, R, *spatial), bool.
+        known: (B, *spatial), bool; voxels that count; None counts all.
+        classes: the K foreground classes; empty for regions.
+
+    Returns:
+        ``share`` and ``patches``, each a count and a total, (K + 1,): first the whole foreground, then class by class.
+    """
+    if known is None:
+        known = torch.ones_like(label[:, 0], dtype=torch.bool)
+    if classes:
+        # Class by class: of many classes, all at once would take many times the memory of an image.
+        voxels = [((label[:, 0] == value) & known).flatten(1).sum(1) for value in classes]
+        voxels = [torch.stack(voxels).sum(0), *voxels]
+    else:
+        voxels = [(member & known).flatten(1).sum(1) for member in (label.any(1), *label.unbind(1))]
+    in_patches = torch.stack(voxels)  # (K + 1, B)
+    return {
+        "share": (in_patches.sum(1), known.sum().expand(len(in_patches))),
+        "patches": ((in_patches > 0).sum(1), in_patches.new_full((len(in_patches),), len(known))),
+    }
 
 
 def mean_share(shares: Sequence[Sequence[float]]) -> NDArray[np.float64]:

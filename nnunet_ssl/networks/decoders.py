@@ -1,4 +1,4 @@
-"""A second decoder that upsamples by interpolation where nnU-Net's has transposed convolutions."""
+"""More decoders, and more networks, of the kind that nnU-Net built."""
 
 from __future__ import annotations
 
@@ -8,9 +8,23 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 
+from nnunet_ssl.networks.architectures import UNet
 from nnunet_ssl.networks.linear_upsample import LinearUpsample
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def another_network(network: UNet) -> UNet:
+    """A network like another, with weights that are drawn apart, as nnU-Net draws them; the other stays as it is."""
+    other = copy.deepcopy(network)
+    return other.apply(other.initialize)
+
+
+def another_decoder(decoder: UNetDecoder) -> UNetDecoder:
+    """A decoder like another, with weights that are drawn apart; for the same encoder."""
+    other = _copied(decoder)
+    other.apply(InitWeights_He(1e-2))
+    return other
 
 
 def interpolating_decoder(decoder: UNetDecoder, *, upsampling: str) -> UNetDecoder:
@@ -25,11 +39,8 @@ def interpolating_decoder(decoder: UNetDecoder, *, upsampling: str) -> UNetDecod
         upsampling: ``linear`` or ``nearest``.
     """
     mode = {"linear": _LINEAR[len(decoder.transpconvs[0].kernel_size)], "nearest": "nearest"}[upsampling]  # type: ignore[arg-type]
-    encoder = decoder.encoder
-    decoder.encoder = None
-    other = copy.deepcopy(decoder)
-    decoder.encoder = encoder
-    convolution = encoder.conv_op
+    convolution = decoder.encoder.conv_op
+    other = _copied(decoder)
     upsample = LinearUpsample if upsampling == "linear" else nn.Upsample
     for level, transposed in enumerate(decoder.transpconvs):
         other.transpconvs[level] = nn.Sequential(
@@ -42,8 +53,17 @@ def interpolating_decoder(decoder: UNetDecoder, *, upsampling: str) -> UNetDecod
                 bias=transposed.bias is not None,
             ),
         )
-    # Only its parts are run, the heads of lower resolutions where a loss wants them.
-    other.deep_supervision = False
     # As nnU-Net draws the weights of its own decoder.
     other.apply(InitWeights_He(1e-2))
+    return other
+
+
+def _copied(decoder: UNetDecoder) -> UNetDecoder:
+    # nnU-Net's decoder holds the encoder, which is not to be copied.
+    encoder = decoder.encoder
+    decoder.encoder = None
+    other = copy.deepcopy(decoder)
+    decoder.encoder = encoder
+    # Only its parts are run, the heads of lower resolutions where a loss wants them.
+    other.deep_supervision = False
     return other

@@ -1,9 +1,9 @@
-"""SimCVD's two heads: signed distance maps, and from them boundary-aware features for the contrast."""
+"""Heads on a decoder's last features, for training alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,33 @@ _NORMALIZATION = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _POOLING = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
 
+class PlainHead(nn.Module):
+    """A 1×1(×1) convolution of the decoder's last features, and a function of its output.
+
+    Args:
+        features: F, channels of the decoder's last features.
+        channels: K, of the output.
+        dim: 2 or 3, number of spatial axes.
+        name: under which the output is found in ``StreamOutput.head``.
+        activation: applied to the output; ``torch.tanh`` for distances in (-1, 1).
+    """
+
+    def __init__(
+        self, *, features: int, channels: int, dim: int, name: str, activation: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.layer = _CONVOLUTION[dim](features, channels, 1)
+        self.name = name
+        self.activation = activation
+
+    def forward(self, image: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """The output (N, K, *spatial) by its name; the image (N, C, *spatial) is not looked at."""
+        output = pointwise(self.layer, features)
+        return {self.name: output if self.activation is None else self.activation(output)}
+
+
 class BoundaryHead(nn.Module):
-    """Signed distance maps of the decoder's last features, and a projection of image and maps.
+    """SimCVD's: signed distance maps of the decoder's last features, and a projection of image and maps.
 
     Args:
         image_channels: C.

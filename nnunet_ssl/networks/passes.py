@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.networks.training_network import Masks, Stream, StreamOutput, TrainingNetwork
+from nnunet_ssl.networks.streams import Masks, Stream, StreamOutput
+from nnunet_ssl.networks.training_network import TrainingNetwork
 
 _MOST_GRAPHS = 64
+
+_Encoding: TypeAlias = tuple[str | None, str]
+"""A pass of an encoder: the network's name and the image's."""
 
 
 class Outputs(Mapping[str, StreamOutput]):
@@ -54,7 +58,7 @@ class StackedOutputs(Outputs):
         network: the training network, or a compiled or DDP-wrapped one.
         images: by name, (N, C, *spatial).
         streams: by name.
-        masks: of :func:`~nnunet_ssl.networks.training_network.draw_dropout_masks`.
+        masks: of :func:`~nnunet_ssl.networks.streams.draw_dropout_masks`.
     """
 
     def __init__(
@@ -91,8 +95,7 @@ class SplitOutputs(Outputs):
         network: the training network itself, since encoder and decoder are called apart.
         images: by name, (N, C, *spatial).
         streams: by name.
-        masks: of :func:`~nnunet_ssl.networks.training_network.draw_dropout_masks`.
-        compiled: whether the passes are compiled, the encoder's and the decoders' apart: a graph for each kind of pass.
+        masks: of :func:`~nnunet_ssl.networks.streams.draw_dropout_masks`.
     """
 
     def __init__(
@@ -110,16 +113,20 @@ class SplitOutputs(Outputs):
         self._images = images
         self._masks = masks
         self._outputs: dict[str, StreamOutput] = {}
-        self._features: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._features: dict[_Encoding, tuple[list[Tensor], list[Tensor]]] = {}
         self._pending = {
-            image: {name for name, stream in streams.items() if stream.gradient and stream.image == image}
-            for image in images
+            _encoding_of(stream): {
+                name
+                for name, other in streams.items()
+                if other.gradient and _encoding_of(other) == _encoding_of(stream)
+            }
+            for stream in streams.values()
         }
 
     def __getitem__(self, name: str) -> StreamOutput:
         if name not in self._outputs:
             stream = self._streams[name]
-            if stream.gradient and name not in self._pending[stream.image]:
+            if stream.gradient and name not in self._pending[_encoding_of(stream)]:
                 raise RuntimeError(f"The output of stream {name} was asked for after its backward pass.")
             self._outputs[name] = self._run(name, gradient=stream.gradient)
         return self._outputs[name]
@@ -132,28 +139,32 @@ class SplitOutputs(Outputs):
 
     def _run(self, name: str, *, gradient: bool) -> StreamOutput:
         stream = self._streams[name]
-        skips = self._teachers_features(stream.image) if stream.teacher else self._students_features(stream.image)
-        decode = self._pass(type(self._network).decode_alone)
+        branch = self._network.branch_of(stream)
+        image = self._images[stream.image]
+        skips = self._features_without_gradient(stream) if stream.teacher else self._features_of(stream)
+        decode = self._pass(type(branch).decode_alone)
         with torch.set_grad_enabled(gradient):
-            output = decode(self._network, stream.kind, self._images[stream.image], skips, self._masks.get(name))
+            output = decode(branch, stream.kind, image, skips, self._masks.get(name))
         if not gradient:
             # Autocast keeps the weights it casts. Older PyTorch keeps them without gradient, for the next stream too.
             torch.clear_autocast_cache()
         return output
 
-    def _students_features(self, image: str) -> list[Tensor]:
-        if image not in self._features:
-            with torch.set_grad_enabled(bool(self._pending[image])):
-                skips = self._encode(self._network, image)
-            self._features[image] = skips, [skip.detach().requires_grad_() for skip in skips]
-        return self._features[image][1]
+    def _features_of(self, stream: Stream) -> list[Tensor]:
+        encoding = _encoding_of(stream)
+        if encoding not in self._features:
+            with torch.set_grad_enabled(bool(self._pending[encoding])):
+                skips = self._encode(stream)
+            self._features[encoding] = skips, [skip.detach().requires_grad_() for skip in skips]
+        return self._features[encoding][1]
 
     @torch.no_grad()
-    def _teachers_features(self, image: str) -> list[Tensor]:
-        return self._encode(self._network.teacher, image)
+    def _features_without_gradient(self, stream: Stream) -> list[Tensor]:
+        return self._encode(stream)
 
-    def _encode(self, network: TrainingNetwork, image: str) -> list[Tensor]:
-        return self._pass(type(network).encode)(network, self._images[image])
+    def _encode(self, stream: Stream) -> list[Tensor]:
+        branch = self._network.branch_of(stream)
+        return self._pass(type(branch).encode)(branch, self._images[stream.image])
 
     def backward(self, loss: Tensor) -> None:
         """Backward through the decoder of the streams asked for, and through each encoder that is then complete."""
@@ -161,14 +172,14 @@ class SplitOutputs(Outputs):
         finished = {name for name in self._outputs if self._streams[name].gradient}
         for name in finished:
             del self._outputs[name]
-        for image, pending in self._pending.items():
+        for encoding, pending in self._pending.items():
             if pending & finished:
                 pending -= finished
                 if not pending:
-                    self._encoder_backward(image)
+                    self._encoder_backward(encoding)
 
-    def _encoder_backward(self, image: str) -> None:
-        skips, detached = self._features.pop(image)
+    def _encoder_backward(self, encoding: _Encoding) -> None:
+        skips, detached = self._features.pop(encoding)
         used = [(skip, leaf.grad) for skip, leaf in zip(skips, detached, strict=True) if leaf.grad is not None]
         if used:
             tensors, gradients = zip(*used, strict=True)
@@ -176,9 +187,13 @@ class SplitOutputs(Outputs):
 
     def finish(self) -> None:
         """Backward through the encoders of images with a stream that no loss was taken of."""
-        for image in list(self._features):
-            self._encoder_backward(image)
+        for encoding in list(self._features):
+            self._encoder_backward(encoding)
         self._outputs.clear()
+
+
+def _encoding_of(stream: Stream) -> _Encoding:
+    return stream.network, stream.image
 
 
 def _as_it_is(run: Callable[..., Any]) -> Callable[..., Any]:

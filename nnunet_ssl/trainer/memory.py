@@ -7,10 +7,15 @@ it is gone, autograd's saved tensors among them; the largest sum is the step's p
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
+import os
+import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -21,6 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_ssl.distributed import alone
+from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
+from nnunet_ssl.trainer.epoch_log import EpochLog
+from nnunet_ssl.trainer.gradients import StepGradients
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -103,29 +111,41 @@ def _bytes_of(tensor: Tensor) -> int:
 
 
 def trainer_of_plans(trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]) -> Any:
-    """A trainer with what its step depends on and nothing else.
+    """A trainer with what its step depends on, but without network and data, and without a trace on the disk.
 
-    nnU-Net's constructor would make folders in nnUNet_results and may report to a tracking service.
+    It is constructed as nnU-Net constructs it; its results folder is a temporary one, which is gone afterwards, and no
+    tracking service hears of it.
     """
-    made: Any = object.__new__(trainer)
-    made.plans_manager = plans
-    made.configuration_manager = plans.get_configuration(configuration)
-    made.configuration_name = configuration
-    made.dataset_json = dataset_json
-    made.label_manager = plans.get_label_manager(dataset_json)
-    made.settings = trainer.settings_class.from_plans(made.configuration_manager.configuration)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _environment(nnUNet_results=folder, nnUNet_wandb_enabled="0"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        given = {**plans.plans, "continue_training": False}
+        made = trainer(given, configuration, 0, dataset_json, torch.device("cpu"))
     made.batch_size = made.configuration_manager.batch_size
     made.num_input_channels = determine_num_input_channels(plans, made.configuration_manager, dataset_json)
-    made.enable_deep_supervision = True
-    made.is_ddp = False
-    made._labeled_targets = made.labeled_targets()
     return made
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def step_bytes(
     trainer: Any, mode: Mode, *, mixed_precision: bool, activation_checkpointing: bool | None = None
 ) -> StepBytes:
-    """Compute the memory of a training step; the trainer stays as it is.
+    """Compute the memory of a training step, of the stage that needs the most; the trainer stays as it is.
 
     Args:
         trainer: a semi-supervised trainer, initialized or of :func:`trainer_of_plans`. Of several processes, one.
@@ -133,44 +153,30 @@ def step_bytes(
         mixed_precision: activations in half precision and losses in float32, as on CUDA; or all in float32.
         activation_checkpointing: instead of the trainer's setting.
     """
-    rehearsal = copy.copy(trainer)
-    rehearsal.device = torch.device("cpu")
-    rehearsal.is_ddp = False
-    rehearsal.grad_scaler = None
-    rehearsal.memory_mode = mode
-    rehearsal._recorded = {}
-    rehearsal._seconds_waiting = 0.0
-    rehearsal._do_i_compile = lambda: False
-    if activation_checkpointing is not None:
-        rehearsal.settings = dataclasses.replace(trainer.settings, activation_checkpointing=activation_checkpointing)
+    stages = trainer.stages()[:1] if mode == "supervised" else trainer.stages()
+    steps = [_step_of_stage(trainer, mode, stage, mixed_precision, activation_checkpointing) for stage in stages]
+    return max(steps, key=lambda step: step.peak)
+
+
+def _step_of_stage(
+    trainer: Any, mode: Mode, stage: str, mixed_precision: bool, activation_checkpointing: bool | None
+) -> StepBytes:
+    rehearsal = _rehearsal(trainer, stage, activation_checkpointing)
     dtype = torch.float16 if mixed_precision else torch.float32
     with torch.device("meta"):
-        network = _build(rehearsal, supervised=mode == "supervised")
+        build = type(rehearsal).build_network_architecture if mode == "supervised" else None
+        network = _build(rehearsal, build or rehearsal.build_network_for_training)
     with alone(), FakeTensorMode():
         # A CPU's autocast is not a GPU's: a network in half precision, with losses in float32, stands in for it.
         _without_content(network, dtype)
         rehearsal.network = network
-        rehearsal.optimizer = torch.optim.SGD(network.parameters(), 1.0)
         rehearsal.loss = _in_float32(rehearsal._build_loss())
-        rehearsal.images = lambda labeled, unlabeled: {
-            name: image.to(dtype) for name, image in type(trainer).images(rehearsal, labeled, unlabeled).items()
-        }
         live = LiveBytes()
         for tensor in (*network.parameters(), *network.buffers()):
             live.count(tensor)
         with live:
-            if mode == "supervised":
-                batch = _labeled_batch(trainer)
-                before = live.now
-                rehearsal.loss(network(batch["data"].to(dtype)), batch["target"]).backward()
-            else:
-                batch, unlabeled = _labeled_batch(trainer), _unlabeled_batch(trainer)
-                batch["extra"] = _extra_targets(trainer)
-                before = live.now
-                rehearsal.dataloader_unlabeled = iter([unlabeled])
-                rehearsal._gradients(
-                    rehearsal._labeled_batch(batch), rehearsal._next_unlabeled(), rehearsal.loss_weights(1.0)
-                )
+            run = _supervised_step if mode == "supervised" else _semi_supervised_step
+            before = run(rehearsal, mode, dtype, live)
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     weights = sum(parameter.numel() for parameter in network.parameters())
     momentum = _FLOAT32 * trained
@@ -180,8 +186,50 @@ def step_bytes(
     return StepBytes(live.peak + _FLOAT32 * weights + _HALF * trained + momentum, before + (_FLOAT32 - _HALF) * weights)
 
 
-def _build(rehearsal: Any, *, supervised: bool) -> nn.Module:
-    build = type(rehearsal).build_network_architecture if supervised else rehearsal._build_for_training
+def _rehearsal(trainer: Any, stage: str, activation_checkpointing: bool | None) -> Any:
+    """The trainer once more, to run a step on tensors without content."""
+    rehearsal = copy.copy(trainer)
+    rehearsal.device = torch.device("cpu")
+    rehearsal.is_ddp = False
+    rehearsal.grad_scaler = None
+    rehearsal.current_stage = stage
+    rehearsal.epoch_log = EpochLog(dict, lambda *_: None, lambda _: None, counts_skipped_steps=False)
+    rehearsal._do_i_compile = lambda: False
+    if activation_checkpointing is not None:
+        rehearsal.settings = dataclasses.replace(trainer.settings, activation_checkpointing=activation_checkpointing)
+    return rehearsal
+
+
+def _supervised_step(rehearsal: Any, mode: Mode, dtype: torch.dtype, live: LiveBytes) -> int:
+    """nnUNetTrainer's step; returns the bytes that were alive before it."""
+    batch = _labeled_batch(rehearsal)
+    before = live.now
+    rehearsal.loss(rehearsal.network(batch["data"].to(dtype)), batch["target"]).backward()
+    return before
+
+
+def _semi_supervised_step(rehearsal: Any, mode: Mode, dtype: torch.dtype, live: LiveBytes) -> int:
+    """A method's step; returns the bytes that were alive before it."""
+    views = rehearsal.unlabeled_views()
+    made = _labeled_batch(rehearsal, weak=views.weak_labeled)
+    made["extra"] = _extra_targets(rehearsal)
+    deep_supervision = rehearsal.enable_deep_supervision
+    labeled = LabeledBatch.from_loader(
+        made, rehearsal.device, deep_supervision=deep_supervision, weak=views.weak_labeled
+    )
+    unlabeled = UnlabeledBatch.from_loader(_unlabeled_batch(rehearsal, views), rehearsal.device)
+    del made
+    before = live.now
+    assert mode != "supervised"
+    gradients = StepGradients(
+        rehearsal, rehearsal.network, device=rehearsal.device, memory_mode=mode, image_dtype=dtype
+    )
+    rehearsal.step_gradients = gradients
+    gradients(labeled, unlabeled, rehearsal.prepare(labeled, unlabeled), rehearsal.loss_weights(1.0))
+    return before
+
+
+def _build(rehearsal: Any, build: Callable[..., nn.Module]) -> nn.Module:
     return build(
         rehearsal.plans_manager,
         rehearsal.configuration_manager,
@@ -213,7 +261,7 @@ def _channels_of_targets(trainer: Any) -> int:
     return len(labels.foreground_regions) + labels.has_ignore_label if labels.has_regions else 1
 
 
-def _labeled_batch(trainer: Any) -> dict[str, Any]:
+def _labeled_batch(trainer: Any, *, weak: bool = False) -> dict[str, Any]:
     # As nnU-Net's loader makes it.
     size, patch = trainer.batch_size, trainer.configuration_manager.patch_size
     channels = _channels_of_targets(trainer)
@@ -221,22 +269,23 @@ def _labeled_batch(trainer: Any) -> dict[str, Any]:
     levels = [[round(length * scale) for length, scale in zip(patch, level, strict=True)] for level in scales]
     dtype = torch.bool if trainer.label_manager.has_regions else torch.int16
     targets = [torch.empty(size, channels, *level, dtype=dtype) for level in levels]
+    if weak:
+        targets.append(torch.empty(size, trainer.num_input_channels, *patch))
     return {
         "data": torch.empty(size, trainer.num_input_channels, *patch),
-        "target": targets if trainer.enable_deep_supervision else targets[0],
+        "target": targets if trainer.enable_deep_supervision or weak else targets[0],
         "keys": [""] * size,
     }
 
 
 def _extra_targets(trainer: Any) -> dict[str, Any]:
     patch = trainer.configuration_manager.patch_size
-    return {name: target.largest(trainer.batch_size, patch) for name, target in trainer._labeled_targets.items()}
+    return {name: target.largest(trainer.batch_size, patch) for name, target in trainer.extra_targets.items()}
 
 
-def _unlabeled_batch(trainer: Any) -> dict[str, Any]:
+def _unlabeled_batch(trainer: Any, views: Views) -> dict[str, Any]:
     # As UnlabeledDataLoader makes it.
-    size, patch = trainer._unlabeled_share, trainer.configuration_manager.patch_size
-    views = trainer.unlabeled_views()
+    size, patch = trainer.unlabeled_patches, trainer.configuration_manager.patch_size
 
     def image() -> Tensor:
         return torch.empty(size, trainer.num_input_channels, *patch)
@@ -244,9 +293,10 @@ def _unlabeled_batch(trainer: Any) -> dict[str, Any]:
     return {
         "weak": image(),
         "strong": [image() for _ in range(views.strong)],
-        "boxes": [torch.empty(size, len(patch), 2, dtype=torch.int64) for _ in range(views.strong)],
+        "boxes": [torch.empty(size, len(patch), 2, dtype=torch.int64) for _ in range(views.strong) if views.cutmix],
         "partner": torch.empty(size, dtype=torch.int64),
         "keys": [""] * size,
+        **({"augmented": image()} if views.augmented else {}),
     }
 
 
@@ -266,7 +316,7 @@ class MemoryEstimate:
         self._trainer = trainer
         self._mixed_precision = mixed_precision
         self.labeled: int = trainer.batch_size
-        self.unlabeled: int = trainer._unlabeled_share
+        self.unlabeled: int = trainer.unlabeled_patches
 
     def _gigabytes(self, mode: Mode, activation_checkpointing: bool | None = None) -> float:
         return (

@@ -1,0 +1,126 @@
+"""Before a training: preprocess the unlabeled cases, collect those of the fold, and check them for leaks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.data.cases import (
+    UnlabeledCase,
+    collect_unlabeled_cases,
+    no_unlabeled_cases_message,
+    preprocessed_cases,
+)
+from nnunet_ssl.data.leak_guard import check_leaks
+from nnunet_ssl.data.preprocessing import preprocess_unlabeled
+from nnunet_ssl.data.splits import SPLITS_FILE, check_fold, train_all
+from nnunet_ssl.errors import UserError
+
+
+@dataclass(frozen=True)
+class UnlabeledSource:
+    """Where the unlabeled cases of a fold come from.
+
+    Attributes:
+        raw: the dataset in nnUNet_raw; None on a machine that has the preprocessed data alone.
+        preprocessed: the dataset in nnUNet_preprocessed.
+        plans_manager: nnU-Net's plans.
+        dataset_json: nnU-Net's description of the dataset.
+        fold: a number or ``all``.
+    """
+
+    raw: Path | None
+    preprocessed: Path
+    plans_manager: PlansManager
+    dataset_json: dict[str, Any]
+    fold: int | str
+
+    def check_fold(self, configuration: str, trainer_name: str, log: Callable[..., None]) -> None:
+        """Check the fold before any work; what does not stop a training is logged.
+
+        Raises:
+            UserError: see :func:`~nnunet_ssl.data.splits.check_fold`.
+        """
+        plans = self.plans_manager
+        labeled = self.preprocessed / plans.get_configuration(configuration).data_identifier
+        notes = check_fold(
+            self.preprocessed / SPLITS_FILE,
+            self.fold,
+            labeled,
+            preprocessed_cases(labeled),
+            train_all=train_all(plans.dataset_name, configuration, plans.plans_name, trainer_name),
+        )
+        for note in notes:
+            log(f"WARNING: {note}")
+
+    def preprocess(self, configuration: str, log: Callable[..., None]) -> None:
+        """Bring the cases of imagesUn up to date for a configuration; ``log`` is nnU-Net's print_to_log_file."""
+        report = preprocess_unlabeled(
+            raw_dataset_folder=self.raw,
+            preprocessed_dataset_folder=self.preprocessed,
+            plans_manager=self.plans_manager,
+            configuration=configuration,
+            dataset_json=self.dataset_json,
+            num_processes=min(default_num_processes, os.cpu_count() or 1),
+            log=log,
+        )
+        if report.done or report.removed or report.failed or report.warnings:
+            log(report.table(), add_timestamp=False)
+
+    def collect(self, configuration: str) -> list[UnlabeledCase]:
+        """The fold's unlabeled cases, as they are preprocessed for a configuration."""
+        manager = self.plans_manager.get_configuration(configuration)
+        return collect_unlabeled_cases(self.preprocessed, manager.data_identifier, self.fold)
+
+
+def prepare_unlabeled_cases(
+    source: UnlabeledSource,
+    configuration: str,
+    *,
+    split: Callable[[], tuple[list[str], list[str]]],
+    allow_transductive: bool,
+    first_rank: bool,
+    wait: Callable[[], None],
+    log: Callable[..., None],
+) -> list[UnlabeledCase]:
+    """The unlabeled cases of a training; the first rank does the work, the others wait for it.
+
+    Args:
+        source: where they come from.
+        configuration: that is trained.
+        split: returns the fold's labeled cases for training and for validation.
+        allow_transductive: see :func:`~nnunet_ssl.data.leak_guard.check_leaks`.
+        first_rank: whether this process is the first of those that train together.
+        wait: returns when all ranks have called it.
+        log: nnU-Net's print_to_log_file.
+
+    Raises:
+        UserError: there is no unlabeled case, or one is a validation case.
+    """
+    if first_rank:
+        source.preprocess(configuration, log)
+        cases = source.collect(configuration)
+        if not cases:
+            raise UserError(
+                no_unlabeled_cases_message(source.raw or Path("nnUNet_raw"), source.preprocessed, source.fold)
+            )
+        train, val = split()
+        manager = source.plans_manager.get_configuration(configuration)
+        check_leaks(
+            unlabeled=cases,
+            labeled_folder=source.preprocessed / manager.data_identifier,
+            train=train,
+            val=val,
+            allow_transductive=allow_transductive,
+            log=log,
+        )
+        log(f"{len(cases)} unlabeled cases, {len(train)} labeled cases")
+    wait()
+    # A file is read for every case: not twice by the same process.
+    return cases if first_rank else source.collect(configuration)

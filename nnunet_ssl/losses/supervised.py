@@ -1,0 +1,56 @@
+"""Dice plus cross-entropy of a label on a part of the voxels, such as the two parts of a mixed image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nnunet_ssl.distributed import num_processes, sum_over_ranks
+from nnunet_ssl.losses.dice import masked_dice_loss
+from nnunet_ssl.losses.probabilities import foreground_probabilities, one_resolution
+
+
+def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy over the masked voxels; of regions, binary cross-entropy channel by channel.
+
+    Args:
+        logits: (B, C, *spatial).
+        label: classes (B, 1, *spatial), integer, or regions (B, C, *spatial), bool.
+        mask: (B, 1, *spatial), or (B, C, *spatial) for regions, bool; None counts all voxels.
+
+    Returns:
+        A scalar, float32; 0 where the mask is empty.
+
+    >>> masked_cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, dtype=torch.int64))
+    tensor(0.6931)
+    """
+    logits = one_resolution(logits).float()
+    if label.dtype == torch.bool:
+        loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
+    else:
+        loss = functional.cross_entropy(logits, label[:, 0].long(), reduction="none")[:, None]
+    if mask is None:
+        return loss.mean()
+    counted = mask.expand_as(loss)
+    # Of several processes each has a part of the batch, and the mean over them is the loss.
+    return num_processes() * (loss * counted).sum() / sum_over_ranks(counted.sum()).clamp(min=1)
+
+
+def dice_and_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
+    """(D + CE) / 2 over the masked voxels: :func:`masked_dice_loss` and :func:`masked_cross_entropy`.
+
+    Args:
+        logits: (B, C, *spatial).
+        label: classes (B, 1, *spatial), integer, or regions (B, C, *spatial), bool.
+        mask: (B, 1, *spatial), bool.
+
+    Returns:
+        A scalar, float32.
+
+    >>> sure = torch.tensor([[[-9.0, 9.0], [9.0, -9.0]]])
+    >>> float(dice_and_cross_entropy(sure, torch.tensor([[[1, 0]]]), torch.ones(1, 1, 2, dtype=torch.bool))) < 1e-3
+    True
+    """
+    p = foreground_probabilities(logits, regions=label.dtype == torch.bool)
+    return (masked_dice_loss(p, label, mask) + masked_cross_entropy(logits, label, mask)) / 2

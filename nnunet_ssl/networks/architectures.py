@@ -1,0 +1,112 @@
+"""Which networks can be trained here, and what plans may name."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+from collections.abc import Callable
+from typing import TypeAlias
+
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_ssl.errors import UserError
+
+UNet: TypeAlias = PlainConvUNet | ResidualEncoderUNet
+"""The networks of nnU-Net that can be trained here."""
+
+SUPPORTED = {architecture.__name__: architecture for architecture in (PlainConvUNet, ResidualEncoderUNet)}
+"""Their classes, by name."""
+
+_HOMES_OF_LAYERS = ("torch.nn.", "dynamic_network_architectures.")
+
+
+def build_unet(
+    build: Callable[..., nn.Module],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool = True,
+) -> UNet:
+    """Build a trainer's network, if plans and trainer make one that can be trained here.
+
+    Args:
+        build: the trainer class's ``build_network_architecture``.
+        plans_manager: the arguments of ``build`` from here on are nnU-Net's own.
+        configuration_manager: see ``plans_manager``.
+        num_input_channels: see ``plans_manager``.
+        num_output_channels: see ``plans_manager``.
+        enable_deep_supervision: see ``plans_manager``.
+
+    Raises:
+        UserError: see :func:`check_architecture`.
+        NotImplementedError: the network is none of nnU-Net's U-Nets, or ``build`` has nnU-Net's old signature.
+    """
+    check_architecture(configuration_manager)
+    if "plans_manager" not in inspect.signature(build).parameters:
+        raise NotImplementedError(
+            f"{build.__qualname__} has nnU-Net's old signature. Change it to (plans_manager, configuration_manager, "
+            f"num_input_channels, num_output_channels, enable_deep_supervision)."
+        )
+    try:
+        network = build(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+    except TypeError as error:
+        # nnU-Net builds what the plans name with deep supervision, which others than its U-Nets do not know.
+        named = configuration_manager.network_arch_class_name.rsplit(".", 1)[-1]
+        if named in SUPPORTED:
+            raise
+        raise unsupported(named) from error
+    return check_supported(network)
+
+
+def check_supported(network: nn.Module) -> UNet:
+    """The network, if it has an encoder and a decoder that can be run apart.
+
+    Raises:
+        NotImplementedError: it is none of nnU-Net's U-Nets.
+    """
+    if isinstance(network, tuple(SUPPORTED.values())):
+        return network
+    raise unsupported(type(network).__name__)
+
+
+def check_architecture(configuration: ConfigurationManager) -> None:
+    """Refuse plans that name anything but networks and layers, before a network is built from them.
+
+    nnU-Net looks these names up in all of Python and calls what it finds: in a plans file from elsewhere,
+    ``"nonlin": "os.system"`` would be a command.
+
+    Raises:
+        UserError: a name is none of a network or layer of PyTorch or of dynamic_network_architectures.
+    """
+    options = configuration.network_arch_init_kwargs
+    named = {name: options.get(name) for name in configuration.network_arch_init_kwargs_req_import}
+    for entry, name in {"network_class_name": configuration.network_arch_class_name, **named}.items():
+        if name is not None and not _is_layer(name):
+            raise UserError(
+                f"The plans' architecture has {entry} = {name!r}, which is no network or layer of torch.nn or "
+                "dynamic_network_architectures. nnU-Net would import and call it, whatever it is. If the plans come "
+                "from elsewhere, do not use them (SECURITY.md)."
+            )
+
+
+def _is_layer(name: object) -> bool:
+    if not isinstance(name, str) or not name.startswith(_HOMES_OF_LAYERS):
+        return False
+    # A path through modules can lead out of the package again, to what one of them imports.
+    found = pydoc.locate(name)
+    if found is None:
+        return True  # nnU-Net then looks for it in dynamic_network_architectures
+    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(_HOMES_OF_LAYERS)
+
+
+def unsupported(architecture: str) -> NotImplementedError:
+    """What to raise for an architecture that is none of nnU-Net's U-Nets."""
+    return NotImplementedError(
+        f"Semi-supervised training needs a network with an encoder and a decoder that it can run apart. The trainer "
+        f"and its plans make a {architecture}; supported are {' and '.join(SUPPORTED)}."
+    )

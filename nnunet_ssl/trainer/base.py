@@ -1,0 +1,762 @@
+"""The base of all methods: nnU-Net's trainer with an unlabeled stream.
+
+nnU-Net keeps planning, preprocessing, augmentation, the epoch loop, validation and inference. This file adds what a
+step needs: a second loader, passes of many streams, named loss terms with a schedule, and their log.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar, NamedTuple, cast
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import nnunet_ssl
+from nnunet_ssl.data.cases import UnlabeledCase, folder_name
+from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
+from nnunet_ssl.data.predicted_foreground import PredictedForeground
+from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
+from nnunet_ssl.data.previous_stage import PreviousStage
+from nnunet_ssl.data.views import UnlabeledViews, WithWeakView, flat
+from nnunet_ssl.distributed import alone, device_of_this_process, long_timeout_group, on_all_ranks
+from nnunet_ssl.errors import MethodError, UserError
+from nnunet_ssl.evaluation.class_shares import mean_share
+from nnunet_ssl.evaluation.curves import save_training_curves
+from nnunet_ssl.networks.architectures import UNet, build_unet
+from nnunet_ssl.networks.checkpoints import differences, read_checkpoint, write_checkpoint
+from nnunet_ssl.networks.passes import Outputs
+from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
+from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.processes import Sigterm, derived_seed, handled_sigterm, seed_this_process
+from nnunet_ssl.settings import SemiSupervisedSettings, TeacherSettings
+from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
+from nnunet_ssl.trainer.checkpoint import CHECKPOINT_KEY, load_networks, own_entry, plain, read_to_continue
+from nnunet_ssl.trainer.epoch_log import EpochLog
+from nnunet_ssl.trainer.gradients import SUPERVISED, FallBack, MemoryMode, StepGradients, without_wrappers
+from nnunet_ssl.trainer.loaders import Loaders, augmented, loader_of, restart
+from nnunet_ssl.trainer.memory import log_memory
+from nnunet_ssl.trainer.optimizer import GuardedOptimizer
+from nnunet_ssl.trainer.predictions import Predictions
+
+
+class _StepNumbers(NamedTuple):
+    """What the host gets to know of a step.
+
+    Attributes:
+        terms: by name.
+        gradient: the norm of the gradients.
+        stop: whether to stop after this step.
+        voxels: what :meth:`~nnunet_ssl.trainer.predictions.Predictions.draw` drew.
+    """
+
+    terms: dict[str, float]
+    gradient: float
+    stop: bool
+    voxels: NDArray[np.int32] | None
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with unlabeled data. A method derives from it and overrides the hooks below.
+
+    Hooks: ``settings_class``, :meth:`unlabeled_views`, :meth:`streams`, :meth:`images`, :meth:`loss_terms`,
+    :meth:`loss_weights`; and where needed :meth:`build_training_network`, :meth:`labeled_targets`, :meth:`stages` with
+    :meth:`stage`, :meth:`prepare` and :meth:`after_optimizer_step`.
+
+    The constructor's arguments are nnU-Net's own, which reads them back by name from a checkpoint. Settings come from
+    the plans (:mod:`nnunet_ssl.settings`).
+
+    Raises:
+        UserError: the plans hold a setting that is unknown or out of range, or a path where a name should be.
+
+    Attributes:
+        settings: the method's settings.
+        current_stage: the one of :meth:`stages` that the present step belongs to.
+        step_gradients: computes the gradients of a step; made by :meth:`initialize`.
+    """
+
+    settings_class: ClassVar[type[SemiSupervisedSettings]] = SemiSupervisedSettings
+    training_epochs: ClassVar[int | None] = None
+
+    # nnU-Net's own, which are not annotated there.
+    is_ddp: bool
+    device: torch.device
+    grad_scaler: Any
+    network: Any
+
+    step_gradients: StepGradients
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
+    ) -> None:
+        for key in ("dataset_name", "plans_name"):
+            folder_name(plans[key], key)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp:
+            # nnU-Net takes the GPU whose number is the rank, which on a second machine is none.
+            self.device = device_of_this_process(device)
+            self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
+        self.settings = self.settings_class.from_plans(self.configuration_manager.configuration)
+        if self.training_epochs is not None:
+            self.num_epochs = self.training_epochs
+        # nnU-Net's inference calls build_network_architecture on the class and gets the stock network; training calls
+        # it on the instance.
+        self.build_network_architecture = self.build_network_for_training
+        # A trainer that has its own augmentation overrides this on the class.
+        self.get_training_transforms = self._training_transforms
+        self.extra_targets = self.labeled_targets()
+        self.dataloader_unlabeled: Iterator[Any] | None = None
+        self.loaders = Loaders()
+        self.epoch_log = EpochLog(
+            lambda: self.logger.local_logger.my_fantastic_logging,
+            self.logger.log,
+            self.print_to_log_file,
+            counts_skipped_steps=self.grad_scaler is not None,
+        )
+        self.current_stage = self.stages()[0]
+        self._unlabeled_dataset: UnlabeledDataset | None = None
+        labels = self.label_manager
+        self.predictions = Predictions(self.epoch_log.record, () if labels.has_regions else labels.foreground_labels)
+        self._steps_in_epoch = 0
+        self._sigterm = Sigterm()
+
+    # ---- hooks of a method ------------------------------------------------------------------------------------------
+
+    def build_training_network(self, network: UNet) -> TrainingNetwork:
+        """Wrap nnU-Net's network with what training needs."""
+        return TrainingNetwork(network)
+
+    def unlabeled_views(self) -> Views:
+        """Which views the unlabeled loader yields: by default the weak one alone."""
+        return Views()
+
+    def labeled_targets(self) -> Mapping[str, LabeledTarget]:
+        """What the labeled loader's workers compute in addition to nnU-Net's targets; nothing by default.
+
+        They are made of a batch after nnU-Net's own transforms, and ``LabeledBatch.extra`` then has them under their
+        names. Called by the constructor.
+        """
+        return {}
+
+    def stages(self) -> tuple[str, ...]:
+        """The names of the training's stages, in their order; one by default. Called by the constructor.
+
+        A stage may have streams and terms of its own: :meth:`streams`, :meth:`images` and :meth:`loss_terms` look at
+        ``self.current_stage``. A term that a stage does not have is logged as nan.
+        """
+        return ("training",)
+
+    def stage(self, progress: float) -> str:
+        """Which of :meth:`stages` a step belongs to, by the share of the planned training that is done."""
+        return self.stages()[0]
+
+    def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> Any:
+        """What a step draws or computes once, before its passes: boxes, partners, noise, a teacher's prediction.
+
+        The result is handed to :meth:`images` and :meth:`loss_terms`. It carries no gradient. Passes in addition to
+        the step's streams, such as repeated ones of a teacher, are made with :meth:`without_gradient`.
+        """
+        return None
+
+    def streams(self) -> dict[str, Stream]:
+        """The passes of a step, by name, in the order in which :meth:`loss_terms` asks for them."""
+        raise NotImplementedError
+
+    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any) -> dict[str, Tensor]:
+        """The images that the streams name, (N, C, *patch size): of one size, but for N."""
+        raise NotImplementedError
+
+    def loss_terms(
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield named, unweighted parts of the loss; parts of one name add up to its term. One term is ``supervised``.
+
+        A part may use the outputs that were asked for since the last yield, and detached values of earlier ones: with
+        little memory, a stream's graph is gone once its part was yielded.
+        """
+        raise NotImplementedError
+
+    def loss_weights(self, progress: float) -> dict[str, float]:
+        """The weight of every term, where ``progress`` in [0, 1] is the share of the planned training that is done."""
+        raise NotImplementedError
+
+    def after_optimizer_step(self) -> None:
+        """Called after each step of the optimizer, but not after one that the gradient scaler skipped.
+
+        By default the teacher follows the student, where there is one.
+        """
+        if self.training_network.has_teacher:
+            assert isinstance(self.settings, TeacherSettings)
+            self.training_network.update_teacher(self.settings.ema_decay)
+
+    # ---- for methods to call ----------------------------------------------------------------------------------------
+
+    @property
+    def num_structures(self) -> int:
+        """Number of foreground classes, or of regions."""
+        return self.label_manager.num_segmentation_heads - (0 if self.label_manager.has_regions else 1)
+
+    def supervised_loss(self, output: Any, target: Any) -> Tensor:
+        """nnU-Net's own loss for the dataset: Dice and cross-entropy, or Dice and BCE for regions, ignore label and
+        deep supervision included. **[choice]** The papers use Dice (and cross-entropy) on the full resolution alone.
+        """
+        return self.loss(output, target)
+
+    def without_gradient(self, image: Tensor, stream: Stream) -> StreamOutput:
+        """One pass in addition to the step's streams, for :meth:`prepare`.
+
+        Args:
+            image: (N, C, *patch size).
+            stream: says which network, decoder and dropout; what it calls its image does not matter.
+        """
+        return self.step_gradients.without_gradient(image, stream)
+
+    def known_voxels(self, labeled: LabeledBatch) -> Tensor | None:
+        """Where the label is not the ignore label: (B, 1, *patch size), bool; None for a dataset without one."""
+        labels, target = self.label_manager, labeled.full_resolution
+        if not labels.has_ignore_label:
+            return None
+        return target[:, -1:] == 0 if labels.has_regions else target != labels.ignore_label
+
+    def label_of(self, labeled: LabeledBatch) -> Tensor:
+        """The label as losses and pseudo-labels have it: classes (B, 1, *patch size), or regions (B, R, *patch size),
+        bool. Voxels with the ignore label are background: :meth:`known_voxels` says where they are.
+        """
+        labels, target = self.label_manager, labeled.full_resolution
+        if labels.has_regions:
+            return target[:, : labels.num_segmentation_heads] > 0
+        return target.masked_fill(target == labels.ignore_label, 0) if labels.has_ignore_label else target
+
+    def record(self, name: str, count: Tensor, total: Tensor) -> None:
+        """Log the ratio of two counts, summed over the epoch: see :meth:`EpochLog.record`."""
+        self.epoch_log.record(name, count, total)
+
+    def record_prediction(self, logits: Logits) -> None:
+        """Count what is predicted on unlabeled images, for the log and the warning of a collapse, and where later
+        patches are cropped. Call it once a step.
+
+        Args:
+            logits: (U, C, *spatial), of the stream whose predictions are pseudo-labels; with deep supervision the list.
+        """
+        self.predictions.count(logits[0] if isinstance(logits, list) else logits)
+
+    def _record_labels(self, labeled: LabeledBatch) -> None:
+        # nnU-Net centers the last patches of a batch on foreground; unlabeled ones are cropped anywhere.
+        anywhere = 1.0 if self.probabilistic_oversampling else 1 - self.oversample_foreground_percent
+        patches = round(len(labeled.image) * anywhere)
+        known = self.known_voxels(labeled)
+        self.predictions.count_labeled(self.label_of(labeled)[:patches], None if known is None else known[:patches, 0])
+
+    # ---- network ----------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """As nnU-Net; of several processes, each with its share of the batch and with the device it was given."""
+        if self.settings.seed is not None:
+            seed_this_process(derived_seed(self.settings.seed))
+        distributed, self.is_ddp = self.is_ddp, False
+        try:
+            super().initialize()
+        finally:
+            self.is_ddp = distributed
+        if distributed:
+            self._distribute()
+        self.prepare_steps()
+
+    def prepare_steps(self) -> None:
+        """Make what computes the steps, of the network, the gradient scaler and the optimizer as they are now."""
+        mode: MemoryMode | str = self.settings.memory_mode
+        automatic = mode == "auto"
+        if automatic:
+            mode = "split" if self.device.type == "cpu" else "stacked"
+        fall_back = FallBack(self.optimizer, self.epoch_log, self._without_other_ranks, self.print_to_log_file)
+        self.step_gradients = StepGradients(
+            self,
+            self.network,
+            device=self.device,
+            memory_mode=cast(MemoryMode, mode),
+            grad_scaler=self.grad_scaler,
+            distributed=self.is_ddp,
+            fall_back=fall_back if automatic else None,
+        )
+        self.guarded_optimizer = GuardedOptimizer(self.optimizer, self.network.parameters(), self.grad_scaler)
+
+    def _distribute(self) -> None:
+        self._long_timeout_group = long_timeout_group()
+        self._set_batch_size_and_oversample()
+        self.loss = self._build_loss()
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network) if self.device.type == "cuda" else self.network
+        # Buffers are the same on all ranks by what they are made of. Broadcast in every forward, they would make ranks
+        # wait for each other that validate unlike numbers of patches.
+        devices = [self.device] if self.device.type == "cuda" else None
+        self.network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
+    def build_network_for_training(
+        self,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> TrainingNetwork:
+        """Called in place of ``build_network_architecture``, with its arguments: the network that is trained."""
+        arguments = (num_input_channels, num_output_channels, enable_deep_supervision)
+        unet = build_unet(self._stock_builder, plans_manager, configuration_manager, *arguments)
+        network = self.build_training_network(unet)
+        network.set_activation_checkpointing(self.settings.activation_checkpointing)
+        if network.has_teacher and not isinstance(self.settings, TeacherSettings):
+            raise MethodError(
+                f"{type(self).__name__} has a teacher, so its settings have to derive from TeacherSettings, which say "
+                f"how the teacher moves and who predicts; {type(self.settings).__name__} do not."
+            )
+        return network
+
+    @property
+    def _stock_builder(self) -> Callable[..., nn.Module]:
+        return getattr(type(self), "build_network_architecture")  # noqa: B009 - shadowed on the instance
+
+    @property
+    def training_network(self) -> TrainingNetwork:
+        """The network without the wrappers of DDP and ``torch.compile``."""
+        return without_wrappers(self.network)
+
+    # ---- unlabeled data ---------------------------------------------------------------------------------------------
+
+    @property
+    def unlabeled_batch_size(self) -> int:
+        """U, the unlabeled patches of a step: the plan's batch size, at least 2 since CutMix needs a partner.
+
+        Several processes share them equally, each with at least 2.
+        """
+        return self.settings.unlabeled_batch_size or max(2, self.configuration_manager.batch_size)
+
+    @property
+    def unlabeled_patches(self) -> int:
+        """The unlabeled patches of a step that this process has."""
+        world_size = dist.get_world_size() if self.is_ddp else 1
+        return max(2, -(-self.unlabeled_batch_size // world_size))
+
+    def on_train_start(self) -> None:
+        """Check the fold, preprocess and check the unlabeled cases, then start as nnU-Net does.
+
+        Raises:
+            UserError: the fold cannot be trained, or there is no unlabeled case, or one that is a validation case.
+        """
+        # Of several processes, none has let nnU-Net write a split file yet: that comes after the network's wrapping.
+        if self.local_rank == 0:
+            self._unlabeled_source.check_fold(self.configuration_name, type(self).__name__, self.print_to_log_file)
+        if not self.was_initialized:
+            self.initialize()
+        self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
+        if self.is_ddp:
+            # All processes start with PyTorch's default seed, and would draw the same dropout and noise.
+            torch.manual_seed(torch.initial_seed() + dist.get_rank())
+        start_split = log_memory(self)
+        if self.step_gradients.memory_mode == "stacked" and not on_all_ranks(not start_split, self.device):
+            self.step_gradients.memory_mode = "split"
+        self.print_to_log_file(f"Memory mode: {self.step_gradients.memory_mode}")
+        cases = prepare_unlabeled_cases(
+            self._unlabeled_source,
+            self.configuration_name,
+            split=self.do_split,
+            allow_transductive=self.settings.allow_transductive,
+            first_rank=self.local_rank == 0,
+            wait=self._wait_for_all_ranks,
+            log=self.print_to_log_file,
+        )
+        previous_stage = self._segment_by_previous_stage(cases) if self.is_cascaded else None
+        self._unlabeled_dataset = UnlabeledDataset(cases, previous_stage)
+        super().on_train_start()
+        # From here on there is something to save first.
+        self._sigterm.held = True
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """As nnU-Net; a fold without validation cases has its training cases in their place, as fold all has."""
+        train, val = super().do_split()
+        return train, val if len(val) else train
+
+    @property
+    def _unlabeled_source(self) -> UnlabeledSource:
+        # A machine that only trains may have the preprocessed data alone.
+        raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
+        preprocessed = Path(self.preprocessed_dataset_folder_base)
+        return UnlabeledSource(raw, preprocessed, self.plans_manager, self.dataset_json, self.fold)
+
+    def _segment_by_previous_stage(self, cases: list[UnlabeledCase]) -> Path:
+        """In a cascade: the folder of the previous stage's segmentations of the unlabeled cases, complete."""
+        source = self._unlabeled_source
+        name = folder_name(self.configuration_manager.previous_stage_name, "previous_stage")
+        results = Path(self.folder_with_segs_from_previous_stage)
+        stage = PreviousStage(results, name, self.configuration_name, type(self).__name__)
+        train, val = self.do_split()
+        checkpoint_file = stage.checkpoint(source, [*train, *val])
+        network, checkpoint = self._network_of_previous_stage(name, checkpoint_file, stage.to_do(source))
+        # After all that may be refused: it can take hours.
+        if self.local_rank == 0:
+            source.preprocess(name, self.print_to_log_file)
+        self._wait_for_all_ranks()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.is_ddp else (0, 1)
+        folder = stage.segment(
+            cases[rank::world_size],
+            source,
+            checkpoint_file,
+            network=network,
+            mirroring_axes=checkpoint["inference_allowed_mirroring_axes"],
+            log=self.print_to_log_file,
+        )
+        self._wait_for_all_ranks()
+        return folder
+
+    def _network_of_previous_stage(self, name: str, file: Path, to_do: str) -> tuple[nn.Module, dict[str, Any]]:
+        manager = self.plans_manager.get_configuration(name)
+        channels = determine_num_input_channels(self.plans_manager, manager, self.dataset_json)
+        heads = self.label_manager.num_segmentation_heads
+        network = build_unet(self._stock_builder, self.plans_manager, manager, channels, heads, False)
+        try:
+            checkpoint = read_checkpoint(file)
+        except UserError as error:
+            raise UserError(f"{to_do} {error}") from None
+        if unlike := differences(checkpoint["network_weights"], network.state_dict()):
+            raise UserError(f"{to_do} {file} is of another network: {'; '.join(unlike)}.")
+        network.load_state_dict(checkpoint["network_weights"])
+        return network.to(self.device).eval(), checkpoint
+
+    def _wait_for_all_ranks(self) -> None:
+        if self.is_ddp:
+            dist.barrier(group=self._long_timeout_group)
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's two loaders; that of unlabeled batches is started with them."""
+        train, val = super().get_dataloaders()
+        # From here on they are ended whatever happens.
+        self.loaders = Loaders({"training": train, "validation": val})
+        if self.extra_targets:
+            # nnU-Net's loaders can take this, but nnU-Net has started their workers without.
+            train.transform = AddTargets(self.extra_targets)
+            restart(train)
+        assert self._unlabeled_dataset is not None
+        labeled, views = loader_of(train), self.unlabeled_views()
+        loader = UnlabeledDataLoader(
+            labeled,
+            self._unlabeled_dataset,
+            self.unlabeled_patches,
+            views=UnlabeledViews(
+                labeled.transforms,
+                strong=views.strong,
+                augmented=views.augmented,
+                normalization_schemes=self.configuration_manager.normalization_schemes,
+                intensity_properties=self.plans_manager.foreground_intensity_properties_per_channel,
+            ),
+            cutmix=views.cutmix,
+            foreground=self._predicted_foreground(),
+            foreground_share=self.settings.foreground_crops,
+        )
+        ranks = dist.get_world_size() if self.is_ddp else 1
+        workers = unlabeled_workers(get_allowed_n_proc_DA(), (os.cpu_count() or 1) // ranks)
+        self.dataloader_unlabeled = augmented(loader, workers, pin_memory=self.device.type == "cuda")
+        self.loaders = Loaders({"training": train, "validation": val, "unlabeled": self.dataloader_unlabeled})
+        if self.settings.seed is not None:
+            rank = dist.get_rank() if self.is_ddp else 0
+            self.loaders.seed(self.settings.seed, rank=rank, epoch=self.current_epoch)
+        next(self.dataloader_unlabeled)
+        self.loaders.watch()
+        return train, val
+
+    def _predicted_foreground(self) -> PredictedForeground | None:
+        self.predictions.foreground = None
+        if self.settings.foreground_crops == 0:
+            return None
+        if self.settings.seed is not None and get_allowed_n_proc_DA() > 0:
+            # What a worker has seen of the training when it crops a patch depends on the time.
+            self.print_to_log_file(
+                "With a seed and workers (nnUNet_n_proc_DA), unlabeled patches are cropped anywhere, also where a "
+                "class is rare: foreground_crops has no effect."
+            )
+            return None
+        assert self._unlabeled_dataset is not None
+        self.predictions.foreground = PredictedForeground(self._unlabeled_dataset.identifiers, self.num_structures)
+        self._update_rare()
+        return self.predictions.foreground
+
+    def _update_rare(self) -> None:
+        """Which classes fewer labeled patches hold than nnU-Net centers on foreground, by all epochs so far."""
+        foreground, epochs = self.predictions.foreground, self.epoch_log.history("patches/labeled_per_class")
+        if foreground is not None and epochs and foreground.choose_rare(mean_share(epochs).tolist()):
+            named = ", ".join(str(number + 1) for number in foreground.rare) or "none"
+            self.print_to_log_file(
+                f"Classes or regions that fewer than a third of the labeled patches hold: {named}. Of the unlabeled "
+                f"patches, {self.settings.foreground_crops:.0%} are centered where the network predicts such a class"
+            )
+
+    def _training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        stock_transforms = getattr(type(self), "get_training_transforms")  # noqa: B009 - shadowed on the instance
+        transforms = stock_transforms(*args, **kwargs)
+        return WithWeakView(flat(transforms)) if self.unlabeled_views().weak_labeled else transforms
+
+    def run_training(self) -> None:
+        """Train as nnU-Net does, and stop all worker processes whatever happens: it stops its own two at a good end.
+
+        Raises:
+            SystemExit: SIGTERM came; with code 143, after a checkpoint from which ``--c`` goes on.
+            RuntimeError: a worker was killed, a term is not finite, or a checkpoint could not be written.
+        """
+        with handled_sigterm() as self._sigterm:
+            try:
+                super().run_training()
+            except RuntimeError as error:
+                killed = self.loaders.killed()
+                if self._sigterm.came and "workers" in str(error):
+                    # The signal went to the workers too, and they ended first.
+                    self._stop_at_sigterm()
+                if not killed:
+                    raise
+                raise RuntimeError(
+                    f"Training stops in epoch {self.current_epoch}: {'; '.join(killed)}. The system does that when "
+                    f"memory runs out. Use fewer workers (environment variable nnUNet_n_proc_DA, "
+                    f"{get_allowed_n_proc_DA()} now) and go on with --c; the last checkpoint is untouched."
+                ) from error
+            finally:
+                self.loaders.finish()
+
+    def _stop_at_sigterm(self) -> None:
+        file = Path(self.output_folder) / "checkpoint_latest.pth"
+        self.write_checkpoint_of_epoch(str(file), next_epoch=self.current_epoch)
+        self.print_to_log_file(
+            f"SIGTERM in epoch {self.current_epoch}, after {self._steps_in_epoch} steps of it: stopped, weights are in "
+            f"{file}. --c goes on from these weights at the start of the epoch."
+        )
+        raise SystemExit(128 + signal.SIGTERM)
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Share of the planned training that is done, in [0, 1]."""
+        return (self.current_epoch + self._steps_in_epoch / self.num_iterations_per_epoch) / self.num_epochs
+
+    def next_batches(self, batch: dict) -> tuple[LabeledBatch, UnlabeledBatch]:
+        """A step's two batches on the device: nnU-Net's labeled one, and the unlabeled loader's next."""
+        assert self.dataloader_unlabeled is not None
+        weak = self.unlabeled_views().weak_labeled
+        deep_supervision = self.enable_deep_supervision
+        labeled = LabeledBatch.from_loader(batch, self.device, deep_supervision=deep_supervision, weak=weak)
+        start = perf_counter()
+        unlabeled = next(self.dataloader_unlabeled)
+        self.epoch_log.seconds_waiting += perf_counter() - start
+        return labeled, UnlabeledBatch.from_loader(unlabeled, self.device)
+
+    def train_step(self, batch: dict) -> dict:
+        """One step on a labeled batch and an unlabeled one.
+
+        Returns:
+            ``loss``, the supervised term, which nnU-Net draws with the validation loss, and all terms by name.
+
+        Raises:
+            RuntimeError: a term is not finite; the text names it and the cases of the batch.
+        """
+        labeled, unlabeled = self.next_batches(batch)
+        self.predictions.begin(unlabeled)
+        self._enter_stage()
+        weights = self.loss_weights(self.progress)
+        prepared = self.prepare(labeled, unlabeled)
+        terms = self.step_gradients(labeled, unlabeled, prepared, weights)
+        self._record_labels(labeled)
+
+        norm = self.guarded_optimizer.clip()
+        moved = self.guarded_optimizer.step_scaled()
+        found = self._read(terms, norm)
+        cases = f"labeled {', '.join(labeled.keys)}; unlabeled {', '.join(unlabeled.keys)}"
+        moved |= self.guarded_optimizer.check_and_step(
+            found.terms, found.gradient, cases=cases, epoch=self.current_epoch
+        )
+        if moved:
+            self.after_optimizer_step()
+        else:
+            self.epoch_log.skipped_steps += 1
+        if found.voxels is not None:
+            self.predictions.remember(found.voxels, self.configuration_manager.patch_size)
+        self._steps_in_epoch += 1
+        if found.stop:
+            self._stop_at_sigterm()
+        return {
+            "loss": found.terms[SUPERVISED],
+            "loss/total": sum(weights[name] * value for name, value in found.terms.items()),
+            **{f"loss/{name}": value for name, value in found.terms.items()},
+            **{f"weight/{name}": weights[name] for name in found.terms},
+        }
+
+    def _enter_stage(self) -> None:
+        stage = self.stage(self.progress)
+        if stage not in self.stages():
+            raise MethodError(f"stage() returns {stage!r}, which is none of stages(): {', '.join(self.stages())}.")
+        if stage != self.current_stage:
+            self.current_stage = stage
+            self.step_gradients.begin_stage()
+            self.print_to_log_file(f"Stage {stage}")
+
+    def _read(self, terms: Mapping[str, Tensor], norm: Tensor) -> _StepNumbers:
+        """All that the host needs of a step, in one transfer, as nnU-Net makes one for its loss.
+
+        Of several processes the means of terms and norms, and a signal that came to any.
+        """
+        numbers = torch.stack([*terms.values(), norm.float()])
+        stop = self._sigterm.came
+        if self.is_ddp:
+            # Then all ranks stop at a term that is not finite on one, and at a signal that came to one.
+            numbers = torch.cat((numbers, numbers.new_full((1,), float(stop))))
+            dist.all_reduce(numbers)
+            numbers /= dist.get_world_size()
+        voxels = self.predictions.draw()
+        parts = [numbers.view(torch.int32), *([] if voxels is None else [voxels.flatten()])]
+        found = torch.cat(parts).cpu().numpy()
+        values = found[: len(numbers)].view(np.float32)
+        return _StepNumbers(
+            dict(zip(terms, values, strict=False)),
+            float(values[len(terms)]),
+            stop or bool(values[len(terms) + 1 :].any()),
+            None if voxels is None else found[len(numbers) :].reshape(voxels.shape),
+        )
+
+    @contextmanager
+    def _without_other_ranks(self) -> Iterator[None]:
+        """Within, steps have no collective: a rank that runs out of memory would leave the others waiting in it."""
+        if not self.is_ddp:
+            yield
+            return
+        loss, self.is_ddp = self.loss, False
+        try:
+            self.loss = self._build_loss()
+            self.is_ddp = True
+            with alone(), self.network.no_sync():
+                yield
+        finally:
+            self.is_ddp, self.loss = True, loss
+
+    # ---- log --------------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """As nnU-Net, with the counters of an epoch set to zero."""
+        super().on_train_epoch_start()
+        self._steps_in_epoch = 0
+        self.epoch_log.start()
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the epoch's means of all terms and their weights, and what the method recorded."""
+        super().on_train_epoch_end(train_outputs)
+        self.epoch_log.finish(self.current_epoch, train_outputs, dist.all_reduce if self.is_ddp else None)
+        self._update_rare()
+
+    def on_epoch_end(self) -> None:
+        """As nnU-Net, and draw progress_ssl.png beside its progress.png."""
+        super().on_epoch_end()
+        if self.local_rank == 0:
+            save_training_curves(
+                Path(self.output_folder) / "progress_ssl.png",
+                self.logger.local_logger.my_fantastic_logging,
+                title=f"{type(self).__name__}, {self.plans_manager.dataset_name}, fold {self.fold}",
+            )
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint with one more entry, ``ssl``; a kill leaves the old file or the new one, whole.
+
+        ``network_weights`` are those of nnU-Net's own network under its own names, so that stock nnU-Net predicts
+        with the file once its trainer name is changed. All else is tensors and plain values.
+        """
+        self.write_checkpoint_of_epoch(filename, next_epoch=self.current_epoch + 1)
+
+    def write_checkpoint_of_epoch(self, filename: str, *, next_epoch: int) -> None:
+        """Write a checkpoint from which ``--c`` goes on with ``next_epoch``.
+
+        Raises:
+            RuntimeError: it cannot be written; what was in its place before is untouched.
+        """
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = {
+            "network_weights": self.training_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": {key: plain(values[:next_epoch]) for key, values in self.logger.get_checkpoint().items()},
+            "_best_ema": self._best_ema_so_far(),
+            "current_epoch": next_epoch,
+            # nnU-Net keeps the device itself, which older PyTorch does not read with weights_only.
+            "init_args": {**self.my_init_kwargs, "device": str(self.device)},
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            CHECKPOINT_KEY: own_entry(self.training_network, self.settings),
+        }
+        target = Path(filename)
+        try:
+            # Aside under one name, so that what a kill leaves there is overwritten by the next.
+            write_checkpoint(checkpoint, target, aside=Path(f"{filename}.partial"), durable=True)
+        except OSError as error:
+            free = shutil.disk_usage(target.parent).free / 2**20 if target.parent.is_dir() else 0
+            raise RuntimeError(
+                f"The checkpoint {filename} could not be written ({error}); {free:.0f} MiB are free there. What was "
+                f"in its place before is untouched. Make room, then go on with --c."
+            ) from error
+
+    def _best_ema_so_far(self) -> float | None:
+        # nnU-Net writes checkpoint_latest before it compares the epoch's value with the best one. Continued from
+        # there, it would take the next epoch for the best.
+        values = [float(value) for value in self.logger.get_value("ema_fg_dice", step=None) if np.isfinite(value)]
+        return max(values, default=None)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Restore a checkpoint of this trainer, loading tensors and plain values only.
+
+        Raises:
+            UserError: the file holds anything else, or was written by another kind of trainer, with other plans, or
+                with settings that make another training network.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint, named = read_to_continue(filename_or_checkpoint, self.device)
+        trained_with = {name: self.plans_manager.plans[name] for name in ("dataset_name", "plans_name")}
+        load_networks(
+            self.training_network,
+            checkpoint,
+            named,
+            trainer_name=type(self).__name__,
+            settings=self.settings,
+            trained_with={**trained_with, "configuration": self.configuration_name},
+            log=self.print_to_log_file,
+        )
+        if checkpoint["trainer_name"] != type(self).__name__:
+            self.print_to_log_file(
+                f"The checkpoint is one of {checkpoint['trainer_name']}, after {checkpoint['current_epoch']} epochs; "
+                f"{type(self).__name__} has {self.num_epochs}"
+            )
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]

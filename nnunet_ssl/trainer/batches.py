@@ -1,0 +1,131 @@
+"""The two batches of a training step, as the loaders make them and as a method sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnunet_ssl.data.cutmix import CutMix
+from nnunet_ssl.data.predicted_foreground import Aim
+
+
+class LabeledBatch(NamedTuple):
+    """A batch of nnU-Net's own loader, on the training device.
+
+    Attributes:
+        image: (B, C, *patch size).
+        target: (B, 1, *patch size), or with deep supervision a list, full resolution first; regions as in nnU-Net.
+        keys: the B cases.
+        extra: by name, what the method's :meth:`~nnunet_ssl.trainer.base.SemiSupervisedTrainer.labeled_targets` make:
+            tensors or tuples of them.
+        weak: the images before their intensities were changed, where :class:`Views` ask for it; else None.
+    """
+
+    image: Tensor
+    target: Any
+    keys: list[str]
+    extra: Mapping[str, Any] = MappingProxyType({})
+    weak: Tensor | None = None
+
+    @property
+    def full_resolution(self) -> Tensor:
+        """The target with deep supervision or without."""
+        return self.target[0] if isinstance(self.target, list) else self.target
+
+    @classmethod
+    def from_loader(
+        cls, batch: Mapping[str, Any], device: torch.device, *, deep_supervision: bool, weak: bool = False
+    ) -> LabeledBatch:
+        """Move a batch to the device.
+
+        Args:
+            batch: ``data``, ``target`` and ``keys``, as nnU-Net's loader yields them, and ``extra`` where the method
+                has targets of its own.
+            device: that trains.
+            deep_supervision: whether nnU-Net's own targets are a list.
+            weak: whether the weak view is appended to the targets.
+        """
+        target, weak_view = batch["target"], None
+        if weak:
+            *target, weak_view = target
+            target = target if deep_supervision else target[0]
+        return cls(
+            image=_moved(batch["data"], device),
+            target=_moved(target, device),
+            keys=list(batch["keys"]),
+            extra={name: _moved(one, device) for name, one in batch.get("extra", {}).items()},
+            weak=None if weak_view is None else _moved(weak_view, device),
+        )
+
+
+class UnlabeledBatch(NamedTuple):
+    """A batch of :class:`~nnunet_ssl.data.loader.UnlabeledDataLoader`, on the training device.
+
+    Attributes:
+        weak: (U, C, *patch size).
+        strong: strong views of the same spatial samples, each like ``weak``.
+        boxes: per strong view (U, dim, 2), a CutMix box for each sample, empty where it has none.
+        augmented: like ``weak``, with nnU-Net's own changes of intensity, where :class:`Views` ask for it; else None.
+        partner: (U,), the index of the sample to fill the box from.
+        keys: the U cases.
+        aims: what each patch was centered on; empty where all were cropped anywhere.
+        coordinates: subsampled coordinates of the voxels in their case, on the host, where ``aims`` has entries.
+    """
+
+    weak: Tensor
+    strong: list[Tensor]
+    boxes: list[Tensor]
+    partner: Tensor
+    keys: list[str]
+    augmented: Tensor | None = None
+    aims: Sequence[Aim] = ()
+    coordinates: Tensor | None = None
+
+    @classmethod
+    def from_loader(cls, batch: Mapping[str, Any], device: torch.device) -> UnlabeledBatch:
+        """Move a batch to the device; the coordinates stay on the host, where they are read."""
+        return cls(
+            weak=_moved(batch["weak"], device),
+            strong=[_moved(view, device) for view in batch["strong"]],
+            boxes=[_moved(boxes, device) for boxes in batch["boxes"]],
+            partner=_moved(batch["partner"], device),
+            keys=list(batch["keys"]),
+            augmented=None if batch.get("augmented") is None else _moved(batch["augmented"], device),
+            # batchgenerators makes plain tuples of them when it pins memory.
+            aims=[Aim(*aim) for aim in batch.get("aims", [])],
+            coordinates=batch.get("coordinates"),
+        )
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which views of a patch a method asks for, in addition to the weak one of unlabeled patches.
+
+    Attributes:
+        strong: number of strong views of unlabeled patches.
+        cutmix: how the boxes of strong views are drawn.
+        augmented: whether there is a view of unlabeled patches with nnU-Net's own complete augmentation, as labeled
+            images have it. Mix labeled images with this one: both parts are then augmented alike.
+        weak_labeled: whether labeled patches have a weak view too.
+    """
+
+    strong: int = 0
+    cutmix: CutMix | None = None
+    augmented: bool = False
+    weak_labeled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cutmix is not None and self.strong == 0:
+            raise ValueError("Views(cutmix=...) draws boxes of strong views: ask for some with strong=1 or more.")
+
+
+def _moved(tensors: Any, device: torch.device) -> Any:
+    """A tensor, or a list or tuple of tensors, on the device."""
+    if isinstance(tensors, (list, tuple)):
+        return type(tensors)(_moved(tensor, device) for tensor in tensors)
+    return tensors.to(device, non_blocking=True)

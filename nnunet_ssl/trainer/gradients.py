@@ -1,0 +1,267 @@
+"""The gradients of one training step: a method's streams and terms, in one of two memory modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_ssl.distributed import average_gradients, on_all_ranks
+from nnunet_ssl.errors import MethodError
+from nnunet_ssl.networks.passes import Outputs, SplitOutputs, StackedOutputs
+from nnunet_ssl.networks.streams import Stream, StreamOutput
+from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.out_of_memory import allocate_momentum, free_memory, random_state, unless_out_of_memory
+from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
+from nnunet_ssl.trainer.epoch_log import EpochLog
+
+MemoryMode: TypeAlias = Literal["stacked", "split"]
+"""All streams of a step in one pass, or one after the other."""
+
+SUPERVISED = "supervised"
+"""The term that every method has."""
+
+
+class StepHooks(Protocol):
+    """What a step asks of a method; :class:`~nnunet_ssl.trainer.base.SemiSupervisedTrainer` says what each is for."""
+
+    def streams(self) -> dict[str, Stream]:
+        """The passes of a step."""
+
+    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any) -> dict[str, Tensor]:
+        """The images that the streams name."""
+
+    def loss_terms(
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """Named parts of the loss."""
+
+
+@dataclass(frozen=True)
+class FallBack:
+    """How memory mode ``auto`` goes from stacked to split when the device's memory does not suffice.
+
+    Attributes:
+        optimizer: nnU-Net's, whose momentum counts in the attempt.
+        epoch_log: whose counts are those of before, when a step is repeated.
+        without_other_ranks: makes a context in which a step has no collective: a rank that runs out of memory would
+            leave the others waiting in it.
+        log: writes a line to nnU-Net's log file.
+    """
+
+    optimizer: torch.optim.Optimizer
+    epoch_log: EpochLog
+    without_other_ranks: Callable[[], AbstractContextManager[None]]
+    log: Callable[[str], None]
+
+
+class StepGradients:
+    """Fills the parameters' gradients with those of a step's weighted loss.
+
+    Args:
+        method: its hooks.
+        network: the network, as DDP or ``torch.compile`` has wrapped it.
+        device: that trains.
+        memory_mode: to begin with.
+        grad_scaler: nnU-Net's, or None without mixed precision.
+        distributed: whether several processes train.
+        image_dtype: of the images, where the network is not of float32.
+        fall_back: from stacked to split; None to stay in the memory mode.
+
+    Attributes:
+        memory_mode: the present one.
+        autocast: makes the context in which passes and terms are computed; mixed precision on CUDA alone, as nnU-Net.
+    """
+
+    def __init__(
+        self,
+        method: StepHooks,
+        network: nn.Module,
+        *,
+        device: torch.device,
+        memory_mode: MemoryMode,
+        grad_scaler: Any = None,
+        distributed: bool = False,
+        image_dtype: torch.dtype = torch.float32,
+        fall_back: FallBack | None = None,
+    ) -> None:
+        self.memory_mode: MemoryMode = memory_mode
+        self.autocast: Callable[[], AbstractContextManager[Any]] = (
+            (lambda: torch.autocast("cuda")) if device.type == "cuda" else nullcontext
+        )
+        self._method = method
+        self._network = network
+        self._training_network = without_wrappers(network)
+        self._compiled = is_compiled(network)
+        self._device = device
+        self._grad_scaler = grad_scaler
+        self._distributed = distributed
+        self._image_dtype = image_dtype
+        self._fall_back = fall_back
+        self._tried = False
+
+    def begin_stage(self) -> None:
+        """Of several processes, which try stacked in the first step alone, try it again: the streams are others now."""
+        self._tried = False
+
+    def __call__(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Compute a step's gradients; with a fall-back, in split mode from the first step on that stacked cannot make.
+
+        The repeated step is as if nothing had been before it, but for running statistics of a batch normalization. Of
+        several processes, which have to go on together, only the first step is tried, with all that later ones hold.
+        The optimizer's own step is never repeated: it may have moved some of the weights.
+
+        Args:
+            labeled: the labeled batch.
+            unlabeled: the unlabeled batch.
+            prepared: what the method has prepared for these two.
+            weights: of the terms.
+
+        Returns:
+            The terms by name, unweighted scalars without gradient.
+
+        Raises:
+            MethodError: the method has a mistake that its author can correct.
+        """
+        fall_back = self._fall_back
+        if fall_back is None or self.memory_mode != "stacked" or (self._distributed and self._tried):
+            return self._compute(labeled, unlabeled, prepared, weights)
+        self._tried = True
+        counts, restore_random_state = fall_back.epoch_log.counts, random_state(self._device)
+
+        def attempt() -> dict[str, Tensor]:
+            allocate_momentum(fall_back.optimizer)
+            with fall_back.without_other_ranks():
+                return self._compute(labeled, unlabeled, prepared, weights)
+
+        terms = unless_out_of_memory(attempt)
+        if terms is not None and not self._distributed:
+            return terms
+        fall_back.epoch_log.reset_counts(counts)
+        restore_random_state()
+        if not on_all_ranks(terms is not None, self._device):
+            self.memory_mode = "split"
+            self._network.zero_grad(set_to_none=True)
+            free_memory(self._device, compiled=self._compiled)
+            fall_back.log(
+                "The GPU's memory does not suffice for all streams in one pass: going on in memory mode split, one "
+                'stream at a time. Set "memory_mode": "split" in the plans\' "semi_supervised" to skip this attempt.'
+            )
+        return self._compute(labeled, unlabeled, prepared, weights)
+
+    def _compute(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        self._network.zero_grad(set_to_none=True)
+        streams = self._method.streams()
+        images = self._method.images(labeled, unlabeled, prepared)
+        check_images(streams, images)
+        images = {name: image.to(self._image_dtype) for name, image in images.items()}
+        with self.autocast():
+            outputs = self._outputs(images, streams)
+            parts = self._method.loss_terms(outputs, labeled, unlabeled, prepared)
+        terms: dict[str, Tensor] = {}
+        while True:
+            # The passes of a stream run when the method asks for it, the backward passes outside autocast.
+            with self.autocast():
+                part = next(parts, None)
+            if part is None:
+                break
+            loss = weighted_sum(part, weights)
+            outputs.backward(self._grad_scaler.scale(loss) if self._grad_scaler is not None else loss)
+            for name, value in part.items():
+                terms[name] = terms.get(name, 0) + value.detach().float()
+        if SUPERVISED not in terms:
+            raise MethodError(
+                f"loss_terms yields no term {SUPERVISED!r}, only {', '.join(terms) or 'nothing'}: every stage of a "
+                f"training learns from the labeled images, and nnU-Net's log shows that term."
+            )
+        outputs.finish()
+        if self._distributed and self.memory_mode == "split":
+            # Encoder and decoders are called apart, and no wrapper sees it.
+            average_gradients(self._training_network.parameters())
+        return terms
+
+    @torch.no_grad()
+    def without_gradient(self, image: Tensor, stream: Stream) -> StreamOutput:
+        """One pass in addition to the step's, without gradient; what the stream calls its image does not matter."""
+        stream = replace(stream, gradient=False)
+        images, streams = {stream.image: image.to(self._image_dtype)}, {"alone": stream}
+        masks = self._training_network.draw_dropout_masks(streams, images)
+        with self.autocast():
+            return SplitOutputs(self._training_network, images, streams, masks, compiled=self._compiled)["alone"]
+
+    def _outputs(self, images: Mapping[str, Tensor], streams: Mapping[str, Stream]) -> Outputs:
+        masks = self._training_network.draw_dropout_masks(streams, images)
+        if self.memory_mode == "stacked":
+            return StackedOutputs(self._network, images, streams, masks)
+        return SplitOutputs(self._training_network, images, streams, masks, compiled=self._compiled)
+
+
+def without_wrappers(network: nn.Module) -> TrainingNetwork:
+    """The network without the wrappers of DDP and ``torch.compile``."""
+    network = _without_ddp(network)
+    network = network._orig_mod if isinstance(network, OptimizedModule) else network
+    assert isinstance(network, TrainingNetwork)
+    return network
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether ``torch.compile`` has wrapped it."""
+    return isinstance(_without_ddp(network), OptimizedModule)
+
+
+def _without_ddp(network: nn.Module) -> nn.Module:
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> None:
+    """Whether the streams' images are there and of one size.
+
+    Raises:
+        MethodError: one is missing, or they differ in more than the number of samples.
+    """
+    for name, stream in streams.items():
+        if stream.image not in images:
+            raise MethodError(
+                f"The stream {name!r} decodes the image {stream.image!r}, which images() does not return; it returns "
+                f"{', '.join(map(repr, images)) or 'none'}."
+            )
+    sizes = {name: tuple(images[name].shape[1:]) for name in dict.fromkeys(one.image for one in streams.values())}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+        raise MethodError(
+            f"The images of a step have unequal sizes, channels first: {listed}. All are encoded in one pass, so they "
+            f"may differ in the number of samples alone."
+        )
+
+
+def weighted_sum(part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The loss of the terms that a method has yielded together.
+
+    Raises:
+        MethodError: a term has no weight, is no scalar, or nothing of it depends on the network.
+    """
+    for name, value in part.items():
+        if name not in weights:
+            raise MethodError(
+                f"The term {name!r} has no weight: loss_weights() returns {', '.join(map(repr, weights)) or 'none'}."
+            )
+        if value.ndim > 0:
+            raise MethodError(f"The term {name!r} has the shape {tuple(value.shape)}; a term is a scalar.")
+    loss = torch.stack([weights[name] * value for name, value in part.items()]).sum()
+    if not loss.requires_grad:
+        raise MethodError(
+            f"The part of the loss with {', '.join(map(repr, part))} does not depend on any stream with gradient, as a "
+            f"constant zero does not. Leave it out: a term that is absent is logged as nan. If it is made of a stream, "
+            f"that stream has gradient=False or was detached."
+        )
+    return loss

@@ -1,0 +1,76 @@
+"""The three loaders of a training: nnU-Net's two, and that of unlabeled batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+from nnunet_ssl.processes import derived_seed, killed_workers, seed_this_process
+
+
+def loader_of(augmenter: Any) -> nnUNetDataLoader:
+    """The loader that an augmenter of nnU-Net runs, in its workers or in this process."""
+    loader = augmenter.data_loader if isinstance(augmenter, SingleThreadedAugmenter) else augmenter.generator
+    assert isinstance(loader, nnUNetDataLoader)
+    return loader
+
+
+def augmented(loader: Any, workers: int, *, pin_memory: bool) -> Iterator[Any]:
+    """Batches of a loader, from worker processes or, with ``workers`` 0, from this process."""
+    if workers == 0:
+        return SingleThreadedAugmenter(loader, None)
+    return NonDetMultiThreadedAugmenter(
+        loader, None, workers, num_cached=max(6, workers // 2), pin_memory=pin_memory, wait_time=0.002
+    )
+
+
+def restart(augmenter: Any) -> None:
+    """Start the workers again, so that they see what has changed since they were started; nothing without workers."""
+    if isinstance(augmenter, NonDetMultiThreadedAugmenter):
+        augmenter._finish()
+        next(augmenter)
+
+
+@dataclass
+class Loaders:
+    """Loaders by what they make: ``training``, ``validation`` and ``unlabeled`` batches.
+
+    Those without workers need nothing of this class but the seed.
+    """
+
+    augmenters: Mapping[str, Any] = field(default_factory=dict)
+    _processes: dict[str, list[BaseProcess]] = field(default_factory=dict)
+
+    @property
+    def with_workers(self) -> dict[str, NonDetMultiThreadedAugmenter]:
+        """Those that have worker processes."""
+        return {name: one for name, one in self.augmenters.items() if isinstance(one, NonDetMultiThreadedAugmenter)}
+
+    def seed(self, seed: int, *, rank: int, epoch: int) -> None:
+        """Seed this process and the workers: unlike on each rank, and after a checkpoint unlike before it."""
+        for number, loader in enumerate(self.with_workers.values(), start=1):
+            running = loader.initialized
+            loader._finish()
+            loader.seeds = [derived_seed(seed, rank, epoch, number, worker) for worker in range(loader.num_processes)]
+            if running:
+                next(loader)
+        seed_this_process(derived_seed(seed, rank, epoch, 0))
+
+    def watch(self) -> None:
+        """Remember the worker processes that run now: batchgenerators forgets those that have ended."""
+        self._processes = {f"{name} batches": list(one._processes) for name, one in self.with_workers.items()}
+
+    def killed(self) -> list[str]:
+        """Which watched workers were killed, in words."""
+        return killed_workers(self._processes)
+
+    def finish(self) -> None:
+        """End all worker processes."""
+        for loader in self.with_workers.values():
+            loader._finish()

@@ -1,0 +1,80 @@
+"""What is predicted on unlabeled images: counted for the log, and remembered for where to crop later patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnunet_ssl.data.predicted_foreground import PredictedForeground, draw_voxels
+from nnunet_ssl.evaluation.class_shares import class_counts
+from nnunet_ssl.trainer.batches import UnlabeledBatch
+
+
+class Predictions:
+    """Of one step after the other.
+
+    Args:
+        record: takes a name, a count and a total: see :meth:`~nnunet_ssl.trainer.epoch_log.EpochLog.record`.
+        classes: the foreground classes; empty for regions.
+
+    Attributes:
+        foreground: where foreground has been predicted; None where all patches are cropped anywhere.
+    """
+
+    def __init__(self, record: Callable[[str, Tensor, Tensor], None], classes: Sequence[int]) -> None:
+        self.foreground: PredictedForeground | None = None
+        self._record = record
+        self._classes = tuple(classes)
+        self._batch: UnlabeledBatch | None = None
+        self._label: Tensor | None = None
+
+    def begin(self, unlabeled: UnlabeledBatch) -> None:
+        """Begin a step with its unlabeled batch."""
+        self._batch, self._label = unlabeled, None
+
+    def count_labeled(self, label: Tensor, known: Tensor | None) -> None:
+        """Count the labels of patches that were cropped anywhere.
+
+        Args:
+            label: classes (B, 1, *spatial), integer, or regions (B, R, *spatial), bool.
+            known: (B, *spatial), bool: voxels whose label is known; None for all.
+        """
+        self._count("labeled", label, known)
+
+    def count(self, logits: Tensor) -> None:
+        """Count what is predicted, (U, C, *spatial), and keep it for :meth:`draw`."""
+        # On a CPU max is many times faster than argmax.
+        label = logits.max(1, keepdim=True).indices if self._classes else logits > 0
+        # Patches that are centered on foreground say nothing about its share; the loader puts them last.
+        aims = self._batch.aims if self._batch is not None else ()
+        self._count("unlabeled", label[: sum(aim.structure < 0 for aim in aims)] if aims else label, None)
+        if self._batch is not None and self._batch.coordinates is not None:
+            # It is kept for the rest of the step: a quarter of the memory.
+            self._label = label if label.dtype == torch.bool else label.to(torch.int16)
+
+    def _count(self, of: str, label: Tensor, known: Tensor | None) -> None:
+        for name, (count, total) in class_counts(label, known, self._classes).items():
+            self._record(f"{name}/{of}", count, total)
+
+    def draw(self) -> Tensor | None:
+        """For each patch and class or region a voxel that is predicted as it, or -1: (U, K), int32; None if not wanted.
+
+        The host gets it in the step's one transfer and hands it to :meth:`remember`.
+        """
+        label, self._label = self._label, None
+        if label is None or self.foreground is None or not self.foreground.rare:
+            return None
+        if label.dtype == torch.bool:
+            return draw_voxels(label.flatten(0, 1).flatten(1), 2)[:, 1].view(label.shape[:2])
+        return draw_voxels(label.flatten(1), self.foreground.structures + 1)[:, 1:]
+
+    def remember(self, voxels: NDArray[np.int32], patch_size: Sequence[int]) -> None:
+        """Keep what :meth:`draw` drew, for later patches."""
+        batch = self._batch
+        assert self.foreground is not None and batch is not None and batch.coordinates is not None
+        for key, aim, drawn, coordinates in zip(batch.keys, batch.aims, voxels, batch.coordinates, strict=True):
+            self.foreground.update(key, aim, drawn, patch_size, coordinates)
