@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -98,9 +99,33 @@ def device_of_this_process(device: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", dist.get_rank())))
 
 
-def long_timeout_group() -> Any:
-    """A group to wait in for hours: the ordinary one gives up after minutes, as long as a collective may take.
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of one training; alone by default.
 
-    All ranks have to call this, in the same order as other collectives.
+    Attributes:
+        rank: its number.
+        count: how many there are.
+        long_timeout_group: a group to wait in for hours. The ordinary one gives up after minutes, which is as long as a
+            collective may take.
     """
-    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+    rank: int = 0
+    count: int = 1
+    long_timeout_group: Any = None
+
+    @classmethod
+    def of_this_training(cls) -> Ranks:
+        """All ranks have to call this, in the same order as other collectives."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that does what is to be done once."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when all ranks have called it."""
+        if self.count > 1:
+            dist.barrier(group=self.long_timeout_group)

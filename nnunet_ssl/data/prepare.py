@@ -20,6 +20,7 @@ from nnunet_ssl.data.cases import (
 from nnunet_ssl.data.leak_guard import check_leaks
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.data.splits import SPLITS_FILE, check_fold, train_all
+from nnunet_ssl.distributed import Ranks
 from nnunet_ssl.errors import UserError
 
 
@@ -85,8 +86,7 @@ def prepare_unlabeled_cases(
     *,
     split: Callable[[], tuple[list[str], list[str]]],
     allow_transductive: bool,
-    first_rank: bool,
-    wait: Callable[[], None],
+    ranks: Ranks,
     log: Callable[..., None],
 ) -> list[UnlabeledCase]:
     """The unlabeled cases of a training; the first rank does the work, the others wait for it.
@@ -96,14 +96,13 @@ def prepare_unlabeled_cases(
         configuration: that is trained.
         split: returns the fold's labeled cases for training and for validation.
         allow_transductive: see :func:`~nnunet_ssl.data.leak_guard.check_leaks`.
-        first_rank: whether this process is the first of those that train together.
-        wait: returns when all ranks have called it.
+        ranks: this process among those that train together.
         log: nnU-Net's print_to_log_file.
 
     Raises:
         UserError: there is no unlabeled case, or one is a validation case.
     """
-    if first_rank:
+    if ranks.first:
         source.preprocess(configuration, log)
         cases = source.collect(configuration)
         if not cases:
@@ -121,6 +120,6 @@ def prepare_unlabeled_cases(
             log=log,
         )
         log(f"{len(cases)} unlabeled cases, {len(train)} labeled cases")
-    wait()
+    ranks.wait()
     # A file is read for every case: not twice by the same process.
-    return cases if first_rank else source.collect(configuration)
+    return cases if ranks.first else source.collect(configuration)

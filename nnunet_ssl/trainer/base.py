@@ -6,71 +6,58 @@ step needs: a second loader, passes of many streams, named loss terms with a sch
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import nnunet_ssl
-from nnunet_ssl.data.cases import UnlabeledCase, folder_name
+from nnunet_ssl.data.cases import folder_name
 from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
-from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
 from nnunet_ssl.data.predicted_foreground import PredictedForeground
 from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.views import UnlabeledViews, WithWeakView, flat
-from nnunet_ssl.distributed import alone, device_of_this_process, long_timeout_group, on_all_ranks
-from nnunet_ssl.errors import MethodError, UserError
-from nnunet_ssl.evaluation.class_shares import mean_share
+from nnunet_ssl.distributed import Ranks, alone, device_of_this_process, on_all_ranks
+from nnunet_ssl.errors import MethodError
 from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet
-from nnunet_ssl.networks.checkpoints import differences, read_checkpoint, write_checkpoint
 from nnunet_ssl.networks.passes import Outputs
 from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.processes import Sigterm, derived_seed, handled_sigterm, seed_this_process
 from nnunet_ssl.settings import SemiSupervisedSettings, TeacherSettings
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
-from nnunet_ssl.trainer.checkpoint import CHECKPOINT_KEY, load_networks, own_entry, plain, read_to_continue
+from nnunet_ssl.trainer.cascade import segmented_by_previous_stage
+from nnunet_ssl.trainer.checkpoint import (
+    CHECKPOINT_KEY,
+    best_so_far,
+    load_networks,
+    own_entry,
+    plain,
+    read_to_continue,
+    write_durably,
+)
 from nnunet_ssl.trainer.epoch_log import EpochLog
 from nnunet_ssl.trainer.gradients import SUPERVISED, FallBack, MemoryMode, StepGradients, without_wrappers
 from nnunet_ssl.trainer.loaders import Loaders, augmented, loader_of, restart
 from nnunet_ssl.trainer.memory import log_memory
 from nnunet_ssl.trainer.optimizer import GuardedOptimizer
 from nnunet_ssl.trainer.predictions import Predictions
-
-
-class _StepNumbers(NamedTuple):
-    """What the host gets to know of a step.
-
-    Attributes:
-        terms: by name.
-        gradient: the norm of the gradients.
-        stop: whether to stop after this step.
-        voxels: what :meth:`~nnunet_ssl.trainer.predictions.Predictions.draw` drew.
-    """
-
-    terms: dict[str, float]
-    gradient: float
-    stop: bool
-    voxels: NDArray[np.int32] | None
+from nnunet_ssl.trainer.step_numbers import read_step
 
 
 class SemiSupervisedTrainer(nnUNetTrainer):
@@ -114,6 +101,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for key in ("dataset_name", "plans_name"):
             folder_name(plans[key], key)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.ranks = Ranks()
         if self.is_ddp:
             # nnU-Net takes the GPU whose number is the rank, which on a second machine is none.
             self.device = device_of_this_process(device)
@@ -303,7 +291,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.guarded_optimizer = GuardedOptimizer(self.optimizer, self.network.parameters(), self.grad_scaler)
 
     def _distribute(self) -> None:
-        self._long_timeout_group = long_timeout_group()
+        self.ranks = Ranks.of_this_training()
         self._set_batch_size_and_oversample()
         self.loss = self._build_loss()
         network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network) if self.device.type == "cuda" else self.network
@@ -326,9 +314,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         network = self.build_training_network(unet)
         network.set_activation_checkpointing(self.settings.activation_checkpointing)
         if network.has_teacher and not isinstance(self.settings, TeacherSettings):
+            settings = type(self.settings).__name__
             raise MethodError(
-                f"{type(self).__name__} has a teacher, so its settings have to derive from TeacherSettings, which say "
-                f"how the teacher moves and who predicts; {type(self.settings).__name__} do not."
+                f"{type(self).__name__} has a teacher: derive {settings} from TeacherSettings, which say how it moves."
             )
         return network
 
@@ -354,8 +342,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def unlabeled_patches(self) -> int:
         """The unlabeled patches of a step that this process has."""
-        world_size = dist.get_world_size() if self.is_ddp else 1
-        return max(2, -(-self.unlabeled_batch_size // world_size))
+        return max(2, -(-self.unlabeled_batch_size // self.ranks.count))
 
     def on_train_start(self) -> None:
         """Check the fold, preprocess and check the unlabeled cases, then start as nnU-Net does.
@@ -371,22 +358,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
         if self.is_ddp:
             # All processes start with PyTorch's default seed, and would draw the same dropout and noise.
-            torch.manual_seed(torch.initial_seed() + dist.get_rank())
+            torch.manual_seed(torch.initial_seed() + self.ranks.rank)
         start_split = log_memory(self)
         if self.step_gradients.memory_mode == "stacked" and not on_all_ranks(not start_split, self.device):
             self.step_gradients.memory_mode = "split"
         self.print_to_log_file(f"Memory mode: {self.step_gradients.memory_mode}")
-        cases = prepare_unlabeled_cases(
-            self._unlabeled_source,
-            self.configuration_name,
-            split=self.do_split,
-            allow_transductive=self.settings.allow_transductive,
-            first_rank=self.local_rank == 0,
-            wait=self._wait_for_all_ranks,
-            log=self.print_to_log_file,
-        )
-        previous_stage = self._segment_by_previous_stage(cases) if self.is_cascaded else None
-        self._unlabeled_dataset = UnlabeledDataset(cases, previous_stage)
+        self._unlabeled_dataset = self._prepare_dataset()
         super().on_train_start()
         # From here on there is something to save first.
         self._sigterm.held = True
@@ -403,48 +380,31 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         preprocessed = Path(self.preprocessed_dataset_folder_base)
         return UnlabeledSource(raw, preprocessed, self.plans_manager, self.dataset_json, self.fold)
 
-    def _segment_by_previous_stage(self, cases: list[UnlabeledCase]) -> Path:
-        """In a cascade: the folder of the previous stage's segmentations of the unlabeled cases, complete."""
-        source = self._unlabeled_source
-        name = folder_name(self.configuration_manager.previous_stage_name, "previous_stage")
-        results = Path(self.folder_with_segs_from_previous_stage)
-        stage = PreviousStage(results, name, self.configuration_name, type(self).__name__)
-        train, val = self.do_split()
-        checkpoint_file = stage.checkpoint(source, [*train, *val])
-        network, checkpoint = self._network_of_previous_stage(name, checkpoint_file, stage.to_do(source))
-        # After all that may be refused: it can take hours.
-        if self.local_rank == 0:
-            source.preprocess(name, self.print_to_log_file)
-        self._wait_for_all_ranks()
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if self.is_ddp else (0, 1)
-        folder = stage.segment(
-            cases[rank::world_size],
-            source,
-            checkpoint_file,
-            network=network,
-            mirroring_axes=checkpoint["inference_allowed_mirroring_axes"],
+    def _prepare_dataset(self) -> UnlabeledDataset:
+        cases = prepare_unlabeled_cases(
+            self._unlabeled_source,
+            self.configuration_name,
+            split=self.do_split,
+            allow_transductive=self.settings.allow_transductive,
+            ranks=self.ranks,
             log=self.print_to_log_file,
         )
-        self._wait_for_all_ranks()
-        return folder
-
-    def _network_of_previous_stage(self, name: str, file: Path, to_do: str) -> tuple[nn.Module, dict[str, Any]]:
-        manager = self.plans_manager.get_configuration(name)
-        channels = determine_num_input_channels(self.plans_manager, manager, self.dataset_json)
-        heads = self.label_manager.num_segmentation_heads
-        network = build_unet(self._stock_builder, self.plans_manager, manager, channels, heads, False)
-        try:
-            checkpoint = read_checkpoint(file)
-        except UserError as error:
-            raise UserError(f"{to_do} {error}") from None
-        if unlike := differences(checkpoint["network_weights"], network.state_dict()):
-            raise UserError(f"{to_do} {file} is of another network: {'; '.join(unlike)}.")
-        network.load_state_dict(checkpoint["network_weights"])
-        return network.to(self.device).eval(), checkpoint
-
-    def _wait_for_all_ranks(self) -> None:
-        if self.is_ddp:
-            dist.barrier(group=self._long_timeout_group)
+        if not self.is_cascaded:
+            return UnlabeledDataset(cases)
+        name = folder_name(self.configuration_manager.previous_stage_name, "previous_stage")
+        results = Path(self.folder_with_segs_from_previous_stage)
+        train, val = self.do_split()
+        segmentations = segmented_by_previous_stage(
+            cases,
+            self._unlabeled_source,
+            PreviousStage(results, name, self.configuration_name, type(self).__name__),
+            labeled_cases=[*train, *val],
+            build=self._stock_builder,
+            device=self.device,
+            ranks=self.ranks,
+            log=self.print_to_log_file,
+        )
+        return UnlabeledDataset(cases, segmentations)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's two loaders; that of unlabeled batches is started with them."""
@@ -472,20 +432,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             foreground=self._predicted_foreground(),
             foreground_share=self.settings.foreground_crops,
         )
-        ranks = dist.get_world_size() if self.is_ddp else 1
-        workers = unlabeled_workers(get_allowed_n_proc_DA(), (os.cpu_count() or 1) // ranks)
-        self.dataloader_unlabeled = augmented(loader, workers, pin_memory=self.device.type == "cuda")
+        pin_memory = self.device.type == "cuda"
+        self.dataloader_unlabeled = augmented(loader, ranks=self.ranks.count, pin_memory=pin_memory)
         self.loaders = Loaders({"training": train, "validation": val, "unlabeled": self.dataloader_unlabeled})
         if self.settings.seed is not None:
-            rank = dist.get_rank() if self.is_ddp else 0
-            self.loaders.seed(self.settings.seed, rank=rank, epoch=self.current_epoch)
+            self.loaders.seed(self.settings.seed, rank=self.ranks.rank, epoch=self.current_epoch)
         next(self.dataloader_unlabeled)
         self.loaders.watch()
         return train, val
 
     def _predicted_foreground(self) -> PredictedForeground | None:
-        self.predictions.foreground = None
-        if self.settings.foreground_crops == 0:
+        self.predictions.foreground, share = None, self.settings.foreground_crops
+        if share == 0:
             return None
         if self.settings.seed is not None and get_allowed_n_proc_DA() > 0:
             # What a worker has seen of the training when it crops a patch depends on the time.
@@ -495,19 +453,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
             return None
         assert self._unlabeled_dataset is not None
-        self.predictions.foreground = PredictedForeground(self._unlabeled_dataset.identifiers, self.num_structures)
-        self._update_rare()
-        return self.predictions.foreground
-
-    def _update_rare(self) -> None:
-        """Which classes fewer labeled patches hold than nnU-Net centers on foreground, by all epochs so far."""
-        foreground, epochs = self.predictions.foreground, self.epoch_log.history("patches/labeled_per_class")
-        if foreground is not None and epochs and foreground.choose_rare(mean_share(epochs).tolist()):
-            named = ", ".join(str(number + 1) for number in foreground.rare) or "none"
-            self.print_to_log_file(
-                f"Classes or regions that fewer than a third of the labeled patches hold: {named}. Of the unlabeled "
-                f"patches, {self.settings.foreground_crops:.0%} are centered where the network predicts such a class"
-            )
+        keys, structures = self._unlabeled_dataset.identifiers, self.num_structures
+        foreground = self.predictions.follow_foreground(keys, structures, share, self.print_to_log_file)
+        self.predictions.choose_rare(self.epoch_log.history("patches/labeled_per_class"))
+        return foreground
 
     def _training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         stock_transforms = getattr(type(self), "get_training_transforms")  # noqa: B009 - shadowed on the instance
@@ -525,17 +474,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             try:
                 super().run_training()
             except RuntimeError as error:
-                killed = self.loaders.killed()
                 if self._sigterm.came and "workers" in str(error):
                     # The signal went to the workers too, and they ended first.
                     self._stop_at_sigterm()
-                if not killed:
-                    raise
-                raise RuntimeError(
-                    f"Training stops in epoch {self.current_epoch}: {'; '.join(killed)}. The system does that when "
-                    f"memory runs out. Use fewer workers (environment variable nnUNet_n_proc_DA, "
-                    f"{get_allowed_n_proc_DA()} now) and go on with --c; the last checkpoint is untouched."
-                ) from error
+                if (killed := self.loaders.explain(self.current_epoch)) is not None:
+                    raise killed from error
+                raise
             finally:
                 self.loaders.finish()
 
@@ -585,7 +529,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         norm = self.guarded_optimizer.clip()
         moved = self.guarded_optimizer.step_scaled()
-        found = self._read(terms, norm)
+        found = read_step(terms, norm, stop=self._sigterm.came, voxels=self.predictions.draw(), distributed=self.is_ddp)
         cases = f"labeled {', '.join(labeled.keys)}; unlabeled {', '.join(unlabeled.keys)}"
         moved |= self.guarded_optimizer.check_and_step(
             found.terms, found.gradient, cases=cases, epoch=self.current_epoch
@@ -615,29 +559,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.step_gradients.begin_stage()
             self.print_to_log_file(f"Stage {stage}")
 
-    def _read(self, terms: Mapping[str, Tensor], norm: Tensor) -> _StepNumbers:
-        """All that the host needs of a step, in one transfer, as nnU-Net makes one for its loss.
-
-        Of several processes the means of terms and norms, and a signal that came to any.
-        """
-        numbers = torch.stack([*terms.values(), norm.float()])
-        stop = self._sigterm.came
-        if self.is_ddp:
-            # Then all ranks stop at a term that is not finite on one, and at a signal that came to one.
-            numbers = torch.cat((numbers, numbers.new_full((1,), float(stop))))
-            dist.all_reduce(numbers)
-            numbers /= dist.get_world_size()
-        voxels = self.predictions.draw()
-        parts = [numbers.view(torch.int32), *([] if voxels is None else [voxels.flatten()])]
-        found = torch.cat(parts).cpu().numpy()
-        values = found[: len(numbers)].view(np.float32)
-        return _StepNumbers(
-            dict(zip(terms, values, strict=False)),
-            float(values[len(terms)]),
-            stop or bool(values[len(terms) + 1 :].any()),
-            None if voxels is None else found[len(numbers) :].reshape(voxels.shape),
-        )
-
     @contextmanager
     def _without_other_ranks(self) -> Iterator[None]:
         """Within, steps have no collective: a rank that runs out of memory would leave the others waiting in it."""
@@ -665,7 +586,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Log the epoch's means of all terms and their weights, and what the method recorded."""
         super().on_train_epoch_end(train_outputs)
         self.epoch_log.finish(self.current_epoch, train_outputs, dist.all_reduce if self.is_ddp else None)
-        self._update_rare()
+        self.predictions.choose_rare(self.epoch_log.history("patches/labeled_per_class"))
 
     def on_epoch_end(self) -> None:
         """As nnU-Net, and draw progress_ssl.png beside its progress.png."""
@@ -703,7 +624,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": {key: plain(values[:next_epoch]) for key, values in self.logger.get_checkpoint().items()},
-            "_best_ema": self._best_ema_so_far(),
+            "_best_ema": best_so_far(self.logger.get_value("ema_fg_dice", step=None)),
             "current_epoch": next_epoch,
             # nnU-Net keeps the device itself, which older PyTorch does not read with weights_only.
             "init_args": {**self.my_init_kwargs, "device": str(self.device)},
@@ -711,22 +632,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             CHECKPOINT_KEY: own_entry(self.training_network, self.settings),
         }
-        target = Path(filename)
-        try:
-            # Aside under one name, so that what a kill leaves there is overwritten by the next.
-            write_checkpoint(checkpoint, target, aside=Path(f"{filename}.partial"), durable=True)
-        except OSError as error:
-            free = shutil.disk_usage(target.parent).free / 2**20 if target.parent.is_dir() else 0
-            raise RuntimeError(
-                f"The checkpoint {filename} could not be written ({error}); {free:.0f} MiB are free there. What was "
-                f"in its place before is untouched. Make room, then go on with --c."
-            ) from error
-
-    def _best_ema_so_far(self) -> float | None:
-        # nnU-Net writes checkpoint_latest before it compares the epoch's value with the best one. Continued from
-        # there, it would take the next epoch for the best.
-        values = [float(value) for value in self.logger.get_value("ema_fg_dice", step=None) if np.isfinite(value)]
-        return max(values, default=None)
+        write_durably(checkpoint, Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Restore a checkpoint of this trainer, loading tensors and plain values only.

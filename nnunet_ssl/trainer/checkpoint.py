@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import nnunet_ssl
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.networks.checkpoints import NotPlainError, differences, read_checkpoint
+from nnunet_ssl.networks.checkpoints import NotPlainError, differences, read_checkpoint, write_checkpoint
 from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.settings import PLANS_KEY, SemiSupervisedSettings
 
@@ -28,6 +29,32 @@ _START_FROM_WEIGHTS = (
 def own_entry(network: TrainingNetwork, settings: SemiSupervisedSettings) -> dict[str, Any]:
     """The entry :data:`CHECKPOINT_KEY`: plain values and tensors."""
     return {"version": nnunet_ssl.__version__, "settings": settings.as_dict(), "network": network.training_state()}
+
+
+def write_durably(checkpoint: Mapping[str, Any], file: Path) -> None:
+    """Write a checkpoint; a kill or a power cut leaves the old file or the new one, whole.
+
+    Raises:
+        RuntimeError: it cannot be written; what was in its place before is untouched.
+    """
+    try:
+        # Aside under one name, so that what a kill leaves there is overwritten by the next.
+        write_checkpoint(checkpoint, file, aside=file.with_name(f"{file.name}.partial"), durable=True)
+    except OSError as error:
+        free = shutil.disk_usage(file.parent).free / 2**20 if file.parent.is_dir() else 0
+        raise RuntimeError(
+            f"The checkpoint {file} could not be written ({error}); {free:.0f} MiB are free there. What was in its "
+            f"place before is untouched. Make room, then go on with --c."
+        ) from error
+
+
+def best_so_far(values: Sequence[float]) -> float | None:
+    """nnU-Net's best value, of the epochs' values.
+
+    nnU-Net writes checkpoint_latest before it compares the epoch's value with the best one. Continued from there, it
+    would take the next epoch for the best.
+    """
+    return max((float(value) for value in values if np.isfinite(value)), default=None)
 
 
 def plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -10,7 +11,9 @@ from typing import Any
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from nnunet_ssl.data.loader import unlabeled_workers
 from nnunet_ssl.processes import derived_seed, killed_workers, seed_this_process
 
 
@@ -21,8 +24,15 @@ def loader_of(augmenter: Any) -> nnUNetDataLoader:
     return loader
 
 
-def augmented(loader: Any, workers: int, *, pin_memory: bool) -> Iterator[Any]:
-    """Batches of a loader, from worker processes or, with ``workers`` 0, from this process."""
+def augmented(loader: Any, *, ranks: int, pin_memory: bool) -> Iterator[Any]:
+    """Batches of the unlabeled loader, from worker processes or, if nnU-Net has none, from this process.
+
+    Args:
+        loader: makes batches.
+        ranks: how many processes train on this machine's cores.
+        pin_memory: whether batches go to a GPU.
+    """
+    workers = unlabeled_workers(get_allowed_n_proc_DA(), (os.cpu_count() or 1) // ranks)
     if workers == 0:
         return SingleThreadedAugmenter(loader, None)
     return NonDetMultiThreadedAugmenter(
@@ -66,9 +76,16 @@ class Loaders:
         """Remember the worker processes that run now: batchgenerators forgets those that have ended."""
         self._processes = {f"{name} batches": list(one._processes) for name, one in self.with_workers.items()}
 
-    def killed(self) -> list[str]:
-        """Which watched workers were killed, in words."""
-        return killed_workers(self._processes)
+    def explain(self, epoch: int) -> RuntimeError | None:
+        """What to raise if watched workers were killed; None if none was."""
+        killed = killed_workers(self._processes)
+        if not killed:
+            return None
+        return RuntimeError(
+            f"Training stops in epoch {epoch}: {'; '.join(killed)}. The system does that when memory runs out. Use "
+            f"fewer workers (environment variable nnUNet_n_proc_DA, {get_allowed_n_proc_DA()} now) and go on with --c; "
+            f"the last checkpoint is untouched."
+        )
 
     def finish(self) -> None:
         """End all worker processes."""

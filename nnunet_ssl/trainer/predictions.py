@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunet_ssl.data.predicted_foreground import PredictedForeground, draw_voxels
-from nnunet_ssl.evaluation.class_shares import class_counts
+from nnunet_ssl.evaluation.class_shares import class_counts, mean_share
 from nnunet_ssl.trainer.batches import UnlabeledBatch
 
 
@@ -27,10 +27,39 @@ class Predictions:
 
     def __init__(self, record: Callable[[str, Tensor, Tensor], None], classes: Sequence[int]) -> None:
         self.foreground: PredictedForeground | None = None
+        self._share = 0.0
+        self._log: Callable[[str], None] = print
         self._record = record
         self._classes = tuple(classes)
         self._batch: UnlabeledBatch | None = None
         self._label: Tensor | None = None
+
+    def follow_foreground(
+        self, keys: Sequence[str], structures: int, share: float, log: Callable[[str], None]
+    ) -> PredictedForeground:
+        """From now on, remember where foreground is predicted.
+
+        Args:
+            keys: the unlabeled cases.
+            structures: number of classes or regions.
+            share: of the unlabeled patches are centered on foreground, where a class is rare.
+            log: writes a line to nnU-Net's log file.
+        """
+        self.foreground, self._share, self._log = PredictedForeground(keys, structures), share, log
+        return self.foreground
+
+    def choose_rare(self, history: Sequence[Sequence[float]]) -> None:
+        """Choose which classes are rare, by all epochs so far; a change is logged.
+
+        Args:
+            history: for each epoch, the share of labeled patches cropped anywhere that hold each class.
+        """
+        if self.foreground is not None and history and self.foreground.choose_rare(mean_share(history).tolist()):
+            named = ", ".join(str(number + 1) for number in self.foreground.rare) or "none"
+            self._log(
+                f"Classes or regions that fewer than a third of the labeled patches hold: {named}. Of the unlabeled "
+                f"patches, {self._share:.0%} are centered where the network predicts such a class"
+            )
 
     def begin(self, unlabeled: UnlabeledBatch) -> None:
         """Begin a step with its unlabeled batch."""
