@@ -26,11 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 import nnunet_ssl
 from nnunet_ssl.data.cases import folder_name
 from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
-from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset
+from nnunet_ssl.data.loader import UnlabeledDataset
 from nnunet_ssl.data.predicted_foreground import PredictedForeground
 from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
-from nnunet_ssl.data.views import UnlabeledViews, WithWeakView, flat
+from nnunet_ssl.data.views import WithWeakView, flat
 from nnunet_ssl.distributed import Ranks, alone, device_of_this_process, on_all_ranks
 from nnunet_ssl.errors import MethodError
 from nnunet_ssl.evaluation.curves import save_training_curves
@@ -53,7 +53,7 @@ from nnunet_ssl.trainer.checkpoint import (
 )
 from nnunet_ssl.trainer.epoch_log import EpochLog
 from nnunet_ssl.trainer.gradients import SUPERVISED, FallBack, MemoryMode, StepGradients, without_wrappers
-from nnunet_ssl.trainer.loaders import Loaders, augmented, loader_of, restart
+from nnunet_ssl.trainer.loaders import Loaders, augmented, restart, unlabeled_loader
 from nnunet_ssl.trainer.memory import log_memory
 from nnunet_ssl.trainer.optimizer import GuardedOptimizer
 from nnunet_ssl.trainer.predictions import Predictions
@@ -416,20 +416,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             train.transform = AddTargets(self.extra_targets)
             restart(train)
         assert self._unlabeled_dataset is not None
-        labeled, views = loader_of(train), self.unlabeled_views()
-        loader = UnlabeledDataLoader(
-            labeled,
+        loader = unlabeled_loader(
+            train,
             self._unlabeled_dataset,
             self.unlabeled_patches,
-            views=UnlabeledViews(
-                labeled.transforms,
-                strong=views.strong,
-                augmented=views.augmented,
-                normalization_schemes=self.configuration_manager.normalization_schemes,
-                intensity_properties=self.plans_manager.foreground_intensity_properties_per_channel,
-            ),
-            cutmix=views.cutmix,
-            foreground=self._predicted_foreground(),
+            views=self.unlabeled_views(),
+            configuration=self.configuration_manager,
+            plans=self.plans_manager,
+            foreground=self._follow_foreground(self._unlabeled_dataset),
             foreground_share=self.settings.foreground_crops,
         )
         pin_memory = self.device.type == "cuda"
@@ -441,22 +435,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.loaders.watch()
         return train, val
 
-    def _predicted_foreground(self) -> PredictedForeground | None:
-        self.predictions.foreground, share = None, self.settings.foreground_crops
-        if share == 0:
-            return None
-        if self.settings.seed is not None and get_allowed_n_proc_DA() > 0:
-            # What a worker has seen of the training when it crops a patch depends on the time.
-            self.print_to_log_file(
-                "With a seed and workers (nnUNet_n_proc_DA), unlabeled patches are cropped anywhere, also where a "
-                "class is rare: foreground_crops has no effect."
-            )
-            return None
-        assert self._unlabeled_dataset is not None
-        keys, structures = self._unlabeled_dataset.identifiers, self.num_structures
-        foreground = self.predictions.follow_foreground(keys, structures, share, self.print_to_log_file)
+    def _follow_foreground(self, dataset: UnlabeledDataset) -> PredictedForeground | None:
+        # With a seed, what a worker has seen of the training when it crops a patch must not depend on the time.
+        unpredictable = self.settings.seed is not None and get_allowed_n_proc_DA() > 0
+        share = self.settings.foreground_crops
+        found = self.predictions.follow_foreground(
+            dataset.identifiers, self.num_structures, share, unpredictable=unpredictable, log=self.print_to_log_file
+        )
         self.predictions.choose_rare(self.epoch_log.history("patches/labeled_per_class"))
-        return foreground
+        return found
 
     def _training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         stock_transforms = getattr(type(self), "get_training_transforms")  # noqa: B009 - shadowed on the instance

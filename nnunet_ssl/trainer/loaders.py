@@ -12,9 +12,55 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_ssl.data.loader import unlabeled_workers
+from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
+from nnunet_ssl.data.predicted_foreground import PredictedForeground
+from nnunet_ssl.data.views import UnlabeledViews
 from nnunet_ssl.processes import derived_seed, killed_workers, seed_this_process
+from nnunet_ssl.trainer.batches import Views
+
+
+def unlabeled_loader(
+    training: Any,
+    dataset: UnlabeledDataset,
+    batch_size: int,
+    *,
+    views: Views,
+    configuration: ConfigurationManager,
+    plans: PlansManager,
+    foreground: PredictedForeground | None,
+    foreground_share: float,
+) -> UnlabeledDataLoader:
+    """The loader of unlabeled batches.
+
+    Args:
+        training: nnU-Net's augmenter of labeled training batches, whose patch sizes and transforms it shares.
+        dataset: the unlabeled cases.
+        batch_size: unlabeled patches of this process.
+        views: that the method asks for.
+        configuration: that is trained.
+        plans: of the configuration.
+        foreground: see :class:`~nnunet_ssl.data.loader.UnlabeledDataLoader`.
+        foreground_share: likewise.
+    """
+    labeled = loader_of(training)
+    made = UnlabeledViews(
+        labeled.transforms,
+        strong=views.strong,
+        augmented=views.augmented,
+        normalization_schemes=configuration.normalization_schemes,
+        intensity_properties=plans.foreground_intensity_properties_per_channel,
+    )
+    return UnlabeledDataLoader(
+        labeled,
+        dataset,
+        batch_size,
+        views=made,
+        cutmix=views.cutmix,
+        foreground=foreground,
+        foreground_share=foreground_share,
+    )
 
 
 def loader_of(augmenter: Any) -> nnUNetDataLoader:

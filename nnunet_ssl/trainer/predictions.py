@@ -35,17 +35,31 @@ class Predictions:
         self._label: Tensor | None = None
 
     def follow_foreground(
-        self, keys: Sequence[str], structures: int, share: float, log: Callable[[str], None]
-    ) -> PredictedForeground:
-        """From now on, remember where foreground is predicted.
+        self,
+        keys: Sequence[str],
+        structures: int,
+        share: float,
+        *,
+        unpredictable: bool,
+        log: Callable[[str], None],
+    ) -> PredictedForeground | None:
+        """From now on, remember where foreground is predicted; None if patches are cropped anywhere.
 
         Args:
             keys: the unlabeled cases.
             structures: number of classes or regions.
-            share: of the unlabeled patches are centered on foreground, where a class is rare.
+            share: of the unlabeled patches are centered on foreground, where a class is rare; 0 for none.
+            unpredictable: whether it would make a seeded training depend on the time.
             log: writes a line to nnU-Net's log file.
         """
-        self.foreground, self._share, self._log = PredictedForeground(keys, structures), share, log
+        self.foreground, self._share, self._log = None, share, log
+        if share > 0 and unpredictable:
+            log(
+                "With a seed and workers (nnUNet_n_proc_DA), unlabeled patches are cropped anywhere, also where a "
+                "class is rare: foreground_crops has no effect."
+            )
+        elif share > 0:
+            self.foreground = PredictedForeground(keys, structures)
         return self.foreground
 
     def choose_rare(self, history: Sequence[Sequence[float]]) -> None:
