@@ -40,6 +40,7 @@ REQUIRED = {
     "matplotlib": "3.6",
     "tqdm": "4.64",
     "threadpoolctl": "3.1",
+    "connected-components-3d": "3.12",
     "edt": "2.4.1",
 }
 

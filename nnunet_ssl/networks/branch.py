@@ -117,6 +117,12 @@ class Branch(nn.Module):
             )
         return outputs
 
+    def stock(self) -> nn.Module:
+        """nnU-Net's network again, of the same parts: its state dict has nnU-Net's names."""
+        stock = nn.Module()
+        stock.encoder, stock.decoder = self.encoder, self.decoder
+        return stock
+
     def draw_dropout_masks(self, streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> Masks:
         """See :func:`~nnunet_ssl.networks.streams.draw_dropout_masks`."""
         return draw_dropout_masks(self.encoder.output_channels, streams, images)

@@ -121,14 +121,14 @@ class TrainingNetwork(Branch):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The weights of the network that predicts, under nnU-Net's names, and nothing else."""
-        return _stock(self.teacher if self.predict_with_teacher else self).state_dict(*args, **kwargs)
+        return (self.teacher if self.predict_with_teacher else self).stock().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load weights of nnU-Net's network, to start from: into the student, and into the teacher where there is one.
 
         What only training needs stays as it is.
         """
-        loaded = _stock(self).load_state_dict(state_dict, *args, **kwargs)
+        loaded = self.stock().load_state_dict(state_dict, *args, **kwargs)
         if self.has_teacher:
             self.teacher.copy_from(self)
         return loaded
@@ -180,10 +180,3 @@ def _run(
             if not stream.gradient:
                 outputs |= branch.decode({name: stream}, images, {stream.image: skips[stream.image]}, masks)
     return outputs
-
-
-def _stock(network: Branch) -> nn.Module:
-    # nnU-Net's network again, of the same parts.
-    stock = nn.Module()
-    stock.encoder, stock.decoder = network.encoder, network.decoder
-    return stock

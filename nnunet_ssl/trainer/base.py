@@ -352,7 +352,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         # Of several processes, none has let nnU-Net write a split file yet: that comes after the network's wrapping.
         if self.local_rank == 0:
-            self._unlabeled_source.check_fold(self.configuration_name, type(self).__name__, self.print_to_log_file)
+            self.unlabeled_source.check_fold(self.configuration_name, type(self).__name__, self.print_to_log_file)
         if not self.was_initialized:
             self.initialize()
         self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
@@ -374,7 +374,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return train, val if len(val) else train
 
     @property
-    def _unlabeled_source(self) -> UnlabeledSource:
+    def unlabeled_source(self) -> UnlabeledSource:
+        """Where the fold's unlabeled cases come from."""
         # A machine that only trains may have the preprocessed data alone.
         raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
         preprocessed = Path(self.preprocessed_dataset_folder_base)
@@ -382,7 +383,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _prepare_dataset(self) -> UnlabeledDataset:
         cases = prepare_unlabeled_cases(
-            self._unlabeled_source,
+            self.unlabeled_source,
             self.configuration_name,
             split=self.do_split,
             allow_transductive=self.settings.allow_transductive,
@@ -396,7 +397,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         train, val = self.do_split()
         segmentations = segmented_by_previous_stage(
             cases,
-            self._unlabeled_source,
+            self.unlabeled_source,
             PreviousStage(results, name, self.configuration_name, type(self).__name__),
             labeled_cases=[*train, *val],
             build=self._stock_builder,

@@ -29,6 +29,7 @@ from nnunet_ssl.distributed import alone
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
 from nnunet_ssl.trainer.epoch_log import EpochLog
 from nnunet_ssl.trainer.gradients import StepGradients
+from nnunet_ssl.trainer.predictions import Predictions
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -194,6 +195,9 @@ def _rehearsal(trainer: Any, stage: str, activation_checkpointing: bool | None) 
     rehearsal.grad_scaler = None
     rehearsal.current_stage = stage
     rehearsal.epoch_log = EpochLog(dict, lambda *_: None, lambda _: None, counts_skipped_steps=False)
+    labels = trainer.label_manager
+    classes = () if labels.has_regions else labels.foreground_labels
+    rehearsal.predictions = Predictions(rehearsal.epoch_log.record, classes)
     rehearsal._do_i_compile = lambda: False
     if activation_checkpointing is not None:
         rehearsal.settings = dataclasses.replace(trainer.settings, activation_checkpointing=activation_checkpointing)

@@ -390,7 +390,7 @@ def test_a_trainer_without_an_estimate_is_no_failure(
     folder = tmp_path / "trainers"
     folder.mkdir()
     (folder / "Unfinished.py").write_text(
-        "from nnunet_ssl.trainer import SemiSupervisedTrainer\nclass Unfinished(SemiSupervisedTrainer):\n    pass\n"
+        "from nnunet_ssl.api import SemiSupervisedTrainer\nclass Unfinished(SemiSupervisedTrainer):\n    pass\n"
     )
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(trainers_folder()), str(folder)]))
     lines = report("-d", "7", "-c", "2d", "-tr", "Unfinished")

@@ -110,7 +110,7 @@ def test_voxels_outside_the_mask_are_zero_in_every_view(cases):
     segmentation = torch.zeros(1, 6, 8, 8, dtype=torch.int16)
     segmentation[:, :, :4] = -1
     for _ in range(10):
-        weak, strong = loader.views(image.clone(), segmentation.clone())
+        weak, strong, _ = loader.views(image.clone(), segmentation.clone())
         for view in (weak, *strong):
             assert (view[:, :, :4] == 0).all() and (view[:, :, 4:] != 0).any()
 

@@ -82,7 +82,7 @@ def test_views_have_the_segmentation_as_channels_and_strong_ones_its_errors():
         segmentation[1, 4:12, 6:20, 6:12] = 1
         segmentation[1, 4:12, 6:20, 12:20] = 2
         image = segmentation[1:].float() * 2 + 1  # so that the channels can be read off the weak view
-        weak, (strong,) = views(image, segmentation)
+        weak, (strong,), _ = views(image, segmentation)
         assert weak.shape == strong.shape == (3, 16, 24, 24)
         inside = weak[0] != 0
         exact = inside & ((weak[0] - weak[0].round()).abs() < 1e-4)

@@ -191,7 +191,7 @@ def test_outside_the_mask_only_masked_channels_are_zero():
     image[0, outside] = 0
     segmentation = -outside[None].to(torch.int16)
     for _ in range(20):
-        weak, strong = views(image.clone(), segmentation.clone())
+        weak, strong, _ = views(image.clone(), segmentation.clone())
         assert torch.equal(weak, image)
         for view in strong:
             assert (view[0, outside] == 0).all() and (view[0, ~outside] != 0).float().mean() > 0.99
@@ -220,7 +220,7 @@ def test_slices_stay_apart_where_the_augmentation_is_two_dimensional(schemes):
     # Neighboring slices have nothing in common.
     slices = [torch.stack([normalized(scheme, z, (40, 36)) for z in range(6)]) for scheme in schemes]
     for _ in range(10):
-        weak, strong = views(torch.stack(slices))
+        weak, strong, _ = views(torch.stack(slices))
         assert weak.shape == (len(schemes), *patch)
         for view in strong:
             for old, new in zip(weak, view, strict=True):
@@ -237,6 +237,6 @@ def test_views_of_all_schemes_pickle():
     for made in (views, copy):
         torch.manual_seed(0)
         np.random.seed(0)
-        weak, strong = made(image.clone(), segmentation.clone())
+        weak, strong, _ = made(image.clone(), segmentation.clone())
         drawn.append(torch.stack([weak, *strong]))
     assert torch.equal(*drawn) and not torch.equal(drawn[0][0], drawn[0][1])

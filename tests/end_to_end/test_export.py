@@ -143,7 +143,7 @@ def let_the_teacher_predict(model: Path, planned, monkeypatch) -> None:
         arguments["plans"] = {**arguments["plans"], "continue_training": False}
         trainer = SimCVDTrainer(**arguments)
         trainer.load_checkpoint(str(file))
-        torch.save({**checkpoint, "network_weights": trainer.training_network.teacher.state_dict()}, file)
+        torch.save({**checkpoint, "network_weights": trainer.training_network.teacher.stock().state_dict()}, file)
 
 
 @pytest.mark.slow

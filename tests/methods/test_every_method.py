@@ -144,6 +144,7 @@ def test_with_a_gradient_scaler_terms_that_are_not_finite_move_nothing_and_stop_
     trainer = make(planned_2d)
     _, _, batch = make_batches(trainer)
     trainer.grad_scaler = torch.GradScaler("cpu")
+    trainer.prepare_steps()
     before = {n: p.clone() for n, p in trainer.network.named_parameters()}
     monkeypatch.setattr(trainer, "supervised_loss", lambda output, target: output[0].sum() * float("nan"))
     for _ in range(20):
@@ -345,7 +346,7 @@ def test_stock_weights_are_enough_to_start_from(make, planned_2d):
     for name, tensor in trainer.training_network.state_dict().items():
         assert torch.equal(tensor, stock.state_dict()[name]), name
     if hasattr(trainer.training_network.training_only, "teacher"):
-        for name, tensor in trainer.training_network.teacher.state_dict().items():
+        for name, tensor in trainer.training_network.teacher.stock().state_dict().items():
             assert torch.equal(tensor, stock.state_dict()[name]), name
 
 
@@ -384,11 +385,12 @@ def test_compile_makes_one_graph_of_a_step_and_one_of_a_validation_and_no_more(
     trainer = make(planned_2d)
     labeled, _, batch = make_batches(trainer)
     validation = {"data": batch["data"], "target": labeled.target}
-    if autocast:
-        monkeypatch.setattr(trainer.step_gradients, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     torch._dynamo.reset()
     trainer.network = torch.compile(trainer.network, backend=backend, fullgraph=True)
+    trainer.prepare_steps()
     trainer.step_gradients.memory_mode = "stacked"
+    if autocast:
+        monkeypatch.setattr(trainer.step_gradients, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     for _ in range(3):

@@ -191,7 +191,7 @@ def test_half_precision_is_that_of_autocast(make, larger, monkeypatch, mode, met
     """A CPU's autocast casts as a GPU's does, but for a few operations that these methods have little of."""
     trainer = make(method, larger)
     computed = step_bytes(trainer, mode, mixed_precision=True).peak
-    monkeypatch.setattr(trainer.step_gradients, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr("nnunet_ssl.trainer.gradients.nullcontext", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     assert computed == pytest.approx(step_bytes(trainer, mode, mixed_precision=False).peak, rel=0.03)
 
 
@@ -294,8 +294,8 @@ def test_the_start_goes_to_split_and_says_so(make, planned_2d, monkeypatch, too_
     trainer.step_gradients.memory_mode = "stacked"  # as auto chooses on a GPU
     lines: list[str] = []
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *text: lines.append(" ".join(map(str, text))))
-    monkeypatch.setattr("nnunet_ssl.trainer.log_memory", lambda given: too_large)
-    monkeypatch.setattr(CrossMatchTrainer, "_prepare_unlabeled_cases", lambda self: sys.exit())
+    monkeypatch.setattr("nnunet_ssl.trainer.base.log_memory", lambda given: too_large)
+    monkeypatch.setattr("nnunet_ssl.trainer.base.prepare_unlabeled_cases", lambda *arguments, **options: sys.exit())
     with pytest.raises(SystemExit):
         trainer.on_train_start()
     expected = "split" if too_large else "stacked"
@@ -390,6 +390,7 @@ def test_compile_takes_a_checkpointed_network_in_one_graph(make, planned_2d, met
     _, _, batch = make_batches(trainer)
     torch._dynamo.reset()
     trainer.network = torch.compile(trainer.network, backend="aot_eager", fullgraph=True)
+    trainer.prepare_steps()
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     for _ in range(2):

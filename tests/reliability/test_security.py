@@ -38,12 +38,15 @@ from nnunet_ssl.cli.trainers import trainers_folder
 from nnunet_ssl.data.cases import collect_unlabeled_cases, ready_cases
 from nnunet_ssl.data.conversion import convert_dataset
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
+from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.splits import split_dataset, write_splits
+from nnunet_ssl.distributed import Ranks
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_text
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.networks.architectures import check_architecture
 from nnunet_ssl.networks.checkpoints import read_checkpoint
+from nnunet_ssl.trainer.cascade import segmented_by_previous_stage
 
 PROJECT = Path(__file__).resolve().parents[2]
 DATASET = "Dataset007_Tiny"
@@ -239,7 +242,19 @@ def use_previous_stage(home: Home, file: Path) -> None:
     segmented.mkdir(parents=True)
     for case in CASES[:3]:
         (segmented / f"{case}.b2nd").touch()
-    home.trainer("3d_cascade")._segment_by_previous_stage([])
+    trainer = home.trainer("3d_cascade")
+    previous = trainer.configuration_manager.previous_stage_name
+    stage = PreviousStage(segmented, previous, "3d_cascade", type(trainer).__name__)
+    segmented_by_previous_stage(
+        [],
+        trainer.unlabeled_source,
+        stage,
+        labeled_cases=CASES[:3],
+        build=type(trainer).build_network_architecture,
+        device=torch.device("cpu"),
+        ranks=Ranks(),
+        log=print,
+    )
 
 
 def command(*arguments: str) -> None:
