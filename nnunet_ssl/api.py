@@ -5,6 +5,7 @@ or :class:`TeacherSettings`, and a thin module that nnU-Net finds. docs/how-to/w
 are listed here keep their meaning within a major version; everything else may change.
 """
 
+from nnunet_ssl.compiled import fused
 from nnunet_ssl.data.cutmix import CutMix, box_mask, paste
 from nnunet_ssl.data.labeled_targets import LabeledTarget
 from nnunet_ssl.data.signed_distance import SignedDistanceMaps, of_all_structures, signed_distance_map
@@ -65,6 +66,7 @@ __all__ = [
     "entropy",
     "entropy_of_probabilities",
     "foreground_probabilities",
+    "fused",
     "gather_over_ranks",
     "gaussian_ramp_up",
     "info_nce",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnunet_ssl.compiled import fused
 from nnunet_ssl.distributed import sum_over_ranks
 from nnunet_ssl.losses.pseudo_labels import members
 
 
+@fused
 def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """Soft Dice loss over the masked voxels, averaged over channels.
 

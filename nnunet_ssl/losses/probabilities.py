@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnunet_ssl.compiled import fused
 from nnunet_ssl.distributed import num_processes, sum_over_ranks
 
 
@@ -46,6 +47,7 @@ def foreground_probabilities(logits: Tensor, *, regions: bool) -> Tensor:
     return p if regions else p[:, 1:]
 
 
+@fused
 def entropy(logits: Tensor, *, regions: bool) -> Tensor:
     """H = -Σ_k p_k log p_k in nats; of each region, the entropy of its Bernoulli distribution.
 
@@ -65,6 +67,7 @@ def entropy(logits: Tensor, *, regions: bool) -> Tensor:
     return -(log_p.exp() * log_p).sum(1, keepdim=True)
 
 
+@fused
 def entropy_of_probabilities(p: Tensor, *, regions: bool) -> Tensor:
     """:func:`entropy` of probabilities, such as the mean of several predictions.
 
@@ -97,6 +100,7 @@ def sharpen(logits: Tensor, *, temperature: float, regions: bool) -> Tensor:
     return probabilities(one_resolution(logits).float() / temperature, regions=regions)
 
 
+@fused
 def consistency_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference of probabilities, Σ m (p_s - p_t)² / (C Σ m).
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nnunet_ssl.compiled import fused
+
 
 class PseudoLabel(NamedTuple):
     """What a stream predicts, as a target for other streams. Neither tensor carries a gradient.
@@ -25,13 +27,18 @@ class PseudoLabel(NamedTuple):
     confidence: Tensor
 
 
-@torch.no_grad()
 def pseudo_label(logits: Tensor, *, regions: bool) -> PseudoLabel:
     """Argmax and its probability; for regions p > 0.5 and max(p, 1 - p), channel by channel.
 
     Args:
         logits: (B, C, *spatial).
     """
+    # Detached first: compiled, streams with gradient and streams without share a graph.
+    return _pseudo_label(logits.detach(), regions=regions)
+
+
+@fused
+def _pseudo_label(logits: Tensor, *, regions: bool) -> PseudoLabel:
     logits = logits.float()
     if regions:
         probability = torch.sigmoid(logits)
@@ -58,7 +65,6 @@ def members(target: Tensor, structures: int) -> Tensor:
     return target == foreground.view(1, -1, *[1] * (target.ndim - 2))
 
 
-@torch.no_grad()
 def coverage(label: PseudoLabel, threshold: float, *, structures: int) -> tuple[Tensor, Tensor]:
     """How much of a pseudo-label is confident enough to be learned from.
 
@@ -71,9 +77,14 @@ def coverage(label: PseudoLabel, threshold: float, *, structures: int) -> tuple[
         Two int64 tensors of counts, (K + 1,): confident voxels, and voxels. The first entry counts all voxels (for
         regions: of all channels), entry k those that are predicted as foreground class or region k.
     """
-    confident = label.confidence >= threshold
-    axes = [0, *range(2, label.target.ndim)]
-    predicted = members(label.target, structures)
+    # The comparison is no part of what is compiled: a threshold may change from step to step.
+    return _coverage(label.target, label.confidence >= threshold, structures)
+
+
+@fused
+def _coverage(target: Tensor, confident: Tensor, structures: int) -> tuple[Tensor, Tensor]:
+    axes = [0, *range(2, target.ndim)]
+    predicted = members(target, structures)
     count = torch.cat((confident.sum()[None], (predicted & confident).sum(axes)))
     # Filled on the device: a tensor made of a Python number would be copied there, and the copy waited for.
     total = torch.cat((count.new_full((1,), confident.numel()), predicted.sum(axes)))

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnunet_ssl.compiled import fused
 from nnunet_ssl.distributed import num_processes, sum_over_ranks
 from nnunet_ssl.losses.dice import masked_dice_loss
 from nnunet_ssl.losses.probabilities import foreground_probabilities, one_resolution
 
 
+@fused
 def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over the masked voxels; of regions, binary cross-entropy channel by channel.
 
@@ -37,6 +39,7 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = No
     return num_processes() * (loss * counted).sum() / sum_over_ranks(counted.sum()).clamp(min=1)
 
 
+@fused
 def dice_and_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
     """(D + CE) / 2 over the masked voxels: :func:`masked_dice_loss` and :func:`masked_cross_entropy`.
 

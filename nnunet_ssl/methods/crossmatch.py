@@ -31,6 +31,7 @@ from nnunet_ssl.api import (
     box_mask,
     coverage,
     foreground_probabilities,
+    fused,
     gaussian_ramp_up,
     masked_dice_loss,
     paste,
@@ -157,5 +158,17 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
         return PseudoLabel(*(paste(tensor, mask, unlabeled.partner) for tensor in label))
 
     def _dice(self, logits: Tensor, label: PseudoLabel) -> Tensor:
-        probabilities = foreground_probabilities(logits, regions=self.label_manager.has_regions)
-        return masked_dice_loss(probabilities, label.target, label.confidence >= self.settings.confidence_threshold)
+        confident = label.confidence >= self.settings.confidence_threshold
+        return dice(logits, label.target, confident, regions=self.label_manager.has_regions)
+
+
+@fused
+def dice(logits: Tensor, target: Tensor, confident: Tensor, *, regions: bool) -> Tensor:
+    """D: soft Dice over the confident voxels, averaged over foreground classes or regions.
+
+    Args:
+        logits: (B, C, *spatial).
+        target: of a pseudo-label.
+        confident: bool, of the shape of its confidence.
+    """
+    return masked_dice_loss(foreground_probabilities(logits, regions=regions), target, confident)

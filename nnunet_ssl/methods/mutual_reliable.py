@@ -30,6 +30,7 @@ from nnunet_ssl.api import (
     TrainingNetwork,
     UNet,
     UnlabeledBatch,
+    fused,
     gaussian_ramp_up,
     interpolating_decoder,
     num_processes,
@@ -183,14 +184,17 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
 
     def _learn(self, name: str, output: StreamOutput, student: Lesson, teacher: Lesson) -> Tensor:
         s = self.settings
-        certain = student.entropy > teacher.entropy
-        if not s.certainty_weight:
-            certain = torch.ones_like(certain)
-        reliable = teacher.reliability if s.similarity_weight else torch.ones_like(teacher.reliability)
-        learned = certain.sum()
-        self.record(f"learned/{name}", learned, learned.new_full((), certain.numel()))
-        self.record(f"reliability/{name}", (certain * reliable).sum(), learned.float())
-        return mutual_loss(output.full_resolution, teacher.label, certain, reliable)
+        learning = learn(
+            output.full_resolution,
+            student,
+            teacher,
+            certainty_weight=s.certainty_weight,
+            similarity_weight=s.similarity_weight,
+        )
+        learned = learning.learned
+        self.record(f"learned/{name}", learned, learned.new_full((), student.entropy.numel()))
+        self.record(f"reliability/{name}", learning.reliability, learned.float())
+        return learning.loss
 
 
 class MutualNetwork(TrainingNetwork):
@@ -222,6 +226,7 @@ def _supervised(decoder: str) -> str:
 
 
 @torch.no_grad()
+@fused
 def lesson(logits: Tensor, features: Tensor, *, regions: bool) -> Lesson:
     """A decoder's pseudo-label ŷ, its entropy H(p) and its reliability λ_hr.
 
@@ -303,6 +308,40 @@ def sums_over_members(features: Tensor, members: Tensor, *, parts: int) -> Tenso
         total = torch.bmm(divided_m.transpose(0, 1), divided_f.permute(1, 2, 0)).sum(0)
         sums.append(total.addmm(m[:, size * parts :], f[:, size * parts :].t()))
     return torch.stack(sums)
+
+
+class Learning(NamedTuple):
+    """What a student learns from a teacher.
+
+    Attributes:
+        loss: L_i←j, a scalar.
+        learned: Σ λ_wr, int64: how many voxels it learns from.
+        reliability: Σ λ_wr λ_hr.
+    """
+
+    loss: Tensor
+    learned: Tensor
+    reliability: Tensor
+
+
+@fused
+def learn(
+    logits: Tensor, student: Lesson, teacher: Lesson, *, certainty_weight: bool, similarity_weight: bool
+) -> Learning:
+    """L_i←j of the student's logits z_i, (B, C, *spatial), where λ_wr = 1 if H(p_i) > H(p_j), else 0.
+
+    Args:
+        logits: z_i.
+        student: what the student itself teaches.
+        teacher: what the teacher teaches.
+        certainty_weight: False for λ_wr = 1 everywhere.
+        similarity_weight: False for λ_hr = 1 everywhere.
+    """
+    certain = student.entropy > teacher.entropy
+    if not certainty_weight:
+        certain = torch.ones_like(certain)
+    reliable = teacher.reliability if similarity_weight else torch.ones_like(teacher.reliability)
+    return Learning(mutual_loss(logits, teacher.label, certain, reliable), certain.sum(), (certain * reliable).sum())
 
 
 def mutual_loss(logits: Tensor, label: Tensor, certain: Tensor, reliable: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from nnunet_ssl.api import (
     UnlabeledBatch,
     coarse_grid,
     consistency_mse,
+    fused,
     gather_over_ranks,
     gaussian_ramp_up,
     info_nce,
@@ -153,7 +154,7 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         yield {
             "contrast": info_nce(queries, keys, temperature=self.settings.temperature, first=first),
             "structure": structure_distillation(student, teacher, voxels=self.settings.structure_voxels),
-            "consistency": consistency_mse(*(probabilities(o.logits, regions=regions) for o in (student, teacher))),
+            "consistency": consistency(student.logits, teacher.logits, regions=regions),
         }
 
     def loss_weights(self, progress: float) -> dict[str, float]:
@@ -173,6 +174,13 @@ def _head(output: StreamOutput, name: str) -> Tensor:
     return output.head[name]
 
 
+@fused
+def consistency(student: Tensor, teacher: Tensor, *, regions: bool) -> Tensor:
+    """L_con of the logits (B, C, *spatial) of student and teacher."""
+    return consistency_mse(probabilities(student, regions=regions), probabilities(teacher, regions=regions))
+
+
+@fused
 def distance_error(predicted: Tensor, target: Tensor, known: Tensor | None) -> Tensor:
     """MSE(sdm, target), over the voxels whose label is known.
 

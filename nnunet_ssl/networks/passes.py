@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl.compiled import compiled
 from nnunet_ssl.networks.streams import Masks, Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork
-
-_MOST_GRAPHS = 64
 
 _Encoding: TypeAlias = tuple[str | None, str]
 """A pass of an encoder: the network's name and the image's."""
@@ -105,11 +103,11 @@ class SplitOutputs(Outputs):
         streams: Mapping[str, Stream],
         masks: Masks,
         *,
-        compiled: bool = False,
+        compile_passes: bool = False,
     ) -> None:
         super().__init__(streams)
         self._network = network
-        self._pass = _compiled if compiled else _as_it_is
+        self._pass = compiled if compile_passes else _as_it_is
         self._images = images
         self._masks = masks
         self._outputs: dict[str, StreamOutput] = {}
@@ -198,14 +196,3 @@ def _encoding_of(stream: Stream) -> _Encoding:
 
 def _as_it_is(run: Callable[..., Any]) -> Callable[..., Any]:
     return run
-
-
-@cache
-def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
-    # PyTorch stops at 8 graphs of a function, and goes on without compiling. Three decoders have 10 kinds of passes:
-    # of labeled and of unlabeled images, with gradient and, of two of them, without.
-    config = torch._dynamo.config
-    config.cache_size_limit = max(config.cache_size_limit, _MOST_GRAPHS)
-    # Sizes are constants: a training has two, that of labeled and that of unlabeled batches. By default, PyTorch would
-    # take the second one for the start of many and make slower code for any size.
-    return torch.compile(run, dynamic=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_ssl.compiled import fusing
 from nnunet_ssl.distributed import average_gradients, on_all_ranks
 from nnunet_ssl.errors import MethodError
 from nnunet_ssl.networks.passes import Outputs, SplitOutputs, StackedOutputs
@@ -171,7 +172,7 @@ class StepGradients:
         terms: dict[str, Tensor] = {}
         while True:
             # The passes of a stream run when the method asks for it, the backward passes outside autocast.
-            with self.autocast():
+            with self.autocast(), fusing(self._compiled and not self._distributed):
                 part = next(parts, None)
             if part is None:
                 break
@@ -197,13 +198,13 @@ class StepGradients:
         images, streams = {stream.image: image.to(self._image_dtype)}, {"alone": stream}
         masks = self._training_network.draw_dropout_masks(streams, images)
         with self.autocast():
-            return SplitOutputs(self._training_network, images, streams, masks, compiled=self._compiled)["alone"]
+            return SplitOutputs(self._training_network, images, streams, masks, compile_passes=self._compiled)["alone"]
 
     def _outputs(self, images: Mapping[str, Tensor], streams: Mapping[str, Stream]) -> Outputs:
         masks = self._training_network.draw_dropout_masks(streams, images)
         if self.memory_mode == "stacked":
             return StackedOutputs(self._network, images, streams, masks)
-        return SplitOutputs(self._training_network, images, streams, masks, compiled=self._compiled)
+        return SplitOutputs(self._training_network, images, streams, masks, compile_passes=self._compiled)
 
 
 def without_wrappers(network: nn.Module) -> TrainingNetwork:

@@ -1,4 +1,4 @@
-"""Memory mode split compiled: how many graphs, and the numbers of the step that is not compiled."""
+"""A compiled step: how many graphs, and the numbers of the step that is not compiled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from method_steps import gradients_step, make_batches, make_trainer
 from torch._dynamo.utils import counters
 
+from nnunet_ssl.compiled import compiled
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
@@ -27,6 +28,9 @@ GRAPHS = {
     "MutualReliable, 3 decoders": (MutualReliableTrainer, {"decoders": 3}, 1 + 10),
     "SimCVD": (SimCVDTrainer, {}, 2 + 3),
 }
+# One graph of each compiled function of a method, as labeled and unlabeled batches are of one size: CrossMatch's
+# pseudo-labels, coverage and Dice; lessons and what is learned; distances and consistency.
+FUSED = {CrossMatchTrainer: 3, MutualReliableTrainer: 2, SimCVDTrainer: 2}
 # nnU-Net's own: the validation's forward, and its Dice with gradient and without.
 NNUNETS = 1 + 2
 
@@ -57,13 +61,37 @@ def make(planned_2d, monkeypatch, tmp_path):
 def forget_graphs() -> None:
     torch._dynamo.reset()
     counters.clear()
-    passes_module._compiled.cache_clear()
+    compiled.cache_clear()
 
 
 def gradients_of(trainer, labeled, unlabeled) -> tuple[dict, dict]:
     torch.manual_seed(11)
     terms = gradients_step(trainer, labeled, unlabeled, trainer.loss_weights(1.0))
     return terms, {n: p.grad.clone() for n, p in trainer.training_network.named_parameters() if p.grad is not None}
+
+
+def check_equal_to_plain(trainer, labeled, unlabeled, *, rtol=1e-4) -> None:
+    """The terms and the gradients of the compiled step are those of the plain one."""
+    network, mode = trainer.network, trainer.step_gradients.memory_mode
+    autocast = trainer.step_gradients.autocast
+    trainer.network = trainer.training_network
+    trainer.prepare_steps()
+    trainer.step_gradients.autocast = autocast
+    terms, gradients = gradients_of(trainer, labeled, unlabeled)
+    assert compiled.cache_info().currsize == 0, "losses are compiled with the network alone"
+    trainer.network = network
+    trainer.prepare_steps()
+    trainer.step_gradients.autocast = autocast
+    assert trainer.step_gradients.memory_mode == mode
+    found_terms, found = gradients_of(trainer, labeled, unlabeled)
+    for term, value in terms.items():
+        torch.testing.assert_close(found_terms[term], value, rtol=rtol, atol=rtol / 100)
+    assert set(gradients) <= set(found)
+    scale = max(gradient.abs().max() for gradient in gradients.values()).item()
+    for parameter, gradient in found.items():
+        # The head of the lowest resolution has no loss: no gradient, or compiled one of zeros.
+        expected = gradients.get(parameter, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, rtol=rtol, atol=rtol / 10 * scale, msg=parameter)
 
 
 def validate(trainer, batch, targets) -> None:
@@ -79,27 +107,14 @@ def test_a_step_in_split_mode_has_a_graph_of_every_kind_of_pass_and_no_more(make
     method, settings, graphs = GRAPHS[name]
     trainer = make(method, backend, memory_mode="split", activation_checkpointing=checkpointing, **settings)
     labeled, unlabeled, batch = make_batches(trainer, u=2)
-    compiled = trainer.network
-    trainer.network = trainer.training_network
-    terms, gradients = gradients_of(trainer, labeled, unlabeled)
-    trainer.network = compiled
-    found_terms, found = gradients_of(trainer, labeled, unlabeled)
-    for term, value in terms.items():
-        torch.testing.assert_close(found_terms[term], value, rtol=1e-4, atol=1e-6)
-    assert set(gradients) <= set(found)
-    scale = max(gradient.abs().max() for gradient in gradients.values()).item()
-    for parameter, gradient in found.items():
-        # The head of the lowest resolution has no loss: no gradient, or compiled one of zeros.
-        expected = gradients.get(parameter, torch.zeros_like(gradient))
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * scale, msg=parameter)
-
+    check_equal_to_plain(trainer, labeled, unlabeled)
     trainer.train_step(batch)
     validate(trainer, batch, labeled.target)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             assert math.isfinite(trainer.train_step(batch)["loss"])
             validate(trainer, batch, labeled.target)
-    assert counters["stats"]["unique_graphs"] == graphs + NNUNETS
+    assert counters["stats"]["unique_graphs"] == graphs + FUSED[method] + NNUNETS
     assert not counters["graph_break"]
 
 
@@ -108,7 +123,7 @@ def test_unlabeled_batches_of_another_size_add_one_graph_of_the_encoder(make):
     _, _, batch = make_batches(trainer, u=3)
     for _ in range(2):
         trainer.train_step(batch)
-    assert counters["stats"]["unique_graphs"] == 2 + 4 + 1, "one of nnU-Net's Dice"
+    assert counters["stats"]["unique_graphs"] == 2 + 4 + FUSED[CrossMatchTrainer] + 1, "one of nnU-Net's Dice"
     assert not counters["graph_break"]
 
 
@@ -130,4 +145,37 @@ def test_a_compiled_step_that_runs_out_of_memory_goes_on_compiled(make, monkeypa
         validate(trainer, batch, labeled.target)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-    assert passes_module._compiled.cache_info().currsize == 2, "encode and decode"
+    assert compiled.cache_info().currsize == 2 + FUSED[CrossMatchTrainer], "encode, decode, losses"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "autocast"),
+    [
+        (CrossMatchTrainer, {"regions": True}, False),
+        (MutualReliableTrainer, {"ignore": True}, False),
+        (MutualReliableTrainer, {}, True),
+        (SimCVDTrainer, {"regions": True, "ignore": True}, False),
+    ],
+)
+def test_losses_are_compiled_in_a_stacked_step_too(make, method, options, autocast):
+    trainer = make(method, memory_mode="stacked", **options)
+    labeled, unlabeled, batch = make_batches(trainer, u=2)
+    if autocast:  # as on a GPU
+        trainer.step_gradients.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    check_equal_to_plain(trainer, labeled, unlabeled, rtol=0.05 if autocast else 1e-4)
+    trainer.train_step(batch)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            assert math.isfinite(trainer.train_step(batch)["loss"])
+    assert compiled.cache_info().currsize == FUSED[method]
+    assert not counters["graph_break"]
+
+
+def test_of_several_processes_none_compiles_losses(make):
+    trainer = make(CrossMatchTrainer, memory_mode="stacked")
+    labeled, unlabeled, _ = make_batches(trainer, u=2)
+    for processes, functions in ((2, 0), (1, FUSED[CrossMatchTrainer])):
+        trainer.is_ddp = processes > 1
+        trainer.prepare_steps()
+        gradients_of(trainer, labeled, unlabeled)
+        assert compiled.cache_info().currsize == functions
