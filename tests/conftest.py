@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from method_steps import TRAINERS
 
 from nnunet_ssl.cli.trainers import trainers_folder
 from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
@@ -21,10 +22,8 @@ NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 SHORT_TRAINERS = """
 import os
 
-from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
-from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
-from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+{imports}
 
 
 class Short:
@@ -41,19 +40,13 @@ class Short:
 
 class nnUNetTrainer_short(Short, nnUNetTrainer):
     pass
-
-
-class CrossMatchTrainer_short(Short, CrossMatchTrainer):
-    pass
-
-
-class MutualReliableTrainer_short(Short, MutualReliableTrainer):
-    pass
-
-
-class SimCVDTrainer_short(Short, SimCVDTrainer):
-    pass
-"""
+{classes}
+""".format(
+    imports="\n".join(f"from {trainer.__module__} import {trainer.__name__}" for trainer in TRAINERS),
+    classes="".join(
+        f"\n\nclass {trainer.__name__}_short(Short, {trainer.__name__}):\n    pass\n" for trainer in TRAINERS
+    ),
+)
 
 
 @dataclass

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from nnunet_ssl.data.labeled_targets import AddTargets
 from nnunet_ssl.data.signed_distance import signed_distance_map
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks.streams import StreamOutput
+from nnunet_ssl.testing import initialized
+from nnunet_ssl.testing import make_batches as make_batches
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
-from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 
-TRAINERS = (CrossMatchTrainer, MutualReliableTrainer, SimCVDTrainer)
+
+@dataclass(frozen=True)
+class Method:
+    """A method's row in the table of what all tests of every method train.
+
+    Attributes:
+        trainer: its class.
+        settings: with which every term counts on images of noise and a network without training.
+        halves: settings with which a half of a batch is trained as in the whole of it; for two processes.
+        others: settings of more trainings, each another network or way to predict.
+        split_graphs: how many graphs ``torch.compile`` makes of a step in memory mode split: with ``settings``, and
+            with as many of ``others`` as there are further numbers. One of the encoder for each size of a batch, one of
+            a teacher's encoder, and one for each kind of a decoder's pass.
+    """
+
+    trainer: type[SemiSupervisedTrainer]
+    settings: dict[str, Any] = field(default_factory=dict)
+    halves: dict[str, Any] = field(default_factory=dict)
+    others: tuple[dict[str, Any], ...] = ()
+    split_graphs: tuple[int, ...] = ()
+
+
+METHODS = (
+    # Decoders: of labeled images, and of unlabeled ones without gradient, with dropout and without.
+    Method(CrossMatchTrainer, {"confidence_threshold": 0.4}, split_graphs=(1 + 4,)),
+    # Each decoder of labeled and of unlabeled images, and all but the one that learns first once more without gradient.
+    Method(MutualReliableTrainer, others=({"decoders": 3},), split_graphs=(1 + 6, 1 + 10)),
+    # Decoders: of labeled and noisy images, and the teacher.
+    Method(SimCVDTrainer, halves={"noise": 0.0}, others=({"predict_with": "teacher"},), split_graphs=(2 + 3,)),
+)
+TRAINERS = tuple(method.trainer for method in METHODS)
+BY_NAME = {method.trainer.__name__: method for method in METHODS}
 
 
 def make_trainer(
@@ -28,7 +59,6 @@ def make_trainer(
         monkeypatch.setenv(name, planned.environment[name])
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     plans = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
-    plans["continue_training"] = False
     tiny = plans["configurations"]["tiny"]
     tiny["semi_supervised"] = settings
     if residual:
@@ -45,11 +75,7 @@ def make_trainer(
         dataset_json["regions_class_order"] = [1, 2]
     if ignore:
         dataset_json["labels"]["ignore"] = 3
-    trainer = method(plans, "tiny", 0, dataset_json, torch.device("cpu"))
-    torch.manual_seed(0)
-    trainer.initialize()
-    trainer.network.train()
-    return trainer
+    return initialized(method, plans, "tiny", dataset_json)
 
 
 def make_short(method, planned, folder, epochs=50, steps=4, **settings) -> SemiSupervisedTrainer:
@@ -58,37 +84,6 @@ def make_short(method, planned, folder, epochs=50, steps=4, **settings) -> SemiS
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs, steps, 1
     trainer.save_every = 1
     return trainer
-
-
-def make_batches(trainer, u=3, seed=0) -> tuple[LabeledBatch, UnlabeledBatch, dict]:
-    """A labeled and an unlabeled batch, and the labeled one as nnU-Net's loader gives it to ``train_step``."""
-    generator = torch.Generator().manual_seed(seed)
-    np.random.seed(seed)
-    patch = tuple(trainer.configuration_manager.patch_size)
-    labels = trainer.label_manager
-    highest = 3 + labels.has_ignore_label
-    target = torch.randint(0, highest, (2, 1, *[n // 4 for n in patch]), generator=generator).float()
-    target = torch.nn.functional.interpolate(target, size=patch, mode="nearest")
-    if labels.has_regions:
-        channels = [(target == 1) | (target == 2), target == 2]
-        target = torch.cat(channels + ([target == 3] if labels.has_ignore_label else []), 1).float()
-    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
-    targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, s))) for s in scales]
-    image = torch.randn(2, 1, *patch, generator=generator)
-    batch = AddTargets(trainer.extra_targets)(data=image, target=targets, keys=["l0", "l1"])
-    views = trainer.unlabeled_views()
-    unlabeled = {
-        "weak": torch.randn(u, 1, *patch, generator=generator),
-        "strong": [torch.randn(u, 1, *patch, generator=generator) for _ in range(views.strong)],
-        "boxes": [torch.from_numpy(views.cutmix.draw(u, patch)) for _ in range(views.strong)],
-        "partner": (torch.arange(u) + 1) % u,
-        "keys": [f"u{i}" for i in range(u)],
-    }
-    trainer.dataloader_unlabeled = itertools.repeat(unlabeled)
-    labeled = LabeledBatch(
-        image, targets if trainer.enable_deep_supervision else targets[0], batch["keys"], batch["extra"]
-    )
-    return labeled, UnlabeledBatch(**unlabeled), batch
 
 
 def distance_maps(trainer, target: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -159,6 +160,17 @@ class TrainingNetwork(Branch):
             tensor.copy_(state[name])
         if self.has_teacher:
             self.teacher.updates = int(state[_UPDATES])
+
+
+@contextmanager
+def predicted_by_the_other(network: TrainingNetwork) -> Iterator[str]:
+    """Within, of student and teacher the one predicts that otherwise does not; gives its name."""
+    before = network.predict_with_teacher
+    network.predict_with_teacher = not before
+    try:
+        yield "student" if before else "teacher"
+    finally:
+        network.predict_with_teacher = before
 
 
 def _run(

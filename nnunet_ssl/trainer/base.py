@@ -6,6 +6,7 @@ step needs: a second loader, passes of many streams, named loss terms with a sch
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet
 from nnunet_ssl.networks.passes import Outputs
 from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
-from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.networks.training_network import TrainingNetwork, predicted_by_the_other
 from nnunet_ssl.processes import Sigterm, derived_seed, handled_sigterm, seed_this_process
 from nnunet_ssl.settings import SemiSupervisedSettings, TeacherSettings
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
@@ -52,7 +53,14 @@ from nnunet_ssl.trainer.checkpoint import (
     write_durably,
 )
 from nnunet_ssl.trainer.epoch_log import EpochLog
-from nnunet_ssl.trainer.gradients import SUPERVISED, FallBack, MemoryMode, StepGradients, without_wrappers
+from nnunet_ssl.trainer.gradients import (
+    SUPERVISED,
+    FallBack,
+    MemoryMode,
+    StepGradients,
+    check_teacher_moved,
+    without_wrappers,
+)
 from nnunet_ssl.trainer.loaders import Loaders, augmented, restart, unlabeled_loader
 from nnunet_ssl.trainer.memory import log_memory
 from nnunet_ssl.trainer.optimizer import GuardedOptimizer
@@ -298,7 +306,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # Buffers are the same on all ranks by what they are made of. Broadcast in every forward, they would make ranks
         # wait for each other that validate unlike numbers of patches.
         devices = [self.device] if self.device.type == "cuda" else None
-        self.network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        # A stage may leave a network or a decoder out, which DDP has to look for then.
+        several = len(self.stages()) > 1
+        self.network = DistributedDataParallel(
+            network, device_ids=devices, broadcast_buffers=False, find_unused_parameters=several
+        )
 
     def build_network_for_training(
         self,
@@ -524,6 +536,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         if moved:
             self.after_optimizer_step()
+            check_teacher_moved(self.training_network)
         else:
             self.epoch_log.skipped_steps += 1
         if found.voxels is not None:
@@ -585,6 +598,32 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 self.logger.local_logger.my_fantastic_logging,
                 title=f"{type(self).__name__}, {self.plans_manager.dataset_name}, fold {self.fold}",
             )
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """As nnU-Net; with the setting ``validate_both``, before it the other of student and teacher.
+
+        The other one's results are in ``validation_student`` or ``validation_teacher``; those of the network that
+        predicts are in ``validation`` as ever.
+        """
+        network = self.training_network
+        if network.has_teacher and isinstance(self.settings, TeacherSettings) and self.settings.validate_both:
+            with predicted_by_the_other(network) as other:
+                self.print_to_log_file(f"Validation of the {other} (validate_both), into validation_{other}")
+                self._validate_into(f"validation_{other}", save_probabilities)
+        super().perform_actual_validation(save_probabilities)
+
+    def _validate_into(self, name: str, save_probabilities: bool) -> None:
+        # nnU-Net's validation always writes into a folder of this name in its output folder.
+        folder = Path(self.output_folder)
+        self.output_folder = str(folder / f"{name}_partial")
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self.output_folder = str(folder)
+        if self.local_rank == 0:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / f"{name}_partial" / "validation").rename(folder / name)
+            (folder / f"{name}_partial").rmdir()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -245,6 +245,20 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) ->
         )
 
 
+def check_teacher_moved(network: TrainingNetwork) -> None:
+    """Whether the teacher, if there is one, follows the student; called after steps that moved the student.
+
+    Raises:
+        MethodError: it was never moved.
+    """
+    if network.has_teacher and network.teacher.updates == 0:
+        raise MethodError(
+            "The network has a teacher, which after_optimizer_step() did not move. Call "
+            "self.training_network.update_teacher(decay) there, or do not override it: by default the teacher moves "
+            "with the setting ema_decay."
+        )
+
+
 def weighted_sum(part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The loss of the terms that a method has yielded together.
 

@@ -11,13 +11,14 @@ import sysconfig
 import time
 from pathlib import Path
 
+import method_steps
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 
-TRAINER = "CrossMatchTrainer_short"
-TRAINERS = (TRAINER, "MutualReliableTrainer_short", "SimCVDTrainer_short")
+TRAINERS = tuple(f"{trainer.__name__}_short" for trainer in method_steps.TRAINERS)
+TRAINER = TRAINERS[0]
 # test_matrix.py trains all of them by default, with fewer checks.
 ONE_BY_DEFAULT = [TRAINER, *(pytest.param(trainer, marks=pytest.mark.slow) for trainer in TRAINERS[1:])]
 

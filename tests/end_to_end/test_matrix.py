@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import method_steps
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -23,7 +24,7 @@ from conftest import SHORT_TRAINERS, nnunet_environment
 from nnunet_ssl.data.phantoms import write_phantom_dataset
 from nnunet_ssl.evaluation.tables import format_table
 
-TRAINERS = ("CrossMatchTrainer_short", "MutualReliableTrainer_short", "SimCVDTrainer_short")
+TRAINERS = tuple(f"{trainer.__name__}_short" for trainer in method_steps.TRAINERS)
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 LABELS = ("standard", "regions", "ignore", "regions_ignore")
 FOLDS = (0, 1)

@@ -9,11 +9,10 @@ import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from method_steps import TRAINERS, gradients_step, make_batches, make_trainer
+from method_steps import BY_NAME, TRAINERS, gradients_step, make_batches, make_trainer
 from torch import distributed as dist
 
 from nnunet_ssl.data.labeled_targets import AddTargets
@@ -23,11 +22,6 @@ from nnunet_ssl.networks.streams import draw_dropout_masks
 from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "CrossMatchTrainer": {"confidence_threshold": 0.4},
-    "MutualReliableTrainer": {},
-    "SimCVDTrainer": {"noise": 0.0},
-}
 KINDS = {"2d": {}, "3d": {}, "2d_regions": {"regions": True}}
 MODES = ("stacked", "split")
 JOINED = {"x": 2}  # samples of an image in the joined batch
@@ -35,7 +29,8 @@ UNLABELED = 4
 
 
 def make(method, kind: str, planned, patch, results: Path):
-    options = SETTINGS[method.__name__] | KINDS[kind]
+    row = BY_NAME[method.__name__]
+    options = row.settings | row.halves | KINDS[kind]
     return make_trainer(method, planned, patch, results, ramp_length=0.0, **options)
 
 

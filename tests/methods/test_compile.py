@@ -7,26 +7,20 @@ from functools import partial
 
 import pytest
 import torch
-from method_steps import gradients_step, make_batches, make_trainer
+from method_steps import METHODS, gradients_step, make_batches, make_trainer
 from torch._dynamo.utils import counters
 
 from nnunet_ssl.compiled import compiled
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
-from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
-from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks import passes as passes_module
 
 COMPILE = torch.compile
 
-# One graph of the encoder for each size of a batch, and for SimCVD one of the teacher's. Decoders: CrossMatch's of
-# labeled images, and of unlabeled ones without gradient, with dropout and without; each of the mutual ones of labeled
-# and of unlabeled images, and all but the one that learns first once more without gradient; SimCVD's of labeled and
-# noisy images and the teacher.
+# Of every method and its other networks: class, settings, and graphs of a step.
 GRAPHS = {
-    "CrossMatch": (CrossMatchTrainer, {}, 1 + 4),
-    "MutualReliable": (MutualReliableTrainer, {}, 1 + 6),
-    "MutualReliable, 3 decoders": (MutualReliableTrainer, {"decoders": 3}, 1 + 10),
-    "SimCVD": (SimCVDTrainer, {}, 2 + 3),
+    f"{method.trainer.__name__} {options or ''}".strip(): (method.trainer, method.settings | options, graphs)
+    for method in METHODS
+    for options, graphs in zip(({}, *method.others), method.split_graphs, strict=False)
 }
 # One graph of each compiled function of a method, as labeled and unlabeled batches are of one size: CrossMatch's
 # pseudo-labels, coverage and Dice; lessons and what is learned; distances and consistency.
@@ -37,10 +31,10 @@ NNUNETS = 1 + 2
 slow = pytest.mark.slow
 CASES = [
     *(pytest.param(name, False, "aot_eager", id=name) for name in GRAPHS),
-    pytest.param("CrossMatch", True, "aot_eager", id="CrossMatch, checkpointing"),
+    pytest.param("CrossMatchTrainer", True, "aot_eager", id="CrossMatchTrainer, checkpointing"),
     *(pytest.param(name, True, "aot_eager", id=f"{name}, checkpointing", marks=slow) for name in list(GRAPHS)[1:]),
     *(pytest.param(name, False, "inductor", id=f"{name}, inductor", marks=slow) for name in GRAPHS),
-    pytest.param("SimCVD", True, "inductor", id="SimCVD, checkpointing, inductor", marks=slow),
+    pytest.param("SimCVDTrainer", True, "inductor", id="SimCVDTrainer, checkpointing, inductor", marks=slow),
 ]
 
 

@@ -7,37 +7,25 @@ import weakref
 
 import pytest
 import torch
-from method_steps import TRAINERS, Given, images_of, make_batches, make_trainer, summed_terms
+from method_steps import BY_NAME, METHODS, TRAINERS, Given, images_of, make_batches, make_trainer, summed_terms
 
+from nnunet_ssl import testing
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
-from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks import passes as passes_module
 from nnunet_ssl.networks.passes import StackedOutputs
+from nnunet_ssl.testing import gradients_of
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.variants import TRAINING_LENGTHS, training_length_variants
-
-SETTINGS = {"CrossMatchTrainer": {"confidence_threshold": 0.4}, "MutualReliableTrainer": {}, "SimCVDTrainer": {}}
 
 
 @pytest.fixture(params=TRAINERS, ids=lambda method: method.__name__)
 def make(request, monkeypatch, tmp_path):
     def factory(planned, **options):
-        return make_trainer(
-            request.param, planned, monkeypatch, tmp_path, **(SETTINGS[request.param.__name__] | options)
-        )
+        settings = BY_NAME[request.param.__name__].settings
+        return make_trainer(request.param, planned, monkeypatch, tmp_path, **(settings | options))
 
     factory.method = request.param
     return factory
-
-
-def gradients_of(trainer, labeled, unlabeled, *, mode: str) -> tuple[dict, dict]:
-    trainer.step_gradients.memory_mode = mode
-    torch.manual_seed(11)
-    terms = trainer.step_gradients(
-        labeled, unlabeled, trainer.prepare(labeled, unlabeled), trainer.loss_weights(trainer.progress)
-    )
-    return terms, {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -54,24 +42,14 @@ def gradients_of(trainer, labeled, unlabeled, *, mode: str) -> tuple[dict, dict]
 )
 def test_split_gives_the_terms_and_gradients_of_stacked(make, dim, options, request):
     trainer = make(request.getfixturevalue(dim), ramp_length=0.0, **options)
-    if hasattr(trainer.training_network.training_only, "teacher"):
-        with torch.no_grad():  # a teacher that is not the student
-            for parameter in trainer.training_network.teacher.parameters():
-                parameter.mul_(0.7)
+    testing.check_split(trainer)
     labeled, unlabeled, _ = make_batches(trainer)
     terms, gradients = gradients_of(trainer, labeled, unlabeled, mode="stacked")
-    split_terms, split_gradients = gradients_of(trainer, labeled, unlabeled, mode="split")
-    assert set(terms) == set(split_terms) == set(trainer.loss_weights(0.0))
-    for name, value in split_terms.items():
-        assert torch.isfinite(value)
-        torch.testing.assert_close(value, terms[name], rtol=1e-4, atol=1e-6)
-    assert set(gradients) == set(split_gradients)
-    scale = max(g.abs().max() for g in gradients.values()).item()
-    for name, gradient in split_gradients.items():
-        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+    assert set(terms) == set(trainer.loss_weights(0.0))
     # Every parameter has one but the head that nnU-Net's deep supervision leaves out, and the teacher's.
     missing = {n for n, _ in trainer.network.named_parameters()} - set(gradients)
     assert all("seg_layers.0." in name or "training_only.teacher." in name for name in missing)
+    testing.check_gradients(trainer)
 
 
 @pytest.mark.parametrize("mode", ["split", "stacked"])
@@ -275,56 +253,21 @@ def test_without_deep_supervision(make, planned_2d):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [
-        *((method, {}) for method in TRAINERS),
-        (MutualReliableTrainer, {"decoders": 3}),
-        (SimCVDTrainer, {"predict_with": "teacher"}),
-    ],
+    [(method.trainer, options) for method in METHODS for options in ({}, *method.others)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_resume_is_bit_for_bit(method, options, planned_2d, monkeypatch, tmp_path):
-    def make(planned, **options):
-        return make_trainer(method, planned, monkeypatch, tmp_path, **options)
-
-    first = make(planned_2d, **options)
-    _, _, batch = make_batches(first)
-    for _ in range(3):
-        first.train_step(batch)
-    first.logger.log("ema_fg_dice", 0.5, 0)
-    file = str(tmp_path / "checkpoint_latest.pth")
-    first.save_checkpoint(file)
-    second = make(planned_2d, **options)
-    make_batches(second)
-    second.load_checkpoint(file)
-    for trainer in (first, second):
-        torch.manual_seed(5)
-        trainer._steps_in_epoch = 0
-        trainer.current_epoch = 1
-        trainer.train_step(batch)
-        trainer.train_step(batch)
-    one, two = (
-        dict([*t.training_network.named_parameters(), *t.training_network.named_buffers()]) for t in (first, second)
-    )
-    assert list(one) == list(two)
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]), name
+    settings = BY_NAME[method.__name__].settings | options
+    testing.check_resume(lambda: make_trainer(method, planned_2d, monkeypatch, tmp_path, **settings), tmp_path)
 
 
 def test_the_checkpoint_predicts_with_nnunets_own_network(make, planned_3d, tmp_path):
-    trainer = make(planned_3d)
-    _, _, batch = make_batches(trainer)
-    trainer.train_step(batch)
-    trainer.logger.log("ema_fg_dice", 0.5, 0)
-    trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
-    weights = torch.load(tmp_path / "checkpoint_final.pth", weights_only=True)["network_weights"]
-    stock = make.method.build_network_architecture(
-        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
-    )
-    assert list(stock.state_dict()) == list(weights)
-    stock.load_state_dict(weights, strict=True)
-    trainer.set_deep_supervision_enabled(False)
-    with torch.no_grad():
-        assert torch.equal(stock(batch["data"]), trainer.network(batch["data"]))
+    testing.check_stock_network(lambda: make(planned_3d), tmp_path)
+
+
+@pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])
+def test_a_step_moves_weights_and_yields_every_term(make, dim, request):
+    testing.check_steps(make(request.getfixturevalue(dim)))
 
 
 def test_another_methods_checkpoint_is_refused(make, planned_2d, tmp_path):
@@ -363,6 +306,7 @@ def test_the_unlabeled_batch_size_is_the_settings(make, planned_2d):
 
 
 def test_bfloat16_autocast_gives_finite_losses_close_to_float32(make, planned_2d, monkeypatch):
+    testing.check_autocast(make(planned_2d, ramp_length=0.0))
     trainer = make(planned_2d, ramp_length=0.0)
     labeled, unlabeled, _ = make_batches(trainer)
     expected, _ = gradients_of(trainer, labeled, unlabeled, mode="stacked")
