@@ -473,7 +473,8 @@ def check_stock_network(make: Make, folder: Path) -> None:
     file = folder / "checkpoint_final.pth"
     trainer.save_checkpoint(str(file))
     weights = torch.load(file, weights_only=True)["network_weights"]
-    stock = type(trainer).build_network_architecture(
+    build = getattr(type(trainer), "build_network_architecture")  # noqa: B009 - shadowed on the instance
+    stock = build(
         trainer.plans_manager,
         trainer.configuration_manager,
         trainer.num_input_channels,

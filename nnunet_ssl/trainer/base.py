@@ -93,6 +93,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # nnU-Net's own, which are not annotated there.
     is_ddp: bool
     device: torch.device
+    output_folder: str
     grad_scaler: Any
     network: Any
 
