@@ -319,7 +319,7 @@ def test_a_mistake_is_named(method, message, mode, made) -> None:
 
 
 def test_a_teacher_without_its_settings_is_named(made) -> None:
-    with pytest.raises(MethodError, match="have to derive from TeacherSettings"):
+    with pytest.raises(MethodError, match="derive SemiSupervisedSettings from TeacherSettings"):
         made(_with(settings_class=SemiSupervisedSettings, build_training_network=_teacher))
 
 
