@@ -33,7 +33,11 @@ def alone() -> Iterator[None]:
 
 
 def num_processes() -> int:
-    """How many processes train together; 1 within :func:`alone`."""
+    """How many processes train together; 1 within :func:`alone`.
+
+    >>> num_processes()
+    1
+    """
     if _alone or not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size()
@@ -44,6 +48,9 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
     The gradient reaches each rank's own tensor as if it were of one loss for all ranks, times their number, which the
     averaging of gradients takes back.
+
+    >>> sum_over_ranks(torch.tensor([1.0, 2.0]))  # with one process, the tensor itself
+    tensor([1., 2.])
     """
     if num_processes() == 1:
         return tensor
@@ -61,6 +68,10 @@ def gather_over_ranks(tensor: Tensor) -> tuple[Tensor, int]:
 
     Args:
         tensor: (N, ...), of the same shape on all ranks.
+
+    >>> gather_over_ranks(torch.tensor([[1.0], [2.0]]))
+    (tensor([[1.],
+            [2.]]), 0)
     """
     if num_processes() == 1:
         return tensor.detach(), 0

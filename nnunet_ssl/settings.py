@@ -38,7 +38,15 @@ def setting(
     integer: bool = False,
     optional: bool = False,
 ) -> Any:
-    """A dataclass field with its allowed values. Bounds are inclusive; ``optional`` also allows ``None``."""
+    """A dataclass field with its allowed values. Bounds are inclusive; ``optional`` also allows ``None``.
+
+    >>> @dataclass(frozen=True)
+    ... class ConsistencySettings(SemiSupervisedSettings):
+    ...     weight: float = setting(1.0, "weight of a term", minimum=0.0)
+    >>> ConsistencySettings.from_plans({"semi_supervised": {"weight": -1}})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    nnunet_ssl.errors.UserError: The setting 'weight' in the plans' 'semi_supervised' is -1; allowed is a number of ...
+    """
     metadata = {
         "help": help,
         "minimum": minimum,
@@ -51,7 +59,14 @@ def setting(
 
 
 def ramp_length_setting(default: float) -> Any:
-    """The setting ``ramp_length``; a method whose paper has another length than the base gives its own default."""
+    """The setting ``ramp_length``; a method whose paper has another length than the base gives its own default.
+
+    >>> @dataclass(frozen=True)
+    ... class LongRampSettings(SemiSupervisedSettings):
+    ...     ramp_length: float = ramp_length_setting(0.8)
+    >>> LongRampSettings().ramp_length
+    0.8
+    """
     return setting(
         default,
         "fraction of the training over which the unsupervised weight rises; 0: full weight from the first step",
@@ -66,6 +81,9 @@ class SemiSupervisedSettings:
 
     Raises:
         UserError: a value is out of its range; the text names the setting, the value and what is allowed.
+
+    >>> SemiSupervisedSettings.from_plans({"batch_size": 2, "semi_supervised": {"ramp_length": 0.0}}).ramp_length
+    0.0
     """
 
     unlabeled_batch_size: int | None = setting(
@@ -142,7 +160,11 @@ class SemiSupervisedSettings:
 
 @dataclass(frozen=True)
 class TeacherSettings(SemiSupervisedSettings):
-    """Settings of every method with a teacher that follows the student as a moving average."""
+    """Settings of every method with a teacher that follows the student as a moving average.
+
+    >>> TeacherSettings(predict_with="teacher").ema_decay
+    0.99
+    """
 
     ema_decay: float = setting(0.99, "largest decay of the teacher's moving average", minimum=0.0, maximum=1.0)
     predict_with: str = setting(

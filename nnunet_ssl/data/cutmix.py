@@ -18,6 +18,12 @@ class CutMix:
         probability: share of samples that get a box.
         volume: least and largest share of the patch that a box covers; uniform in between.
         aspect_ratio: smallest ratio between two sides, each side relative to the patch's; at most its inverse.
+
+    >>> CutMix(probability=1.0).draw(batch_size=2, patch_size=(32, 32)).shape
+    (2, 2, 2)
+    >>> first, last = CutMix(1.0, volume=(0.25, 0.25), aspect_ratio=1.0).draw(1, (32, 32))[0].T
+    >>> (last - first).tolist()  # a box of one size: half of each side
+    [16, 16]
     """
 
     probability: float = 0.5
@@ -62,6 +68,12 @@ def box_mask(boxes: Tensor, patch_size: Sequence[int]) -> Tensor:
 
     Returns:
         (B, 1, *patch_size), bool, True inside a sample's box.
+
+    >>> box_mask(torch.tensor([[[1, 3], [0, 2]]]), (4, 3)).int()
+    tensor([[[[0, 0, 0],
+              [1, 1, 0],
+              [1, 1, 0],
+              [0, 0, 0]]]], dtype=torch.int32)
     """
     dim = len(patch_size)
     mask = torch.ones((), dtype=torch.bool, device=boxes.device)
@@ -79,5 +91,11 @@ def paste(tensor: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
         tensor: (B, C, *spatial), of any type: images, pseudo-labels or confidences.
         mask: (B, 1, *spatial), bool.
         partner: (B,), the index of each sample's partner.
+
+    >>> images, mask = torch.tensor([[[1, 1, 1]], [[2, 2, 2]]]), torch.tensor([[[False, True, True]]]).expand(2, 1, 3)
+    >>> paste(images, mask, partner=torch.tensor([1, 0]))
+    tensor([[[1, 2, 2]],
+    <BLANKLINE>
+            [[2, 1, 1]]])
     """
     return torch.where(mask, tensor[partner], tensor)

@@ -11,7 +11,16 @@ from torch import Tensor
 
 
 class LabeledTarget(ABC):
-    """Makes a target of a labeled batch: a tensor, or a tuple of tensors of any shape."""
+    """Makes a target of a labeled batch: a tensor, or a tuple of tensors of any shape.
+
+    >>> class Foreground(LabeledTarget):
+    ...     def __call__(self, segmentation):
+    ...         return segmentation > 0
+    ...     def largest(self, batch_size, patch_size):
+    ...         return torch.empty(batch_size, 1, *patch_size, dtype=torch.bool)
+    >>> Foreground()(torch.tensor([[[0, 2]]]))
+    tensor([[[False,  True]]])
+    """
 
     @abstractmethod
     def __call__(self, segmentation: Tensor) -> Any:

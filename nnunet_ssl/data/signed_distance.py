@@ -29,6 +29,9 @@ def signed_distance_map(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarra
 
     Returns:
         (*spatial), float32, in [-1, 1].
+
+    >>> signed_distance_map(np.array([[0, 0, 1, 1, 1]], dtype=bool), spacing=(1.0, 1.0)).tolist()
+    [[1.0, 0.5, -0.0, -0.5, -1.0]]
     """
     found = list(_maps_of_present(np.ascontiguousarray(mask, dtype=bool).view(np.uint8), [1], spacing))
     return found[0][1] if found else np.ones(mask.shape, dtype=np.float32)
@@ -74,6 +77,11 @@ class SignedDistanceMaps(LabeledTarget):
             augmentation do not change it.
         labels: the foreground classes, or None where the segmentation holds regions.
         regions: how many regions.
+
+    >>> target = SignedDistanceMaps((1.0, 1.0), labels=[1, 2])
+    >>> maps, places = target(torch.tensor([[[[0, 0, 1]]], [[[2, 2, 0]]]]))
+    >>> maps.shape, places.tolist()  # class 1 in the first patch, class 2 in the second
+    (torch.Size([2, 1, 3]), [0, 3])
     """
 
     def __init__(self, spacing: Sequence[float], *, labels: Sequence[int] | None, regions: int = 0) -> None:
@@ -115,6 +123,10 @@ def of_all_structures(like: Tensor, maps: Tensor, places: Tensor) -> Tensor:
 
     Returns:
         A tensor of the shape, type and device of ``like``.
+
+    >>> of_all_structures(torch.zeros(1, 2, 3), torch.tensor([[0.5, 0.0, -1.0]]), torch.tensor([1]))
+    tensor([[[ 1.0000,  1.0000,  1.0000],
+             [ 0.5000,  0.0000, -1.0000]]])
     """
     full = torch.ones_like(like, requires_grad=False).flatten(0, 1)
     return full.index_copy_(0, places, maps.to(full.dtype)).unflatten(0, like.shape[:2])

@@ -27,6 +27,13 @@ def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, eps
 
     Returns:
         A scalar in [0, 1], float32.
+
+    >>> p = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])
+    >>> label, everywhere = torch.tensor([[[1, 0, 0, 0]]]), torch.ones(1, 1, 4, dtype=torch.bool)
+    >>> masked_dice_loss(p, label, everywhere)
+    tensor(0.3333)
+    >>> masked_dice_loss(p, label, torch.tensor([[[True, False, True, True]]]))
+    tensor(0.)
     """
     axes = [0, *range(2, probabilities.ndim)]
     # Under autocast a half-precision sum over a batch of volumes overflows at 65504.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.compiled import fused
+from nnunet_ssl.losses.probabilities import one_resolution
 
 
 class PseudoLabel(NamedTuple):
@@ -21,6 +22,10 @@ class PseudoLabel(NamedTuple):
         target: for classes (B, 1, *spatial), uint8 or int16, the class, 0 for the background; for regions (B, K,
             *spatial), bool.
         confidence: (B, 1, *spatial) for classes, (B, K, *spatial) for regions, float32 in [0, 1].
+
+    >>> label = PseudoLabel(torch.tensor([[[0, 2]]]), torch.tensor([[[0.6, 0.9]]]))
+    >>> label.confidence >= 0.85  # where to learn from it
+    tensor([[[False,  True]]])
     """
 
     target: Tensor
@@ -32,9 +37,13 @@ def pseudo_label(logits: Tensor, *, regions: bool) -> PseudoLabel:
 
     Args:
         logits: (B, C, *spatial).
+
+    >>> label = pseudo_label(torch.tensor([[[0.0, 0.0], [0.0, 9.0], [1.0, 0.0]]]), regions=False)
+    >>> label.target, label.confidence
+    (tensor([[[2, 1]]], dtype=torch.uint8), tensor([[[0.5761, 0.9998]]]))
     """
     # Detached first: compiled, streams with gradient and streams without share a graph.
-    return _pseudo_label(logits.detach(), regions=regions)
+    return _pseudo_label(one_resolution(logits).detach(), regions=regions)
 
 
 @fused
@@ -76,6 +85,10 @@ def coverage(label: PseudoLabel, threshold: float, *, structures: int) -> tuple[
     Returns:
         Two int64 tensors of counts, (K + 1,): confident voxels, and voxels. The first entry counts all voxels (for
         regions: of all channels), entry k those that are predicted as foreground class or region k.
+
+    >>> label = PseudoLabel(torch.tensor([[[0, 2, 2]]]), torch.tensor([[[0.6, 0.9, 0.8]]]))
+    >>> coverage(label, 0.85, structures=2)  # all voxels, class 1, class 2
+    (tensor([1, 0, 1]), tensor([3, 0, 2]))
     """
     # The comparison is no part of what is compiled: a threshold may change from step to step.
     return _coverage(label.target, label.confidence >= threshold, structures)

@@ -15,13 +15,27 @@ _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def another_network(network: UNet) -> UNet:
-    """A network like another, with weights that are drawn apart, as nnU-Net draws them; the other stays as it is."""
+    """A network like another, with weights that are drawn apart, as nnU-Net draws them; the other stays as it is.
+
+    >>> from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    >>> unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 2, 1)
+    >>> other = another_network(unet)
+    >>> bool((other.encoder.stages[0][0].convs[0].conv.weight == unet.encoder.stages[0][0].convs[0].conv.weight).any())
+    False
+    """
     other = copy.deepcopy(network)
     return other.apply(other.initialize)
 
 
 def another_decoder(decoder: UNetDecoder) -> UNetDecoder:
-    """A decoder like another, with weights that are drawn apart; for the same encoder."""
+    """A decoder like another, with weights that are drawn apart; for the same encoder.
+
+    >>> from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    >>> unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 2, 1)
+    >>> other = another_decoder(unet.decoder)
+    >>> bool((other.seg_layers[0].weight == unet.decoder.seg_layers[0].weight).any())
+    False
+    """
     other = _copied(decoder)
     other.apply(InitWeights_He(1e-2))
     return other
@@ -37,6 +51,11 @@ def interpolating_decoder(decoder: UNetDecoder, *, upsampling: str) -> UNetDecod
     Args:
         decoder: nnU-Net's decoder, which stays as it is.
         upsampling: ``linear`` or ``nearest``.
+
+    >>> from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    >>> unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 2, 1)
+    >>> interpolating_decoder(unet.decoder, upsampling="nearest").transpconvs[0][0]
+    Upsample(scale_factor=(2.0, 2.0), mode='nearest')
     """
     mode = {"linear": _LINEAR[len(decoder.transpconvs[0].kernel_size)], "nearest": "nearest"}[upsampling]  # type: ignore[arg-type]
     convolution = decoder.encoder.conv_op

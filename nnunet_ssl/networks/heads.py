@@ -25,6 +25,10 @@ class PlainHead(nn.Module):
         dim: 2 or 3, number of spatial axes.
         name: under which the output is found in ``StreamOutput.head``.
         activation: applied to the output; ``torch.tanh`` for distances in (-1, 1).
+
+    >>> head = PlainHead(features=4, channels=2, dim=2, name="distance", activation=torch.tanh)
+    >>> head(torch.zeros(1, 1, 8, 8), torch.zeros(1, 4, 8, 8))["distance"].shape
+    torch.Size([1, 2, 8, 8])
     """
 
     def __init__(
@@ -50,6 +54,10 @@ class BoundaryHead(nn.Module):
         maps: K, one distance map per foreground class or region.
         projection: D, channels of the projection.
         grid: size of the coarse grid, of :func:`coarse_grid`.
+
+    >>> head = BoundaryHead(image_channels=1, features=4, maps=2, projection=16, grid=coarse_grid((8, 8), positions=4))
+    >>> {name: tuple(output.shape) for name, output in head(torch.zeros(1, 1, 8, 8), torch.zeros(1, 4, 8, 8)).items()}
+    {'distance': (1, 2, 8, 8), 'projection': (1, 4, 16)}
     """
 
     def __init__(self, *, image_channels: int, features: int, maps: int, projection: int, grid: Sequence[int]) -> None:
@@ -85,6 +93,9 @@ def unit_length(vectors: Tensor) -> Tensor:
 
     **[choice]** Those shorter than 0.01 are divided by 0.01: the gradient of a unit vector is as large as the vector is
     short, and where features vanish it is beyond half precision.
+
+    >>> unit_length(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
     """
     return functional.normalize(vectors.float(), dim=-1, eps=1e-2)
 
@@ -93,6 +104,9 @@ def coarse_grid(patch_size: Sequence[int], *, positions: int) -> tuple[int, ...]
     """Size of the finest grid of one stride for all axes with at most ``positions`` positions.
 
     An axis that is shorter than the stride keeps one position.
+
+    >>> coarse_grid((32, 32, 4), positions=64)
+    (8, 8, 1)
     """
     for stride in range(1, max(patch_size) + 1):
         grid = tuple(max(1, size // stride) for size in patch_size)

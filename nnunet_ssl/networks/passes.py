@@ -21,6 +21,13 @@ class Outputs(Mapping[str, StreamOutput]):
 
     A method asks for outputs and makes a loss of them; the trainer hands each loss to :meth:`backward` as soon as the
     method has it, and calls :meth:`finish` after the last one.
+
+    >>> from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    >>> unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 2, 1)
+    >>> streams, images = {"x": Stream("x")}, {"x": torch.zeros(1, 1, 8, 8)}
+    >>> outputs: Outputs = SplitOutputs(TrainingNetwork(unet), images, streams, masks={})
+    >>> outputs.peek("x").logits.requires_grad, outputs["x"].logits.requires_grad
+    (False, True)
     """
 
     def __init__(self, streams: Mapping[str, Stream]) -> None:

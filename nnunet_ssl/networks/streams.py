@@ -29,6 +29,12 @@ class Stream:
         teacher: run by the teacher: its encoder, its decoder, its head. A teacher's stream has no gradient.
         network: which of the training network's ``networks`` runs it: its encoder, its decoder. nnU-Net's own by
             default.
+
+    >>> Stream("u", dropout=0.5).dropout_on
+    ('skips', 'bottleneck')
+    >>> Stream("u", teacher=True)
+    Traceback (most recent call last):
+    ValueError: A teacher's stream has no gradient: set gradient=False.
     """
 
     image: str
@@ -69,6 +75,12 @@ class StreamOutput(NamedTuple):
             compiled forward would otherwise make one of zeros for each, as large as they are.
         bottleneck: (N, G, *coarse), the encoder's last features, where the stream asks for them.
         head: the head's outputs by name, where the stream asks for them.
+
+    >>> import torch
+    >>> full, half = torch.zeros(1, 2, 8, 8, requires_grad=True), torch.zeros(1, 2, 4, 4)
+    >>> output = StreamOutput([full, half])  # of a stream with deep supervision
+    >>> output.full_resolution.shape, output.detach().full_resolution.requires_grad
+    (torch.Size([1, 2, 8, 8]), False)
     """
 
     logits: Logits

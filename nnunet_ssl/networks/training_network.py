@@ -35,6 +35,16 @@ class TrainingNetwork(Branch):
 
     Raises:
         NotImplementedError: a network is none of nnU-Net's U-Nets.
+
+    >>> from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    >>> unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 2, 1)
+    >>> network = TrainingNetwork(unet, teacher=True)
+    >>> streams = {"u": Stream("u"), "u_teacher": Stream("u", teacher=True, gradient=False)}
+    >>> outputs = network({"u": torch.zeros(1, 1, 8, 8)}, streams, masks={})
+    >>> bool((outputs["u"].logits == outputs["u_teacher"].logits).all())  # a teacher begins as the student
+    True
+    >>> set(network.state_dict()) == set(unet.state_dict())
+    True
     """
 
     def __init__(

@@ -85,6 +85,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         settings: the method's settings.
         current_stage: the one of :meth:`stages` that the present step belongs to.
         step_gradients: computes the gradients of a step; made by :meth:`initialize`.
+
+    A method of four hooks, which makes predictions on unlabeled images certain:
+
+    >>> from nnunet_ssl.api import SemiSupervisedTrainer, Stream, entropy, training_length_variants
+    >>> class EntropyTrainer(SemiSupervisedTrainer):
+    ...     def streams(self):
+    ...         return {"x": Stream("x", deep_supervision=self.enable_deep_supervision), "u": Stream("u")}
+    ...     def images(self, labeled, unlabeled, prepared):
+    ...         return {"x": labeled.image, "u": unlabeled.weak}
+    ...     def loss_terms(self, outputs, labeled, unlabeled, prepared):
+    ...         yield {"supervised": self.supervised_loss(outputs["x"].logits, labeled.target)}
+    ...         yield {"entropy": entropy(outputs["u"].logits, regions=self.label_manager.has_regions).mean()}
+    ...     def loss_weights(self, progress):
+    ...         return {"supervised": 1.0, "entropy": 0.1 * progress}
+    >>> sorted(training_length_variants(EntropyTrainer))[:2]
+    ['EntropyTrainer', 'EntropyTrainer_100epochs']
     """
 
     settings_class: ClassVar[type[SemiSupervisedSettings]] = SemiSupervisedSettings

@@ -24,6 +24,10 @@ class LabeledBatch(NamedTuple):
         extra: by name, what the method's :meth:`~nnunet_ssl.trainer.base.SemiSupervisedTrainer.labeled_targets` make:
             tensors or tuples of them.
         weak: the images before their intensities were changed, where :class:`Views` ask for it; else None.
+
+    >>> target = [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 4, 4)]  # with deep supervision
+    >>> LabeledBatch(torch.zeros(2, 1, 8, 8), target, ["case_1", "case_2"]).full_resolution.shape
+    torch.Size([2, 1, 8, 8])
     """
 
     image: Tensor
@@ -75,6 +79,11 @@ class UnlabeledBatch(NamedTuple):
         keys: the U cases.
         aims: what each patch was centered on; empty where all were cropped anywhere.
         coordinates: subsampled coordinates of the voxels in their case, on the host, where ``aims`` has entries.
+
+    >>> u, boxes = torch.zeros(2, 1, 8, 8), torch.tensor([[[0, 4], [0, 4]], [[0, 0], [0, 0]]])  # one is empty
+    >>> batch = UnlabeledBatch(u, strong=[u], boxes=[boxes], partner=torch.tensor([1, 0]), keys=["case_3", "case_4"])
+    >>> len(batch.strong), batch.augmented
+    (1, None)
     """
 
     weak: Tensor
@@ -112,6 +121,12 @@ class Views:
         augmented: whether there is a view of unlabeled patches with nnU-Net's own complete augmentation, as labeled
             images have it. Mix labeled images with this one: both parts are then augmented alike.
         weak_labeled: whether labeled patches have a weak view too.
+
+    >>> Views(strong=2, cutmix=CutMix(probability=0.5)).augmented
+    False
+    >>> Views(cutmix=CutMix())
+    Traceback (most recent call last):
+    ValueError: Views(cutmix=...) draws boxes of strong views: ask for some with strong=1 or more.
     """
 
     strong: int = 0

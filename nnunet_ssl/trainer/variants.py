@@ -15,6 +15,10 @@ def training_length_variants(trainer: type[Trainer]) -> dict[str, type[Trainer]]
     """A trainer and its variants of other lengths, by name: ``<Trainer>_1epoch``, ``_5epochs`` to ``_8000epochs``.
 
     nnU-Net finds a trainer by its name in a module, so a module in trainers/ puts these into its namespace.
+
+    >>> variants = training_length_variants(SemiSupervisedTrainer)
+    >>> variants["SemiSupervisedTrainer_5epochs"].training_epochs
+    5
     """
     variants = {trainer.__name__: trainer}
     for epochs in TRAINING_LENGTHS:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_ssl.losses.dice import masked_dice_loss
-from nnunet_ssl.losses.probabilities import foreground_probabilities
+from nnunet_ssl.losses.probabilities import entropy, foreground_probabilities, probabilities
 from nnunet_ssl.losses.pseudo_labels import coverage, members, pseudo_label
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
 
@@ -157,6 +157,12 @@ def test_pseudo_label_has_no_gradient(regions):
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     label = pseudo_label(logits, regions=regions)
     assert not label.target.requires_grad and not label.confidence.requires_grad
+
+
+@pytest.mark.parametrize("of_logits", [probabilities, entropy, pseudo_label])
+def test_logits_of_several_resolutions_are_refused(of_logits):
+    with pytest.raises(TypeError, match=r"Take output\.full_resolution"):
+        of_logits([torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)], regions=False)
 
 
 def test_coverage_by_hand():
