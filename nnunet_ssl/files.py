@@ -15,7 +15,7 @@ from nnunet_ssl.errors import UserError
 ELSEWHERE = "Choose another place with -o."
 """What to do where a command's output cannot be written."""
 
-_AGAIN = "See to space and permissions there and run the command again."
+_AGAIN = "Check free space and permissions there and run the command again."
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def replacing(file: Path, *, aside: Path | None = None, durable: bool = False) -
 
     Args:
         file: replaced if it exists; a link of this name is replaced, not followed.
-        aside: where to write first, in the same file system. By default a hidden file beside ``file``, whose name has
+        aside: where to write first, in the same file system. By default a hidden file next to ``file``, whose name has
             the process's number, so that several processes can write the same file.
         durable: get the content to the disk before the rename, so that a power cut does not leave an empty file.
 

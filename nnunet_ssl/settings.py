@@ -95,8 +95,8 @@ class SemiSupervisedSettings:
     )
     foreground_crops: float = setting(
         0.33,
-        "share of the unlabeled patches that are centered where the network predicts a rare class, one that fewer than "
-        "a third of the labeled patches cut anywhere hold; 0: cut all anywhere",
+        "share of the unlabeled patches that are centered where the network predicts a rare class (present in under a "
+        "third of randomly cropped labeled patches); 0 disables this",
         minimum=0.0,
         maximum=1.0,
     )

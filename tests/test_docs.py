@@ -7,18 +7,18 @@ import dataclasses
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from method_steps import gradients_step, make_batches, make_trainer
 
 from nnunet_ssl.cli.main import COMMANDS
-from nnunet_ssl.networks.streams import StreamOutput
 from nnunet_ssl.settings import SemiSupervisedSettings
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
-from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 from nnunet_ssl.trainer.variants import TRAINING_LENGTHS
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -166,32 +166,41 @@ def test_the_loss_terms_are_documented(method: str) -> None:
     assert {term for term in trainer.loss_weights(0.5) if f"`{term}`" not in page} == set()
 
 
-def test_the_example_of_a_method_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The thin module of the page on writing a method."""
     page = (DOCS / "how-to" / "write-a-method.md").read_text(encoding="utf-8")
     method, module = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert set(re.findall(r"^from (nnunet_ssl\S*)", method + module, re.MULTILINE)) == {"nnunet_ssl.api"}
     (tmp_path / "somewhere.py").write_text(method, encoding="utf-8")
     (tmp_path / "ConsistencyTrainer.py").write_text(module, encoding="utf-8")
+    for name in ("somewhere", "ConsistencyTrainer"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    found = importlib.import_module("ConsistencyTrainer")
-    assert issubclass(found.ConsistencyTrainer, SemiSupervisedTrainer)
-    assert found.ConsistencyTrainer_5epochs.training_epochs == 5
+    return importlib.import_module("ConsistencyTrainer")
 
-    trainer = object.__new__(found.ConsistencyTrainer)
-    trainer.settings = trainer.settings_class()
-    trainer.enable_deep_supervision = False
-    trainer.label_manager = SimpleNamespace(has_regions=False)
-    trainer.loss = torch.nn.CrossEntropyLoss()
-    streams, views = trainer.streams(), trainer.unlabeled_views()
-    image = torch.randn(2, 1, 4, 4)
-    labeled = LabeledBatch(image, torch.randint(0, 3, (2, 4, 4)), ["a", "b"])
-    unlabeled = UnlabeledBatch(image, [image] * views.strong, [], torch.tensor([1, 0]), ["c", "d"])
-    assert {stream.image for stream in streams.values()} == set(trainer.images(labeled, unlabeled, None))
-    outputs = {
-        name: StreamOutput(torch.randn(2, 3, 4, 4, requires_grad=stream.gradient)) for name, stream in streams.items()
-    }
-    terms = {
-        name: term for part in trainer.loss_terms(outputs, labeled, unlabeled, None) for name, term in part.items()
-    }
-    assert set(terms) == set(trainer.loss_weights(0.5))
-    torch.stack(list(terms.values())).sum().backward()
-    assert all((output.logits.grad is not None) == streams[name].gradient for name, output in outputs.items())
+
+@pytest.mark.parametrize("memory_mode", ["split", "stacked"])
+def test_the_example_of_a_method_trains(
+    example: ModuleType, planned_2d: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_mode: str
+) -> None:
+    trainer = make_trainer(
+        example.ConsistencyTrainer_5epochs, planned_2d, monkeypatch, tmp_path, memory_mode=memory_mode, weight=2.0
+    )
+    assert trainer.num_epochs == 5
+    labeled, unlabeled, batch = make_batches(trainer)
+    logged = trainer.train_step(batch)
+    assert logged["loss/total"] == pytest.approx(
+        logged["loss/supervised"] + logged["weight/consistency"] * logged["loss/consistency"]
+    )
+    assert trainer.loss_weights(1.0)["consistency"] == 2.0
+    teacher = trainer.training_network.teacher
+    assert teacher.updates == 1
+    student = trainer.training_network.state_dict()
+    for name, tensor in teacher.encoder.state_dict(prefix="encoder.").items():
+        assert torch.equal(tensor, student[name]), "the first update copies the student"
+
+    gradients_step(trainer, labeled, unlabeled, {"supervised": 0.0, "consistency": 1.0})
+    learned = trainer.training_network.decoder.seg_layers[-1].weight.grad
+    assert learned is not None and learned.abs().max() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())

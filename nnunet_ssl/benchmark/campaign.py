@@ -122,7 +122,7 @@ class Campaign:
         return self.folder / "logs" / f"{training.file_name}.log"
 
     def task(self, training: Training) -> Path:
-        """What the process of a training is told; its lock and its progress lie beside it."""
+        """What the process of a training is told; its lock and its progress lie next to it."""
         return self.folder / "tasks" / f"{training.file_name}.json"
 
     def nnunet_results(self, training: Training) -> Path:

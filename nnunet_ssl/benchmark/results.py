@@ -111,7 +111,7 @@ def read_runs(file: Path) -> dict[str, Run]:
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(
             f"{file} is no table of results of nnunet-ssl benchmark: {one_line(error)}. Restore "
-            "it, or move it away to begin anew."
+            "it, or move it away to start from the beginning."
         ) from None
     return runs
 

@@ -39,7 +39,7 @@ HELD = 75
 WITH_PARENT = "--with-parent"
 """Last argument of a process whose standard input is a pipe that its parent's end closes."""
 
-_MEND = "Run the benchmark again; it writes it anew."
+_REMEDY = "Run the benchmark again; it writes it again."
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Task:
     def read(cls, file: Path) -> Task:
         """Read what :meth:`write` wrote."""
         try:
-            return cls(**read_json(file, otherwise=_MEND))
+            return cls(**read_json(file, otherwise=_REMEDY))
         except TypeError as error:
-            raise UserError(f"{file} is of another version ({error}). {_MEND}") from None
+            raise UserError(f"{file} is of another version ({error}). {_REMEDY}") from None
 
 
 @dataclass
 class Progress:
-    """What a training has done so far, kept beside its task, so that one that goes on later knows it.
+    """What a training has done so far, kept next to its task, so that one that goes on later knows it.
 
     Attributes:
         epochs: seconds of each epoch.
@@ -195,7 +195,7 @@ def make_trainer(task: Task, campaign: Campaign, *, compiled: bool | None = None
     from nnunet_ssl.benchmark.campaign import find_trainer
 
     dataset = Path(str(nnUNet_preprocessed)) / campaign.dataset
-    plans = read_plans(campaign.plans_file, otherwise=_MEND)
+    plans = read_plans(campaign.plans_file, otherwise=_REMEDY)
     plans, configuration = plans_of_arm(plans, campaign.configuration, Arm(task.arm, task.trainer, task.settings))
     plans["continue_training"] = False
     dataset_json = read_dataset_json(dataset / "dataset.json", otherwise="Plan the dataset again.")
@@ -335,7 +335,7 @@ def source_digest() -> str:
     home = Path(nnunet_ssl.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(home.rglob("*.py")):
-        # The trainers' folder lies inside the package or beside it, and only names what the package holds.
+        # The trainers' folder lies inside the package or next to it, and only names what the package holds.
         if file.parent.name != "trainers":
             content = file.read_bytes().replace(b"\r\n", b"\n")
             digest.update(file.relative_to(home).as_posix().encode() + b"\0" + content)

@@ -1,4 +1,4 @@
-"""``progress_ssl.png``: the semi-supervised training's curves, beside nnU-Net's progress.png."""
+"""``progress_ssl.png``: the semi-supervised training's curves, next to nnU-Net's progress.png."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Segmentations:
         try:
             files = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
         except OSError as error:
-            raise UserError(f"{folder} cannot be listed: {error.strerror}. See to its permissions.") from None
+            raise UserError(f"{folder} cannot be listed: {error.strerror}. Check its permissions.") from None
         return sorted(name[: -len(ending)] for name in files if name.endswith(ending) and not name.startswith("."))
 
     def read_image(self, file: Path) -> NDArray[np.floating]:

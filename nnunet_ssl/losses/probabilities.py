@@ -119,7 +119,7 @@ def consistency_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None
     if mask is None:
         return squared.mean()
     counted = mask.expand_as(squared)
-    # Of several processes each has a part of the batch, and the mean over them is the loss.
+    # Each of several processes has a part of the batch, and the mean over them is the loss.
     return num_processes() * (squared * counted).sum() / sum_over_ranks(counted.sum()).clamp(min=1)
 
 

@@ -69,7 +69,7 @@ def members(target: Tensor, structures: int) -> Tensor:
     """
     if target.dtype == torch.bool:
         return target
-    # Of the same type: a comparison of two types would convert them to the larger one.
+    # The types are equal: a comparison of two types would convert them to the larger one.
     foreground = torch.arange(1, structures + 1, device=target.device, dtype=target.dtype)
     return target == foreground.view(1, -1, *[1] * (target.ndim - 2))
 

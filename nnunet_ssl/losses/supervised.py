@@ -35,7 +35,7 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = No
     if mask is None:
         return loss.mean()
     counted = mask.expand_as(loss)
-    # Of several processes each has a part of the batch, and the mean over them is the loss.
+    # Each of several processes has a part of the batch, and the mean over them is the loss.
     return num_processes() * (loss * counted).sum() / sum_over_ranks(counted.sum()).clamp(min=1)
 
 

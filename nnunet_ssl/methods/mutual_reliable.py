@@ -134,8 +134,8 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
         samples = {"x": len(labeled.image), "u": len(unlabeled.weak)}
         for image, count in samples.items():
             share = count / sum(samples.values())
-            # Those whose turn comes later teach already, by a pass of their own in memory mode split. Decoder a, whose
-            # pass costs least, comes last.
+            # Decoders scheduled later first run once without gradient in memory mode split, so that they teach already.
+            # Decoder a, whose pass costs least, comes last.
             first, *later = reversed(self.decoders)
             lessons = {j: self._lesson(outputs.peek(f"{image}_{j}")) for j in later}
             for i in (first, *later):
@@ -221,7 +221,7 @@ class MutualNetwork(TrainingNetwork):
 
 
 def _supervised(decoder: str) -> str:
-    # The supervised term of decoder a is the one that nnU-Net's log shows beside the validation loss.
+    # The supervised term of decoder a is the one that nnU-Net's log shows next to the validation loss.
     return "supervised" if decoder == "a" else f"supervised_{decoder}"
 
 
@@ -363,5 +363,5 @@ def mutual_loss(logits: Tensor, label: Tensor, certain: Tensor, reliable: Tensor
         loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
     else:
         loss = functional.cross_entropy(logits, label, reduction="none")[:, None]
-    # Of several processes each has a part of the batch, and the mean over them is the loss.
+    # Each of several processes has a part of the batch, and the mean over them is the loss.
     return num_processes() * (certain * reliable * loss).sum() / (sum_over_ranks(certain.sum()) + 1e-6)

@@ -72,7 +72,7 @@ class SimCVDSettings(TeacherSettings):
     )
     structure_voxels: int = setting(
         1024,
-        "most bottleneck voxels of a patch in the pairwise distillation, drawn anew each step",
+        "most bottleneck voxels of a patch in the pairwise distillation, drawn in each step",
         minimum=2,
         integer=True,
     )
@@ -193,7 +193,7 @@ def distance_error(predicted: Tensor, target: Tensor, known: Tensor | None) -> T
     squared = (predicted.float() - target).square()
     if known is None:
         return squared.mean()
-    # Of several processes each has a part of the batch, and the mean over them is the loss.
+    # Each of several processes has a part of the batch, and the mean over them is the loss.
     count = sum_over_ranks(known.sum()) * squared.shape[1]
     return num_processes() * (squared * known).sum() / count.clamp(min=1)
 

@@ -42,7 +42,7 @@ def another_decoder(decoder: UNetDecoder) -> UNetDecoder:
 
 
 def interpolating_decoder(decoder: UNetDecoder, *, upsampling: str) -> UNetDecoder:
-    """A decoder with the stages of another, weights drawn anew, and interpolation for its transposed convolutions.
+    """A decoder with the stages of another, weights of its own, and interpolation for its transposed convolutions.
 
     Each transposed convolution becomes interpolation by its stride, whatever that is along each axis, and a 3×3(×3)
     convolution to the same number of channels. **[choice]** Corners are not aligned, so that a voxel's center keeps its

@@ -40,7 +40,7 @@ class Outputs(Mapping[str, StreamOutput]):
         return len(self._streams)
 
     def peek(self, name: str) -> StreamOutput:
-        """What a stream will return, without gradient, before it has its turn.
+        """What a stream will return, without gradient, before it is asked for.
 
         With little memory this is a pass of its own: two streams that learn from each other then never hold their
         graphs at once.
@@ -137,7 +137,7 @@ class SplitOutputs(Outputs):
         return self._outputs[name]
 
     def peek(self, name: str) -> StreamOutput:
-        """The output of a pass without gradient, or of the stream's own if it had its turn."""
+        """The output of a pass without gradient, or of the stream's own if it has already run."""
         if name in self._outputs:
             return self._outputs[name].detach()
         return self._run(name, gradient=False)

@@ -45,7 +45,7 @@ class Teacher(Branch):
 
     @torch.no_grad()
     def copy_from(self, student: Branch) -> None:
-        """Take over the student's weights; the counter stays."""
+        """Copy the student's weights; the counter stays."""
         for mine, students in self._pairs(student):
             mine.copy_(students)
 

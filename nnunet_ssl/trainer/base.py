@@ -276,7 +276,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.predictions.count(logits[0] if isinstance(logits, list) else logits)
 
     def _record_labels(self, labeled: LabeledBatch) -> None:
-        # nnU-Net centers the last patches of a batch on foreground; unlabeled ones are cropped anywhere.
+        # nnU-Net centers the last patches of a batch on foreground; unlabeled ones are cropped at random.
         anywhere = 1.0 if self.probabilistic_oversampling else 1 - self.oversample_foreground_percent
         patches = round(len(labeled.image) * anywhere)
         known = self.known_voxels(labeled)
@@ -607,7 +607,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.predictions.choose_rare(self.epoch_log.history("patches/labeled_per_class"))
 
     def on_epoch_end(self) -> None:
-        """As nnU-Net, and draw progress_ssl.png beside its progress.png."""
+        """As nnU-Net, and draw progress_ssl.png next to its progress.png."""
         super().on_epoch_end()
         if self.local_rank == 0:
             save_training_curves(

@@ -77,7 +77,7 @@ class UnlabeledBatch(NamedTuple):
         augmented: like ``weak``, with nnU-Net's own changes of intensity, where :class:`Views` ask for it; else None.
         partner: (U,), the index of the sample to fill the box from.
         keys: the U cases.
-        aims: what each patch was centered on; empty where all were cropped anywhere.
+        aims: what each patch was centered on; empty where all were cropped at random.
         coordinates: subsampled coordinates of the voxels in their case, on the host, where ``aims`` has entries.
 
     >>> u, boxes = torch.zeros(2, 1, 8, 8), torch.tensor([[[0, 4], [0, 4]], [[0, 0], [0, 0]]])  # one is empty

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Mode: TypeAlias = Literal["supervised", "split", "stacked"]
 """nnUNetTrainer's step, or a method's in one of its memory modes."""
 
-# What a GPU needs beside the tensors that are alive: the allocator's gaps, libraries' workspaces. Not measured yet.
+# What a GPU needs on top of the tensors that are alive: the allocator's gaps, libraries' workspaces. Not measured yet.
 _HEADROOM = 1.25
 
 _FLOAT32, _HALF = 4, 2
@@ -58,8 +58,8 @@ class StepBytes(NamedTuple):
 class LiveBytes(TorchDispatchMode):
     """Within, bytes of all storages that are alive.
 
-    Beside what is alive, the libraries that compute a convolution, oneDNN and cuDNN, hold copies of its largest tensors
-    in a layout of their own; those count as long as the convolution runs.
+    The libraries that compute a convolution, oneDNN and cuDNN, also hold copies of its largest tensors in a layout of
+    their own; those count as long as the convolution runs.
 
     Attributes:
         now: of the storages that were made or counted within, and are alive.

@@ -22,7 +22,7 @@ class Predictions:
         classes: the foreground classes; empty for regions.
 
     Attributes:
-        foreground: where foreground has been predicted; None where all patches are cropped anywhere.
+        foreground: where foreground has been predicted; None where all patches are cropped at random.
     """
 
     def __init__(self, record: Callable[[str, Tensor, Tensor], None], classes: Sequence[int]) -> None:
@@ -55,7 +55,7 @@ class Predictions:
         self.foreground, self._share, self._log = None, share, log
         if share > 0 and unpredictable:
             log(
-                "With a seed and workers (nnUNet_n_proc_DA), unlabeled patches are cropped anywhere, also where a "
+                "With a seed and workers (nnUNet_n_proc_DA), unlabeled patches are cropped at random, also where a "
                 "class is rare: foreground_crops has no effect."
             )
         elif share > 0:
@@ -80,7 +80,7 @@ class Predictions:
         self._batch, self._label = unlabeled, None
 
     def count_labeled(self, label: Tensor, known: Tensor | None) -> None:
-        """Count the labels of patches that were cropped anywhere.
+        """Count the labels of patches that were cropped at random.
 
         Args:
             label: classes (B, 1, *spatial), integer, or regions (B, R, *spatial), bool.

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_listed(folders, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(type(folders[0]), "iterdir", refuse)
-    with pytest.raises(UserError, match=r"cannot be listed: Permission denied\. See to its permissions"):
+    with pytest.raises(UserError, match=r"cannot be listed: Permission denied\. Check its permissions"):
         SLAB.cases(folders[0])
 
 
