@@ -730,7 +730,7 @@ def test_a_list_that_cannot_be_read_and_a_folder_that_cannot_be_made(tmp_path, r
         convert_dataset("la", source, raw, labeled="1", test_list=listed)
     with pytest.raises(UserError, match=r"cannot be made or written to.*See to space and permissions"):
         convert_dataset("la", source, listed / raw.name, labeled="1")
-    with pytest.raises(UserError, match=r"splits_final\.json cannot be written.*See to space and permissions"):
+    with pytest.raises(UserError, match=r"splits_final\.json cannot be written.*Check free space and permissions"):
         write_splits(listed / raw.name / "splits_final.json", [])
 
 
