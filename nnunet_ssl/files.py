@@ -1,9 +1,10 @@
-"""Files that are whole or not there, and locks."""
+"""Files that are whole or not there, what a folder holds, and locks."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from nnunet_ssl.errors import UserError
 
 ELSEWHERE = "Choose another place with -o."
 """What to do where a command's output cannot be written."""
+
+# Far longer than a case takes.
+_ABANDONED_SECONDS = 24 * 3600.0
 
 _AGAIN = "Check free space and permissions there and run the command again."
 
@@ -50,6 +54,29 @@ def flush_to_disk(file: Path) -> None:
     """Get a file's content to the disk."""
     with file.open("r+b") as opened:
         os.fsync(opened.fileno())
+
+
+def list_names(folder: Path) -> set[str]:
+    """Names in a folder, none if it does not exist."""
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove folders in the making that killed runs have left.
+
+    Args:
+        folder: that holds them.
+        prefix: of their names.
+    """
+    for name in list_names(folder):
+        if name.startswith(prefix):
+            left = folder / name
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(left)
 
 
 def write_text(file: Path, text: str, *, otherwise: str = _AGAIN) -> None:

@@ -9,9 +9,9 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.data.previous_stage import previous_stage_folder, segment_by_previous_stage
+from nnunet_ssl.data.unlabeled_cases import UnlabeledCase, collect_unlabeled_cases
 
 
 class Stage:

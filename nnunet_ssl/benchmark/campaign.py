@@ -19,8 +19,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.data.few_labels import label_few
 from nnunet_ssl.data.nnunet_files import read_json, read_plans
-from nnunet_ssl.data.splits import Fold, append_fold, current_splits, label_few, labeled_cases
+from nnunet_ssl.data.splits import Fold, append_fold, current_splits, labeled_cases
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
 from nnunet_ssl.settings import PLANS_KEY

@@ -321,7 +321,8 @@ def _configure(dataset: _Dataset) -> None:
     plans["configurations"][CONFIGURATION] = demo_configuration(plans["configurations"][PARENT])
     file.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
 
-    from nnunet_ssl.data.splits import SPLITS_FILE, split_dataset, unlabeled_list
+    from nnunet_ssl.data.few_labels import split_dataset
+    from nnunet_ssl.data.splits import SPLITS_FILE, unlabeled_list
 
     images = dataset.raw / "imagesUn"
     listed = unlabeled_list(dataset.preprocessed / SPLITS_FILE, FOLD)

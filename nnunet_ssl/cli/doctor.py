@@ -284,25 +284,25 @@ def check_unlabeled(
     raw: Path, preprocessed: Path, data_identifier: str, dataset_json: dict[str, Any], fold: int | str
 ) -> Iterator[Finding]:
     """Where the unlabeled cases are, and how many of them a training can use."""
-    from nnunet_ssl.data import cases
+    from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, files_per_case, find_raw_cases
+    from nnunet_ssl.data.records import read_record, records_folder
     from nnunet_ssl.data.splits import SPLITS_FILE, unlabeled_list
+    from nnunet_ssl.data.unlabeled_cases import no_unlabeled_cases_message, ready_cases
 
-    images_folder = raw / cases.IMAGES_FOLDER
-    named, problems = cases.find_raw_cases(
-        images_folder, dataset_json["file_ending"], cases.files_per_case(raw, dataset_json)
-    )
+    images_folder = raw / IMAGES_FOLDER
+    named, problems = find_raw_cases(images_folder, dataset_json["file_ending"], files_per_case(raw, dataset_json))
     for problem in problems[:10]:
         yield warn(f"{images_folder}: {problem.identifier} is left out: {problem.reason}")
     if len(problems) > 10:
         yield warn(f"{images_folder}: {len(problems) - 10} more cases are left out for such reasons")
 
-    ready = cases.ready_cases(preprocessed, data_identifier)
-    records = cases.records_folder(preprocessed, data_identifier)
+    ready = ready_cases(preprocessed, data_identifier)
+    records = records_folder(preprocessed, data_identifier)
     failed = {
         case.identifier: record.get("reason", "")
         for case in named
         if case.identifier not in ready
-        and (record := cases.read_record(records / f"{case.identifier}.json")) is not None
+        and (record := read_record(records / f"{case.identifier}.json")) is not None
         and record.get("status") == "failed"
     }
     for identifier, reason in list(failed.items())[:10]:
@@ -311,7 +311,7 @@ def check_unlabeled(
     later = "" if not missing else f", {missing} will be when training starts (or now: nnunet-ssl preprocess)"
     listed = unlabeled_list(preprocessed / SPLITS_FILE, fold)
     if not named and not ready and not listed:
-        yield fail(cases.no_unlabeled_cases_message(raw, preprocessed, fold))
+        yield fail(no_unlabeled_cases_message(raw, preprocessed, fold))
         return
     yield ok(
         f"{len(named)} unlabeled cases in {images_folder}, {len(ready)} preprocessed{later}; "
@@ -323,17 +323,17 @@ def check_fold(
     preprocessed: Path, plans: PlansManager, configuration: str, fold: int | str, trainer: type[Any]
 ) -> Iterator[Finding]:
     """The fold's lists against the preprocessed cases and against each other, images included."""
-    from nnunet_ssl.data import splits
-    from nnunet_ssl.data.cases import collect_unlabeled_cases, preprocessed_cases
+    from nnunet_ssl.data import fold_check, splits
     from nnunet_ssl.data.leak_guard import check_leaks
+    from nnunet_ssl.data.unlabeled_cases import collect_unlabeled_cases, preprocessed_cases
 
     manager = plans.get_configuration(configuration)
     file, labeled = preprocessed / splits.SPLITS_FILE, preprocessed / manager.data_identifier
     cases = preprocessed_cases(labeled)
     if not cases:
         return  # check_labeled has reported it
-    train_all = splits.train_all(preprocessed.name, configuration, plans.plans_name, trainer.__name__)
-    yield from map(warn, splits.check_fold(file, fold, labeled, cases, train_all=train_all))
+    train_all = fold_check.train_all(preprocessed.name, configuration, plans.plans_name, trainer.__name__)
+    yield from map(warn, fold_check.check_fold(file, fold, labeled, cases, train_all=train_all))
     if fold == "all":
         yield ok("fold all trains on every labeled case; there is no validation case to protect")
         return

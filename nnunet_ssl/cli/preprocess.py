@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_ssl.data.cases import no_unlabeled_cases_message
     from nnunet_ssl.data.preprocessing import preprocess_unlabeled
+    from nnunet_ssl.data.unlabeled_cases import no_unlabeled_cases_message
 
     plans_manager = PlansManager(plans)
     dataset_json = read_dataset_json(preprocessed_dataset / "dataset.json", otherwise=plan_again(args.d))

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
-    from nnunet_ssl.data.splits import split_dataset
+    from nnunet_ssl.data.few_labels import split_dataset
     from nnunet_ssl.evaluation.tables import format_table
 
     if not nnUNet_preprocessed.is_set():

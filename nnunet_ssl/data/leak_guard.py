@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunet_ssl.data.cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER, UnlabeledCase, ready_cases
+from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER
+from nnunet_ssl.data.unlabeled_cases import UnlabeledCase, ready_cases
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import some_of
 

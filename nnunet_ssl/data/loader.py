@@ -14,9 +14,9 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from threadpoolctl import threadpool_limits
 
-from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, subsampled
+from nnunet_ssl.data.unlabeled_cases import UnlabeledCase
 from nnunet_ssl.data.views import PatchViews, UnlabeledViews
 
 

@@ -11,15 +11,16 @@ from typing import Any
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.data.cases import (
+from nnunet_ssl.data.fold_check import check_fold, train_all
+from nnunet_ssl.data.leak_guard import check_leaks
+from nnunet_ssl.data.preprocessing import preprocess_unlabeled
+from nnunet_ssl.data.splits import SPLITS_FILE
+from nnunet_ssl.data.unlabeled_cases import (
     UnlabeledCase,
     collect_unlabeled_cases,
     no_unlabeled_cases_message,
     preprocessed_cases,
 )
-from nnunet_ssl.data.leak_guard import check_leaks
-from nnunet_ssl.data.preprocessing import preprocess_unlabeled
-from nnunet_ssl.data.splits import SPLITS_FILE, check_fold, train_all
 from nnunet_ssl.distributed import Ranks
 from nnunet_ssl.errors import UserError
 
@@ -46,7 +47,7 @@ class UnlabeledSource:
         """Check the fold before any work; what does not stop a training is logged.
 
         Raises:
-            UserError: see :func:`~nnunet_ssl.data.splits.check_fold`.
+            UserError: see :func:`~nnunet_ssl.data.fold_check.check_fold`.
         """
         plans = self.plans_manager
         labeled = self.preprocessed / plans.get_configuration(configuration).data_identifier

@@ -26,11 +26,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from tqdm import tqdm
 
-from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.prepare import UnlabeledSource
-from nnunet_ssl.data.preprocessing import remove_abandoned
+from nnunet_ssl.data.unlabeled_cases import UnlabeledCase
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import replacing
+from nnunet_ssl.files import remove_abandoned, replacing
 from nnunet_ssl.text import some_of
 
 

@@ -25,12 +25,12 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import nnunet_ssl
-from nnunet_ssl.data.cases import folder_name
 from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
 from nnunet_ssl.data.loader import UnlabeledDataset
 from nnunet_ssl.data.predicted_foreground import PredictedForeground
 from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
+from nnunet_ssl.data.records import folder_name
 from nnunet_ssl.data.views import WithWeakView, flat
 from nnunet_ssl.distributed import Ranks, alone, device_of_this_process, on_all_ranks
 from nnunet_ssl.errors import MethodError

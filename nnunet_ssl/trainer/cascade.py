@@ -10,9 +10,9 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import nn
 
-from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.prepare import UnlabeledSource
 from nnunet_ssl.data.previous_stage import PreviousStage
+from nnunet_ssl.data.unlabeled_cases import UnlabeledCase
 from nnunet_ssl.distributed import Ranks
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks.architectures import build_unet

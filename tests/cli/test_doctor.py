@@ -206,7 +206,7 @@ def _wrong_name(dataset: Dataset) -> None:
 
 
 def _failed_before(dataset: Dataset) -> None:
-    from nnunet_ssl.data.cases import records_folder
+    from nnunet_ssl.data.records import records_folder
 
     folder = records_folder(dataset.preprocessed, "nnUNetPlans_2d")
     folder.mkdir()

@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 
-from nnunet_ssl.data.cases import (
-    RawCase,
+from nnunet_ssl.data.raw_cases import RawCase, files_per_case, find_raw_cases
+from nnunet_ssl.data.records import records_folder, unlabeled_folder
+from nnunet_ssl.data.unlabeled_cases import (
     UnlabeledCase,
     collect_unlabeled_cases,
-    files_per_case,
-    find_raw_cases,
     no_unlabeled_cases_message,
     ready_cases,
-    records_folder,
-    unlabeled_folder,
 )
 from nnunet_ssl.errors import UserError
 

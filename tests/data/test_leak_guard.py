@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny_dataset import TinyDataset, voxels
 
 from nnunet_ssl.data import leak_guard
-from nnunet_ssl.data.cases import UnlabeledCase, collect_unlabeled_cases
 from nnunet_ssl.data.leak_guard import check_leaks, image_signature, same_image
+from nnunet_ssl.data.unlabeled_cases import UnlabeledCase, collect_unlabeled_cases
 from nnunet_ssl.errors import UserError
 
 

@@ -16,10 +16,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.ndimage import gaussian_filter
 
-from nnunet_ssl.data.cases import UnlabeledCase
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
 from nnunet_ssl.data.predicted_foreground import Aim, PredictedForeground, subsampled
+from nnunet_ssl.data.unlabeled_cases import UnlabeledCase
 from nnunet_ssl.data.views import UnlabeledViews
 
 SHAPE = (20, 40, 44)

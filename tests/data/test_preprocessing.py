@@ -20,9 +20,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_dataset import TinyDataset, read_preprocessed, voxels, write_image
 
-from nnunet_ssl.data import preprocessing
-from nnunet_ssl.data.cases import RawCase, ready_cases
-from nnunet_ssl.data.preprocessing import FORMAT_VERSION, preprocess_unlabeled, preprocessing_fingerprint
+from nnunet_ssl.data import preprocess_case, preprocessing, records
+from nnunet_ssl.data.preprocessing import preprocess_unlabeled
+from nnunet_ssl.data.raw_cases import RawCase
+from nnunet_ssl.data.records import FORMAT_VERSION, preprocessing_fingerprint
+from nnunet_ssl.data.unlabeled_cases import ready_cases
 from nnunet_ssl.errors import UserError
 
 IDENTIFIER = "nnUNetPlans_3d_fullres"
@@ -68,7 +70,7 @@ def test_result_is_what_nnunet_makes_of_the_same_image_with_a_label(dataset: Tin
 def test_second_run_touches_nothing_and_opens_no_image(three: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     assert three.run().done == ["U0", "U1", "U2"]
     before = three.stamps()
-    monkeypatch.setattr(preprocessing, "_process", None)
+    monkeypatch.setattr(preprocessing, "preprocess_case", None)
     lines: list[str] = []
     report = three.run(log=lines.append)
     assert (report.done, report.up_to_date, lines) == ([], ["U0", "U1", "U2"], [])
@@ -192,7 +194,7 @@ def test_nnunets_normalizations_read_what_the_fingerprint_has() -> None:
             names.add(name)
             return super().__getitem__(name)
 
-    known = preprocessing._INTENSITIES_READ
+    known = records.INTENSITIES_READ
     schemes = {name: scheme for name, scheme in vars(default_normalization_schemes).items() if name.endswith("zation")}
     del schemes["ImageNormalization"]
     assert set(known) == set(schemes)
@@ -253,7 +255,7 @@ def test_configurations_that_share_a_folder_do_not_fight(three: TinyDataset) -> 
 
 def test_newer_format_redoes_all(three: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     three.run()
-    monkeypatch.setattr(preprocessing, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    monkeypatch.setattr(records, "FORMAT_VERSION", FORMAT_VERSION + 1)
     assert three.run().done == ["U0", "U1", "U2"]
 
 
@@ -373,7 +375,7 @@ def test_failed_case_is_reported_again_without_a_second_try_until_it_is_mended(
     _with(np.nan)(three)
     first = three.run()
     with monkeypatch.context() as patch:
-        patch.setattr(preprocessing, "_process", None)
+        patch.setattr(preprocessing, "preprocess_case", None)
         second = three.run()
     assert second.failed == first.failed != []
     assert "bad" in second.table() and "NaN" in second.table()
@@ -588,18 +590,18 @@ def test_negative_number_of_processes(dataset: TinyDataset) -> None:
 def test_case_that_another_run_finished_meanwhile_is_not_done_twice(
     three: TinyDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = preprocessing._process
+    process = preprocessing.preprocess_case
     calls = 0
 
     def late(job: Any, case: RawCase) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
-            monkeypatch.setattr(preprocessing, "_process", process)
+            monkeypatch.setattr(preprocessing, "preprocess_case", process)
             three.run()
         return process(job, case)
 
-    monkeypatch.setattr(preprocessing, "_process", late)
+    monkeypatch.setattr(preprocessing, "preprocess_case", late)
     report = three.run()
     assert (report.done, report.up_to_date) == ([], ["U0", "U1", "U2"])
 
@@ -624,18 +626,18 @@ def test_what_killed_runs_left_is_removed_once_it_is_old(three: TinyDataset) -> 
 
 def test_runs_at_the_same_time_do_not_disturb_each_other(three: TinyDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run does the case between this one's preprocessing and its last steps."""
-    preprocess = preprocessing._preprocess
+    preprocess = preprocess_case.make_case
     finished = []
 
     def slow(job: Any, case: RawCase, folder: Path) -> Any:
         record = preprocess(job, case, folder)
         with monkeypatch.context() as patch:
-            patch.setattr(preprocessing, "_preprocess", preprocess)
+            patch.setattr(preprocess_case, "make_case", preprocess)
             three.run()
         finished.append(list(ready_cases(three.preprocessed, IDENTIFIER)))
         return record
 
-    monkeypatch.setattr(preprocessing, "_preprocess", slow)
+    monkeypatch.setattr(preprocess_case, "make_case", slow)
     report = three.run()
     assert sorted(report.done + report.up_to_date) == ["U0", "U1", "U2"] and report.failed == []
     assert len(report.done) == 1 and finished == [["U0", "U1", "U2"]]
@@ -683,7 +685,7 @@ def test_cut_off_after_any_step_nothing_half_done_is_believed(
 # Worker processes
 
 
-_process = preprocessing._process
+_process = preprocessing.preprocess_case
 
 
 def process_unless_deadly(job: Any, case: RawCase) -> Any:
@@ -697,7 +699,7 @@ def test_worker_processes_and_one_that_is_killed(three: TinyDataset, monkeypatch
     for number in range(3, 6):
         three.add(f"U{number}", voxels(number))
     with monkeypatch.context() as patch:
-        patch.setattr(preprocessing, "_process", process_unless_deadly)
+        patch.setattr(preprocessing, "preprocess_case", process_unless_deadly)
         report = three.run(num_processes=2)
     assert report.done == ["U0", "U2", "U3", "U4", "U5"]
     assert "fewer processes" in reasons(report.failed)["U1"] and len(report.failed) == 1
@@ -718,7 +720,7 @@ def test_thousands_of_cases_are_checked_quickly(dataset: TinyDataset) -> None:
         record = {
             "format_version": FORMAT_VERSION,
             "fingerprint": fingerprint,
-            "sources": preprocessing._describe_files([image]),
+            "sources": records.describe_files([image]),
             "status": "ok",
             "warnings": [],
             "signature": {"shape": [1, 20, 24, 24], "values": [0.123] * 64},

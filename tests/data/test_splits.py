@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_ssl.data.splits import check_fold, label_few, parse_count, read_splits, split_dataset, unlabeled_list
+from nnunet_ssl.data.few_labels import label_few, parse_count, split_dataset
+from nnunet_ssl.data.fold_check import check_fold
+from nnunet_ssl.data.splits import read_splits, unlabeled_list
 from nnunet_ssl.errors import UserError
 
 CASES = [f"case_{number:02d}" for number in range(12)]

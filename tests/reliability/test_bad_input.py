@@ -28,7 +28,7 @@ from tiny_dataset import PLANS, TinyDataset, read_preprocessed, voxels
 
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.data import preprocessing
-from nnunet_ssl.data.cases import ready_cases
+from nnunet_ssl.data.unlabeled_cases import ready_cases
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.crossmatch import CrossMatchSettings
 from nnunet_ssl.methods.mutual_reliable import MutualReliableSettings

@@ -18,7 +18,7 @@ from own_process import duration, exit_code, kill_after
 from previous_stage import Stage
 from tiny_dataset import TinyDataset, voxels
 
-from nnunet_ssl.data.cases import ready_cases
+from nnunet_ssl.data.unlabeled_cases import ready_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")]
 

@@ -35,11 +35,12 @@ import nnunet_ssl
 from nnunet_ssl.cli.doctor import check_dataset
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.cli.trainers import trainers_folder
-from nnunet_ssl.data.cases import collect_unlabeled_cases, ready_cases
 from nnunet_ssl.data.conversion import convert_dataset
+from nnunet_ssl.data.few_labels import split_dataset
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.data.previous_stage import PreviousStage
-from nnunet_ssl.data.splits import split_dataset, write_splits
+from nnunet_ssl.data.splits import write_splits
+from nnunet_ssl.data.unlabeled_cases import collect_unlabeled_cases, ready_cases
 from nnunet_ssl.distributed import Ranks
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_text

@@ -20,13 +20,13 @@ from pathlib import Path
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from tqdm import tqdm
 
-from nnunet_ssl.data.cases import CaseProblem, list_names
 from nnunet_ssl.data.conversion.benchmark import Benchmark, SourceCase
 from nnunet_ssl.data.conversion.datasets import BENCHMARKS
 from nnunet_ssl.data.conversion.folds import check_labeled
 from nnunet_ssl.data.image_checks import BadImageError
+from nnunet_ssl.data.raw_cases import CaseProblem
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import replacing
+from nnunet_ssl.files import list_names, replacing
 from nnunet_ssl.text import one_line, some_of
 
 RECORD = "conversion.json"

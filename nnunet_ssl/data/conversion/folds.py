@@ -10,7 +10,8 @@ from nnunetv2.dataset_conversion.Dataset027_ACDC import create_ACDC_split
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_ssl.data.conversion.datasets import BENCHMARKS
-from nnunet_ssl.data.splits import SPLITS_FILE, Fold, label_few, parse_count, read_splits, write_splits
+from nnunet_ssl.data.few_labels import label_few, parse_count
+from nnunet_ssl.data.splits import SPLITS_FILE, Fold, read_splits, write_splits
 from nnunet_ssl.errors import UserError
 
 _FOLDS = 5

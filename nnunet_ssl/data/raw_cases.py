@@ -1,0 +1,139 @@
+"""Cases as a dataset has them on disk: images in imagesUn and imagesTr, named as nnU-Net names them.
+
+Nothing here opens an image: names, file listings and small JSON files answer every question.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMAGES_FOLDER = "imagesUn"
+LABELED_IMAGES_FOLDER = "imagesTr"
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """Images of one case, one file per channel, in order."""
+
+    identifier: str
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class CaseProblem:
+    """A case that cannot be used, or one that looks odd, and why."""
+
+    identifier: str
+    reason: str
+
+
+def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> tuple[list[RawCase], list[CaseProblem]]:
+    """Cases named as nnU-Net names them, ``CASE_0000`` + file ending, one file per channel.
+
+    Hidden files, folders and files of another ending are passed over. A missing folder has no cases.
+
+    Args:
+        images_folder: such as ``nnUNet_raw/DatasetXXX_Name/imagesUn``.
+        file_ending: the dataset's, such as ``.nii.gz``.
+        num_channels: files that a case must have.
+
+    Returns:
+        the complete cases and, for all others, what is wrong with them, both sorted by name.
+    """
+    channels, unnamed = _channel_files(images_folder, file_ending)
+    cases: list[RawCase] = []
+    problems = [
+        CaseProblem(
+            _as_text(name.removesuffix(file_ending)),
+            _as_text(f"{name} has no channel number; name it {name.removesuffix(file_ending)}_0000{file_ending}"),
+        )
+        for name in unnamed
+    ]
+    for identifier, names in channels.items():
+        missing = [f"{identifier}_{c:04d}{file_ending}" for c in range(num_channels) if c not in names]
+        extra = [name for channel, name in sorted(names.items()) if channel >= num_channels]
+        reasons = []
+        if missing:
+            reasons.append(f"missing {', '.join(missing)}")
+        if extra:
+            reasons.append(f"not expected: {', '.join(extra)} ({num_channels} per case in this dataset)")
+        if identifier.endswith("_seg"):
+            reasons.append("nnU-Net keeps the ending _seg for segmentations; rename the case")
+        if not _is_text(identifier):
+            # ITK ends the whole process over such a name.
+            reasons.append("its name is no valid UTF-8; rename its files")
+        if reasons:
+            problems.append(CaseProblem(_as_text(identifier), _as_text("; ".join(reasons))))
+        else:
+            cases.append(RawCase(identifier, tuple(images_folder / names[c] for c in range(num_channels))))
+    cases.sort(key=lambda case: case.identifier)
+    problems.sort(key=lambda problem: (problem.identifier, problem.reason))
+    return cases, problems
+
+
+def _is_text(name: str) -> bool:
+    return name == _as_text(name)
+
+
+def _as_text(name: str) -> str:
+    # Python keeps bytes that are no UTF-8 as characters that cannot be printed.
+    return name.encode(errors="backslashreplace").decode()
+
+
+def files_per_case(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> int:
+    """How many image files a case of this dataset has: one per channel, unless the labeled cases show otherwise.
+
+    A color image or a 4D volume holds several channels in one file.
+    """
+    num_channels = len(channel_names(dataset_json))
+    if "dataset" in dataset_json:
+        counts = Counter(len(case["images"]) for case in dataset_json["dataset"].values())
+    else:
+        channels, _ = _channel_files(raw_dataset_folder / LABELED_IMAGES_FOLDER, dataset_json["file_ending"])
+        counts = Counter(len(names) for names in channels.values())
+    return counts.most_common(1)[0][0] if counts else num_channels
+
+
+def labeled_images(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> list[Path]:
+    """The first image file of each labeled case, sorted; none without imagesTr."""
+    if "dataset" in dataset_json:
+        return sorted(raw_dataset_folder / case["images"][0] for case in dataset_json["dataset"].values())
+    channels, _ = _channel_files(raw_dataset_folder / LABELED_IMAGES_FOLDER, dataset_json["file_ending"])
+    return sorted(raw_dataset_folder / LABELED_IMAGES_FOLDER / names[0] for names in channels.values() if 0 in names)
+
+
+def channel_names(dataset_json: dict[str, Any]) -> dict[str, str]:
+    """The dataset's channels; 'modality' is what older datasets call them."""
+    return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+
+
+def _channel_files(folder: Path, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
+    """{case: {channel: file name}}, and the names that have the ending but no channel number."""
+    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(file_ending), re.ASCII | re.DOTALL)
+    channels: dict[str, dict[int, str]] = {}
+    unnamed: list[str] = []
+    if not folder.is_dir():
+        return channels, unnamed
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # A dangling link is not passed over: that its image cannot be read must be seen.
+            if entry.name.startswith(".") or not entry.name.endswith(file_ending) or _is_folder(entry):
+                continue
+            match = pattern.fullmatch(entry.name)
+            if match is None:
+                unnamed.append(entry.name)
+            else:
+                channels.setdefault(match["case"], {})[int(match["channel"])] = entry.name
+    return channels, unnamed
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # links in a circle

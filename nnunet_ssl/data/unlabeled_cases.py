@@ -1,0 +1,119 @@
+"""Which unlabeled cases a training has: preprocessed cases of imagesUn, and a fold's `unlabeled` list."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER
+from nnunet_ssl.data.records import has_files, read_record, records_folder, unlabeled_folder
+from nnunet_ssl.data.splits import SPLITS_FILE, fold_lists
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import list_names
+from nnunet_ssl.text import some_of
+
+
+@dataclass(frozen=True)
+class UnlabeledCase:
+    """A preprocessed case whose label training does not see.
+
+    Attributes:
+        identifier: the case's name, without channel and file ending.
+        folder: the preprocessed folder that holds it.
+        source: where its image came from, ``imagesUn`` or ``imagesTr``.
+    """
+
+    identifier: str
+    folder: Path
+    source: str
+
+
+def preprocessed_cases(folder: Path) -> set[str]:
+    """The cases that nnU-Net finds in a folder of preprocessed labeled cases; none if it does not exist."""
+    names = list_names(folder)
+    blosc = {name.removesuffix(".b2nd") for name in names if name.endswith(".b2nd") and not name.endswith("_seg.b2nd")}
+    return blosc | {name.removesuffix(".npz") for name in names if name.endswith(".npz")}
+
+
+def ready_cases(preprocessed_dataset_folder: Path, data_identifier: str) -> dict[str, dict[str, Any]]:
+    """{case: record} of the cases of imagesUn that are preprocessed and complete, sorted by name."""
+    records = records_folder(preprocessed_dataset_folder, data_identifier)
+    present = list_names(unlabeled_folder(preprocessed_dataset_folder, data_identifier))
+    ready = {}
+    for identifier in sorted(name[: -len(".json")] for name in list_names(records) if name.endswith(".json")):
+        if has_files(identifier, present):
+            record = read_record(records / f"{identifier}.json")
+            if record is not None and record.get("status") == "ok":
+                ready[identifier] = record
+    return ready
+
+
+def collect_unlabeled_cases(
+    preprocessed_dataset_folder: Path, data_identifier: str, fold: int | str
+) -> list[UnlabeledCase]:
+    """All unlabeled cases of a fold: those of imagesUn that are preprocessed, and the fold's `unlabeled` list.
+
+    Raises:
+        UserError: the list is malformed, names a case that is not preprocessed, or one that the fold trains on.
+    """
+    folder = unlabeled_folder(preprocessed_dataset_folder, data_identifier)
+    cases = [
+        UnlabeledCase(identifier, folder, IMAGES_FOLDER)
+        for identifier in ready_cases(preprocessed_dataset_folder, data_identifier)
+    ]
+    splits_file = preprocessed_dataset_folder / SPLITS_FILE
+    lists = fold_lists(splits_file, fold) or {}
+    listed = lists.get("unlabeled")
+    if not listed:
+        return cases
+
+    both = sorted(set(listed) & set(lists["train"]))
+    if both:
+        raise UserError(
+            f"Fold {fold} in {splits_file} lists {some_of(both)} as 'train' and as 'unlabeled', so training would see "
+            "labels that it must not. Keep each case in one of the two lists."
+        )
+    labeled_folder = preprocessed_dataset_folder / data_identifier
+    missing = sorted(set(listed) - preprocessed_cases(labeled_folder))
+    if missing:
+        raise UserError(
+            f"The 'unlabeled' list of fold {fold} in {splits_file} names {some_of(missing)}, but {labeled_folder} "
+            "holds no such case. Correct the list, or preprocess the dataset again (nnUNetv2_preprocess)."
+        )
+    return cases + [UnlabeledCase(name, labeled_folder, LABELED_IMAGES_FOLDER) for name in sorted(listed)]
+
+
+def no_unlabeled_cases_message(
+    raw_dataset_folder: Path, preprocessed_dataset_folder: Path, fold: int | str | None = None
+) -> str:
+    """What to tell a user who has no unlabeled case: where this package looked, and how to add some.
+
+    Args:
+        raw_dataset_folder: may not exist.
+        preprocessed_dataset_folder: of the same dataset.
+        fold: None where no fold is concerned.
+    """
+    images_folder = raw_dataset_folder / IMAGES_FOLDER
+    try:
+        ending = json.loads((preprocessed_dataset_folder / "dataset.json").read_bytes())["file_ending"]
+    except (OSError, ValueError, KeyError, TypeError):
+        ending = ".nii.gz"
+    names = [name for name in list_names(images_folder) if not name.startswith(".")]
+    if not images_folder.is_dir():
+        state = "does not exist"
+    elif not names:
+        state = "is empty"
+    elif not any(name.endswith(ending) for name in names):
+        state = f"holds {len(names)} files, of which none ends in {ending} as this dataset's images do"
+    else:
+        state = "holds no case that could be preprocessed (nnunet-ssl preprocess lists the reasons)"
+    message = f"There is no unlabeled case: {images_folder} {state}"
+    if fold is not None:
+        splits_file = preprocessed_dataset_folder / SPLITS_FILE
+        message += f", and fold {fold} in {splits_file} has no 'unlabeled' list"
+    return (
+        f"{message}. Put images there, named as in {LABELED_IMAGES_FOLDER} (CASE_0000{ending}, one file per channel), "
+        "or leave only some of the training cases labeled with nnunet-ssl split."
+    )
