@@ -17,6 +17,11 @@ def shorten(value: object, limit: int = 80) -> str:
     return _cut(repr(value), limit)
 
 
+def by_axis(values: Iterable[float]) -> str:
+    """Sizes or spacings, such as ``512 x 512 x 96``."""
+    return " x ".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
+
+
 def unwrap(text: object, limit: int | None = None) -> str:
     """A text of several lines in one, cut after ``limit`` characters."""
     line = " ".join(str(text).split())

@@ -175,7 +175,8 @@ def train(task: Task, task_file: Path) -> None:
     validating.perform_actual_validation(False)
     seconds = time.monotonic() - started
 
-    from nnunet_ssl.evaluation.folders import Segmentations, evaluate_folder
+    from nnunet_ssl.evaluation.folders import evaluate_folder
+    from nnunet_ssl.evaluation.segmentations import Segmentations
 
     preprocessed = Path(trainer.preprocessed_dataset_folder_base)
     segmentations = Segmentations.from_dataset_json(preprocessed / "dataset.json")

@@ -75,9 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate all folders, print a table per metric, write the files."""
     from nnunet_ssl.evaluation.comparison import common_cases, compare, join_runs
-    from nnunet_ssl.evaluation.folders import FolderResult, evaluate_folder, write_csv
+    from nnunet_ssl.evaluation.folders import FolderResult, evaluate_folder
     from nnunet_ssl.evaluation.metrics import METRICS
     from nnunet_ssl.evaluation.pictures import save_comparison
+    from nnunet_ssl.evaluation.result_files import write_csv
     from nnunet_ssl.evaluation.tables import format_table
     from nnunet_ssl.files import ELSEWHERE, write_text
 

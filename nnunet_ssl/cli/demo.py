@@ -367,8 +367,9 @@ def _evaluate(
     folder: Path, dataset: _Dataset, trainers: Mapping[str, str], *, tested: bool, iterations: int
 ) -> tuple[str, Path]:
     """Evaluate and draw; return the table and the path of the overlay."""
-    from nnunet_ssl.evaluation.folders import Segmentations, evaluate_folder, hardest_cases
+    from nnunet_ssl.evaluation.folders import evaluate_folder, hardest_cases
     from nnunet_ssl.evaluation.pictures import draw_case
+    from nnunet_ssl.evaluation.segmentations import Segmentations
     from nnunet_ssl.evaluation.tables import summarize
 
     segmentations = Segmentations.from_dataset_json(dataset.raw / "dataset.json")

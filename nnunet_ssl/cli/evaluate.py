@@ -47,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print a table, write the files."""
-    from nnunet_ssl.evaluation.folders import evaluate_folder, write_csv, write_json
+    from nnunet_ssl.evaluation.folders import evaluate_folder
     from nnunet_ssl.evaluation.metrics import METRICS
+    from nnunet_ssl.evaluation.result_files import write_csv, write_json
     from nnunet_ssl.evaluation.tables import format_table, summarize
 
     for option, folder in (("-p", args.p), ("-g", args.g)):

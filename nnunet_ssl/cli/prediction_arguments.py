@@ -12,7 +12,8 @@ from nnunet_ssl.cli.preprocess import dataset_name
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
-    from nnunet_ssl.evaluation.folders import FolderResult, Segmentations
+    from nnunet_ssl.evaluation.folders import FolderResult
+    from nnunet_ssl.evaluation.segmentations import Segmentations
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def segmentations_of(args: argparse.Namespace, predictions: Sequence[Path]) -> S
     Raises:
         UserError: there is none, or the options contradict each other.
     """
-    from nnunet_ssl.evaluation.folders import Segmentations
+    from nnunet_ssl.evaluation.segmentations import Segmentations
 
     if args.labels:
         if args.d:

@@ -20,7 +20,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.text import one_line, unwrap
+from nnunet_ssl.text import by_axis, one_line, unwrap
 
 _SPACING_FACTOR = 2.0
 _LEAST_COSINE = 0.5  # an axis that is turned by more than 60 degrees points elsewhere
@@ -167,8 +167,8 @@ def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str
                 image, properties = reader.read_images([str(file)])
             except Exception as cause:
                 raise BadImageError(f"{file.name} cannot be read: {one_line(cause)}") from cause
-            shapes[file.name] = _times(image.shape[1:])
-            spacings[file.name] = _times([float(size) for size in properties["spacing"]])
+            shapes[file.name] = by_axis(image.shape[1:])
+            spacings[file.name] = by_axis([float(size) for size in properties["spacing"]])
         for what, of_file in (("shape", shapes), ("spacing", spacings)):
             if len(set(of_file.values())) > 1:
                 found = ", ".join(f"{name} {value}" for name, value in of_file.items())
@@ -248,13 +248,13 @@ def check_image(image: np.ndarray, spacing: Sequence[float], *, labeled: Labeled
     if image.shape[0] != num_channels:
         raise BadImageError(f"{image.shape[0]} channels, but this dataset has {num_channels}")
     if 0 in image.shape:
-        raise BadImageError(f"an axis has size 0: {_times(image.shape[1:])}")
+        raise BadImageError(f"an axis has size 0: {by_axis(image.shape[1:])}")
     if not all(math.isfinite(size) and size > 0 for size in spacing):
-        raise BadImageError(f"impossible spacing {_times(spacing)}")
+        raise BadImageError(f"impossible spacing {by_axis(spacing)}")
     dimensions = 2 if image.shape[1] == 1 else 3
     if labeled.dimensions not in (None, dimensions):
         raise BadImageError(
-            f"a {dimensions}D image of {_times(image.shape[1:])} voxels, but the labeled images are "
+            f"a {dimensions}D image of {by_axis(image.shape[1:])} voxels, but the labeled images are "
             f"{labeled.dimensions}D"
         )
     lowest = [float(channel.min()) for channel in image]
@@ -273,7 +273,7 @@ def _spacing_warnings(image: np.ndarray, spacing: Sequence[float], labeled: Labe
     ):
         return []
     ranges = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in labeled.spacing)
-    warning = f"spacing {_times(spacing)} is far from the labeled images' ({ranges})"
+    warning = f"spacing {by_axis(spacing)} is far from the labeled images' ({ranges})"
     voxels = image.size * math.prod(size / low for size, (low, _) in zip(spacing, labeled.spacing, strict=True))
     if voxels > _MOST_VOXELS:
         raise BadImageError(f"{warning}; resampled it has {voxels:.2g} voxels; correct the spacing in its header")
@@ -291,7 +291,3 @@ def _intensity_warnings(lowest: list[float], highest: list[float], labeled: Labe
                 f"({usual[0]:g} to {usual[1]:g})"
             )
     return warnings
-
-
-def _times(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)

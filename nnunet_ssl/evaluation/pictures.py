@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from nnunet_ssl.data.image_checks import BadImageError
 from nnunet_ssl.evaluation.comparison import all_cases, scores
-from nnunet_ssl.evaluation.folders import FolderResult, Segmentations
+from nnunet_ssl.evaluation.folders import FolderResult
 from nnunet_ssl.evaluation.metrics import Labels
+from nnunet_ssl.evaluation.segmentations import Segmentations
 from nnunet_ssl.files import ELSEWHERE, cannot_write
 
 AXIS_LABELS = {

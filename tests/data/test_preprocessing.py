@@ -396,7 +396,7 @@ def test_failure_to_store_is_tried_again(three: TinyDataset, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocessing, "_save", full)
+        patch.setattr(preprocess_case, "_save", full)
         report = three.run()
     assert len(report.failed) == 3 and "No space left" in report.failed[0].reason
     assert not ready_cases(three.preprocessed, IDENTIFIER)

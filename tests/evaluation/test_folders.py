@@ -11,16 +11,10 @@ import tifffile
 from skimage import io
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.folders import (
-    FolderResult,
-    Segmentations,
-    evaluate_folder,
-    hardest_cases,
-    summary,
-    write_csv,
-    write_json,
-)
+from nnunet_ssl.evaluation.folders import FolderResult, evaluate_folder, hardest_cases
 from nnunet_ssl.evaluation.metrics import CaseMetrics, CaseResult
+from nnunet_ssl.evaluation.result_files import summary, write_csv, write_json
+from nnunet_ssl.evaluation.segmentations import Segmentations
 
 SLAB = Segmentations({"slab": 1}, ".nii.gz")
 

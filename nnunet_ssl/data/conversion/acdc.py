@@ -14,10 +14,10 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunet_ssl.data.conversion.benchmark import (
-    Benchmark,
+from nnunet_ssl.data.conversion.source_dataset import (
     Findings,
     SourceCase,
+    SourceDataset,
     check_sizes,
     check_spacings,
     check_values,
@@ -73,7 +73,7 @@ def _listed(line: str) -> str | None:
     return match[1] if match else None
 
 
-ACDC = Benchmark(
+ACDC = SourceDataset(
     dataset_name="ACDC",
     channel_names={"0": "cineMRI"},
     labels={"background": 0, "RV": 1, "MLV": 2, "LVC": 3},

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from nnunetv2.dataset_conversion.Dataset043_BraTS19 import copy_BraTS_segmentation_and_convert_labels_to_nnUNet
 
-from nnunet_ssl.data.conversion.benchmark import (
-    Benchmark,
+from nnunet_ssl.data.conversion.source_dataset import (
     Findings,
     SourceCase,
+    SourceDataset,
     check_sizes,
     check_spacings,
     check_values,
@@ -76,7 +76,7 @@ def _listed(line: str) -> str | None:
     return match[1] if match else None
 
 
-BRATS19 = Benchmark(
+BRATS19 = SourceDataset(
     dataset_name="BraTS2019",
     channel_names={"0": "T1", "1": "T1ce", "2": "T2", "3": "Flair"},
     labels={"background": 0, "whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)},

@@ -20,9 +20,9 @@ from pathlib import Path
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from tqdm import tqdm
 
-from nnunet_ssl.data.conversion.benchmark import Benchmark, SourceCase
 from nnunet_ssl.data.conversion.datasets import BENCHMARKS
 from nnunet_ssl.data.conversion.folds import check_labeled
+from nnunet_ssl.data.conversion.source_dataset import SourceCase, SourceDataset
 from nnunet_ssl.data.image_checks import BadImageError
 from nnunet_ssl.data.raw_cases import CaseProblem
 from nnunet_ssl.errors import UserError
@@ -156,7 +156,7 @@ def _usable(cases: Sequence[SourceCase], report: ConversionReport) -> list[Sourc
 
 
 def _hold_out(
-    cases: Sequence[SourceCase], benchmark: Benchmark, test_list: Path, report: ConversionReport
+    cases: Sequence[SourceCase], benchmark: SourceDataset, test_list: Path, report: ConversionReport
 ) -> list[SourceCase]:
     """Make test cases of those that a list names."""
     try:
@@ -190,7 +190,7 @@ def _hold_out(
     return [replace(case, test=True) if benchmark.group(case.name) in groups else case for case in cases]
 
 
-def _outputs(case: SourceCase, benchmark: Benchmark, folder: Path) -> list[Path]:
+def _outputs(case: SourceCase, benchmark: SourceDataset, folder: Path) -> list[Path]:
     """The files of a case: images by channel, then the label if it has one."""
     part = "Ts" if case.test else "Tr"
     ending = benchmark.file_ending
@@ -232,7 +232,7 @@ def _claim(folder: Path, kind: str, source: Path, outputs: Sequence[Path]) -> No
 
 
 def _convert_case(
-    case: SourceCase, benchmark: Benchmark, outputs: Sequence[Path], unfinished: Path, report: ConversionReport
+    case: SourceCase, benchmark: SourceDataset, outputs: Sequence[Path], unfinished: Path, report: ConversionReport
 ) -> None:
     if not all(file.is_file() for file in outputs):
         try:
@@ -299,7 +299,7 @@ def _kept_notes(folder: Path) -> dict[str, str]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _describe(benchmark: Benchmark, folder: Path, unfinished: Path, training_cases: int) -> None:
+def _describe(benchmark: SourceDataset, folder: Path, unfinished: Path, training_cases: int) -> None:
     with replacing(folder / "dataset.json", aside=unfinished / "dataset.json"):
         generate_dataset_json(
             str(unfinished),

@@ -14,7 +14,7 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 
-from nnunet_ssl.data.conversion.benchmark import Benchmark, Findings, SourceCase, binary_mask, walk
+from nnunet_ssl.data.conversion.source_dataset import Findings, SourceCase, SourceDataset, binary_mask, walk
 from nnunet_ssl.data.image_checks import BadImageError
 
 _INPUTS = "ISIC2018_Task1-2_{}_Input"
@@ -69,7 +69,7 @@ def _listed(line: str) -> str | None:
     return match[1] if match else None
 
 
-ISIC2018 = Benchmark(
+ISIC2018 = SourceDataset(
     dataset_name="ISIC2018",
     channel_names={"0": "R", "1": "G", "2": "B"},
     labels={"background": 0, "lesion": 1},

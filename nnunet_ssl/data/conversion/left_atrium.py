@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_ssl.data.conversion.benchmark import (
-    Benchmark,
+from nnunet_ssl.data.conversion.source_dataset import (
     Findings,
     SourceCase,
+    SourceDataset,
     binary_mask,
     check_sizes,
     image_from_array,
@@ -112,7 +112,7 @@ def _listed(line: str) -> str | None:
     return match[1] if match else None
 
 
-LEFT_ATRIUM = Benchmark(
+LEFT_ATRIUM = SourceDataset(
     dataset_name="LA2018",
     channel_names={"0": "LGE-MRI"},
     labels={"background": 0, "left atrium": 1},

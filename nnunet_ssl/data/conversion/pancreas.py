@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_ssl.data.conversion.benchmark import (
-    Benchmark,
+from nnunet_ssl.data.conversion.source_dataset import (
     Findings,
     SourceCase,
+    SourceDataset,
     binary_mask,
     check_sizes,
     check_spacings,
@@ -147,7 +147,7 @@ def _listed(line: str) -> str | None:
     return f"PANCREAS_{match[1]}" if match else None
 
 
-PANCREAS = Benchmark(
+PANCREAS = SourceDataset(
     dataset_name="NIHPancreas",
     channel_names={"0": "CT"},
     labels={"background": 0, "pancreas": 1},

@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.data.image_checks import BadImageError, check_nifti
-from nnunet_ssl.text import some_of
+from nnunet_ssl.text import by_axis, some_of
 
 Label = int | tuple[int, ...]
 _TEST_FOLDER = re.compile(r"test(ing)?([ _-]?set)?", re.IGNORECASE)
@@ -51,7 +51,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class SourceDataset:
     """How a dataset is found, converted and described.
 
     Attributes:
@@ -135,7 +135,7 @@ def check_sizes(image: sitk.Image, other: sitk.Image, name: str = "its label") -
     """Raise BadImageError if an image and its label, or what the name says, differ in size."""
     if image.GetSize() != other.GetSize():
         raise BadImageError(
-            f"the image has {_times(image.GetSize())} voxels, {name} {_times(other.GetSize())}; they do not belong "
+            f"the image has {by_axis(image.GetSize())} voxels, {name} {by_axis(other.GetSize())}; they do not belong "
             "together, or one is damaged"
         )
 
@@ -144,7 +144,7 @@ def check_spacings(image: sitk.Image, other: sitk.Image, name: str = "its label"
     """Raise BadImageError if the spacings differ by more than rounding."""
     if not np.allclose(image.GetSpacing(), other.GetSpacing(), rtol=0.01):
         raise BadImageError(
-            f"the image's spacing is {_times(image.GetSpacing())} mm, {name}'s {_times(other.GetSpacing())} mm"
+            f"the image's spacing is {by_axis(image.GetSpacing())} mm, {name}'s {by_axis(other.GetSpacing())} mm"
         )
 
 
@@ -192,7 +192,3 @@ def in_test_folder(file: Path, source: Path) -> bool:
     return any(_TEST_FOLDER.fullmatch(folder.resolve().name) for folder in folders) and not any(
         part.lower().startswith("train") for part in below
     )
-
-
-def _times(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.6g}" for value in values)
