@@ -23,7 +23,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunet_ssl
-from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
+from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
 from nnunet_ssl.data.labeled_targets import AddTargets
 from nnunet_ssl.networks.streams import Stream, StreamOutput
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer

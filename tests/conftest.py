@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from method_steps import TRAINERS
 
-from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
 
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from nnunet_ssl.cli.main import COMMANDS
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "nnunet_ssl"
@@ -44,6 +47,7 @@ def test_contracts_are_kept() -> None:
         ("cli/doctor.py", "import nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnU-Net"),
         ("evaluation/__init__.py", "import batchgenerators", "nnU-Net"),
         ("errors.py", "import torch", "light"),
+        ("cli/extend.py", "from nnunet_ssl.cli.doctor import check_paths", "commands"),
         ("files.py", "import numpy", "light"),
         ("text.py", "import nnunet_ssl.errors", "layers"),
         ("new.py", "import nnunet_ssl.errors", "layers"),
@@ -59,6 +63,13 @@ def test_a_forbidden_import_is_caught(tmp_path: Path, module: str, statement: st
     assert result.returncode == 1, result.stdout + result.stderr
     broken = [line for line in result.stdout.splitlines() if line.rstrip().endswith("BROKEN")]
     assert contract in [line.split(":")[0] for line in broken]
+
+
+def test_the_contract_of_the_commands_names_them_all() -> None:
+    contracts = configparser.ConfigParser()
+    contracts.read(PROJECT / "setup.cfg")
+    modules = contracts["importlinter:contract:commands"]["modules"].split()
+    assert modules == [f"nnunet_ssl.cli.{name}" for name in COMMANDS]
 
 
 def test_the_package_never_imports_the_trainers_folder() -> None:

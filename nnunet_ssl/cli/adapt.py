@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, plan_again, read_plans
+from nnunet_ssl.cli.lookup import dataset_name, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, cannot_write

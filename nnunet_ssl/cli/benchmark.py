@@ -6,8 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder
-from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.cli.lookup import dataset_name, nnunet_folder, trainers_folder
 from nnunet_ssl.errors import UserError
 
 HELP = "train several trainers on equal terms and several times, and report gains, intervals and costs"

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_ssl.cli.lookup import dataset_folder, dataset_name, nnunet_folder
 from nnunet_ssl.cli.prediction_arguments import (
     add_label_options,
     add_processes_option,
-    dataset_folder,
     make_folder,
     named_folders,
     processes,
     report_problems,
     segmentations_of,
 )
-from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:

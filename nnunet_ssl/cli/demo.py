@@ -9,16 +9,16 @@ import argparse
 import importlib.util
 import json
 import os
-import shlex
 import shutil
-import subprocess
 import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.cli.demo_steps import Steps, duration
+from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
 from nnunet_ssl.errors import UserError
 
 HELP = "train and compare nnUNetTrainer and semi-supervised trainers on phantoms, in a few minutes"
@@ -75,8 +75,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the steps that are not done yet, then print the table and the paths of the pictures."""
     import torch
 
-    from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
-
     start = time.monotonic()
     folder = args.o.resolve()
     raw = args.raw.resolve() if args.raw is not None else None
@@ -105,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         folder / "nnUNet_raw" / name, folder / "nnUNet_preprocessed" / name, folder / "nnUNet_results" / name
     )
     tested = raw is None or ((raw / "imagesTs").is_dir() and (raw / "labelsTs").is_dir())
-    steps = _Steps(folder / "logs", environment, total=5 + len(trainers) * (2 if tested else 1))
+    steps = Steps(folder / "logs", environment, total=5 + len(trainers) * (2 if tested else 1))
     number, workers = name[7:10], str(processes)
     if raw is None:
         steps.function("phantoms", "make phantoms", lambda: _make_phantoms(dataset.raw, args.seed))
@@ -145,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
             if path.is_file():
                 print(f"curves   {path}")
     print(f"table    {folder / 'summary.md'}")
-    print(f"\nDone in {_duration(time.monotonic() - start)}.")
+    print(f"\nDone in {duration(time.monotonic() - start)}.")
     return 0
 
 
@@ -162,60 +160,6 @@ class _Dataset:
 
     def trained(self, trainer: str) -> Path:
         return self.results / f"{trainer}__nnUNetPlans__{CONFIGURATION}" / f"fold_{FOLD}"
-
-
-@dataclass
-class _Steps:
-    """Runs steps, each once: a file beside its log marks it as done."""
-
-    logs: Path
-    environment: Mapping[str, str]
-    total: int
-    count: int = 0
-    started: float = field(default=0.0)
-
-    def announce(self, what: str) -> None:
-        self.count += 1
-        self.started = time.monotonic()
-        print(f"[{self.count}/{self.total}] {what} ...", end=" ", flush=True)
-
-    def done(self) -> None:
-        print(_duration(time.monotonic() - self.started), flush=True)
-
-    def function(self, name: str, what: str, action: Callable[[], None]) -> None:
-        self._once(name, what, lambda _log: action())
-
-    def command(self, name: str, arguments: Sequence[str]) -> None:
-        program = _find_program(arguments[0])
-        self._once(name, shlex.join(arguments), lambda log: self._run([program, *arguments[1:]], log))
-
-    def _once(self, name: str, what: str, action: Callable[[Path], None]) -> None:
-        self.announce(what)
-        log = self.logs / f"{self.count}_{name}.log"
-        marker = log.with_suffix(".done")
-        if marker.is_file():
-            print("already done", flush=True)
-            return
-        try:
-            action(log)
-        except BaseException:
-            print("failed", flush=True)
-            raise
-        marker.touch()
-        self.done()
-
-    def _run(self, command: Sequence[str], log: Path) -> None:
-        with log.open("w", encoding="utf-8") as output:
-            finished = subprocess.run(
-                command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
-        if finished.returncode != 0:
-            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
-            raise UserError(
-                f"{Path(command[0]).stem} failed with exit code {finished.returncode}. The end of {log}:\n"
-                + "\n".join(f"  {line}" for line in tail)
-                + "\nThe same command continues with this step once the reason is mended."
-            )
 
 
 def _prepare_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -240,7 +184,6 @@ def _prepare_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: boo
 def _environment(folder: Path, processes: int) -> dict[str, str]:
     """The environment of nnU-Net's commands: none of the user's nnU-Net settings, and this demo's folders."""
     import nnunet_ssl
-    from nnunet_ssl.cli.trainers import trainers_folder
 
     environment = {name: value for name, value in os.environ.items() if not name.lower().startswith("nnunet_")}
     environment |= {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
@@ -277,7 +220,6 @@ def _write_trainers(folder: Path, trainers: Mapping[str, str], epochs: int) -> N
 
 def _module_of(trainer: str) -> str:
     """The module of a trainer, to import it from."""
-    from nnunet_ssl.cli.trainers import trainers_folder
 
     if trainer == "nnUNetTrainer":
         return "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
@@ -395,19 +337,5 @@ def _evaluate(
     return f"{summarize(by_trainer)}\n{caption}", overlay
 
 
-def _find_program(name: str) -> str:
-    program = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    if program is None:
-        raise UserError(
-            f"nnU-Net's command {name} is neither in {sysconfig.get_path('scripts')} nor on the PATH. Install nnU-Net "
-            "in this environment: pip install nnunetv2"
-        )
-    return program
-
-
 def _read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"

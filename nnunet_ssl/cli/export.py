@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.cli.doctor import find_trainer
-from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder
+from nnunet_ssl.cli.lookup import dataset_name, find_trainer, nnunet_folder
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, cannot_write, replacing

@@ -7,12 +7,10 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.cli.doctor import find_trainer
-from nnunet_ssl.cli.preprocess import dataset_name, nnunet_folder, plan_again, read_plans
+from nnunet_ssl.cli.lookup import dataset_name, find_program, find_trainer, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import cannot_write, replacing
@@ -64,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"nnUNetv2_train {' '.join(arguments)}", flush=True)
     if args.only_prepare:
         return 0
-    program = shutil.which("nnUNetv2_train", path=sysconfig.get_path("scripts")) or shutil.which("nnUNetv2_train")
-    if program is None:
-        raise UserError("nnU-Net's command nnUNetv2_train is not on the PATH. Install nnU-Net again.")
+    program = find_program("nnUNetv2_train")
     if os.name == "posix":
         # Signals then reach the training itself.
         os.execv(program, [program, *arguments])  # noqa: S606 - nnU-Net's own command, without a shell

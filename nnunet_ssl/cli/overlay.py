@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunet_ssl.cli.lookup import dataset_folder
 from nnunet_ssl.cli.prediction_arguments import (
     add_label_options,
     add_processes_option,
-    dataset_folder,
     make_folder,
     named_folders,
     processes,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.cli.preprocess import dataset_name
+from nnunet_ssl.cli.lookup import dataset_folder
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,26 +61,6 @@ def segmentations_of(args: argparse.Namespace, predictions: Sequence[Path]) -> S
         f"No dataset.json, which would name the labels, lies in {', '.join(map(str, dict.fromkeys(looked)))}. Name the "
         "dataset with -d, or the labels with --labels."
     )
-
-
-def dataset_folder(dataset: str, *needed: str) -> Path:
-    """The folder of a dataset in nnUNet_raw or nnUNet_preprocessed that holds what is needed.
-
-    Args:
-        dataset: number or name.
-        needed: files or folders, all of which must be there.
-
-    Raises:
-        UserError: neither folder has them.
-    """
-    roots = [Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed") if os.environ.get(name)]
-    if not roots:
-        raise UserError("Neither nnUNet_raw nor nnUNet_preprocessed is set; nnU-Net keeps its datasets there.")
-    name = dataset_name(dataset)
-    for root in roots:
-        if all((root / name / one).exists() for one in needed):
-            return root / name
-    raise UserError(f"Nowhere in {' and '.join(map(str, roots))} is there {name} with {' and '.join(needed)}.")
 
 
 def named_folders(arguments: Sequence[str], option: str) -> dict[str, list[Path]]:

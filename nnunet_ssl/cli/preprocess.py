@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.cli.lookup import listing, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
-from nnunet_ssl.data.nnunet_files import read_plans as plans_of_file
 from nnunet_ssl.errors import UserError
 
 HELP = "preprocess the images in imagesUn (training does it by itself; this does it beforehand)"
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if not (preprocessed / name / "dataset.json").is_file() or not name:
         planned = sorted(file.parent.name for file in preprocessed.glob("Dataset*/dataset.json"))
         raise UserError(
-            f"{preprocessed} holds no dataset {args.d}; {_list('planned datasets there', planned)} "
+            f"{preprocessed} holds no dataset {args.d}; {listing('planned datasets there', planned)} "
             f"Run nnUNetv2_plan_and_preprocess -d {args.d} first, or correct -d or nnUNet_preprocessed."
         )
     raw_dataset, preprocessed_dataset = raw / name, preprocessed / name
@@ -99,50 +99,12 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def nnunet_folder(variable: str, purpose: str) -> Path:
-    """One of nnU-Net's folders, which has to be there; ``purpose`` says what for."""
-    value = os.environ.get(variable)
-    if not value:
-        raise UserError(f"The environment variable {variable} is not set. {purpose}")
-    if not Path(value).is_dir():
-        raise UserError(f"{variable} is {value}, which is no folder. {purpose}")
-    return Path(value)
-
-
-def dataset_name(dataset: str) -> str:
-    """The full name of a dataset that the user named by number or name."""
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    try:
-        return str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from None
-
-
-def read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dict[str, Any]:
-    """The plans of a dataset; ``dataset`` is how the user named it."""
-    file = preprocessed_dataset / f"{plans_name}.json"
-    if not file.is_file():
-        others = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
-        found = sorted(one.stem for one in preprocessed_dataset.glob("*.json") if one.name not in others)
-        raise UserError(
-            f"There are no plans {file}; {_list('plans there', found)} "
-            f"Choose with -p, or run nnUNetv2_plan_and_preprocess -d {dataset} first."
-        )
-    return plans_of_file(file, otherwise=plan_again(dataset))
-
-
-def plan_again(dataset: str) -> str:
-    """What to do about plans or a dataset.json that are broken; ``dataset`` is how the user named it."""
-    return f"Make it anew with nnUNetv2_plan_and_preprocess -d {dataset}."
-
-
 def _configurations(asked: list[str] | None, plans_manager: Any, preprocessed_dataset: Path, plans: str) -> list[str]:
     """The configurations asked for, or one for each folder of preprocessed labeled cases."""
     available = plans_manager.available_configurations
     unknown = [name for name in asked or () if name not in available]
     if unknown:
-        raise UserError(f"{plans} has no configuration {', '.join(unknown)}; {_list('it has', available)}")
+        raise UserError(f"{plans} has no configuration {', '.join(unknown)}; {listing('it has', available)}")
     if asked:
         return asked
     folders: dict[str, str] = {}
@@ -154,10 +116,6 @@ def _configurations(asked: list[str] | None, plans_manager: Any, preprocessed_da
     if not folders:
         raise UserError(
             f"No labeled cases are preprocessed in {preprocessed_dataset}, which would tell the configuration. "
-            f"Choose one with -c; {_list('the plans have', available)}"
+            f"Choose one with -c; {listing('the plans have', available)}"
         )
     return list(folders.values())
-
-
-def _list(what: str, names: list[str]) -> str:
-    return f"{what}: {', '.join(names) if names else 'none'}."

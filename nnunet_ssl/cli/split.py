@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_ssl.cli.preprocess import dataset_name
+from nnunet_ssl.cli.lookup import dataset_name
 from nnunet_ssl.errors import UserError
 
 HELP = "leave few training cases of a fold labeled; the others become unlabeled (the papers' protocol)"

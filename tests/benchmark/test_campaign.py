@@ -18,7 +18,7 @@ from nnunet_ssl.benchmark.campaign import (
     plan_trainings,
     plans_of_arm,
 )
-from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock
 

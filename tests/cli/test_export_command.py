@@ -15,8 +15,8 @@ from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.cli.main import main
-from nnunet_ssl.cli.trainers import trainers_folder
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import nnunet_ssl
+from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
 from nnunet_ssl.cli.main import COMMANDS, main
-from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
 from nnunet_ssl.errors import UserError
 
 HEAVY = ("torch", "numpy", "scipy", "SimpleITK", "matplotlib", "nnunetv2", "batchgenerators", "batchgeneratorsv2")
@@ -144,7 +144,7 @@ def test_trainer_modules_are_described_without_importing_them(tmp_path: Path) ->
 def _installed_at(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
     package.mkdir(parents=True, exist_ok=True)
     fake = types.SimpleNamespace(__file__=str(package / "__init__.py"))
-    monkeypatch.setattr("nnunet_ssl.cli.trainers.nnunet_ssl", fake)
+    monkeypatch.setattr("nnunet_ssl.cli.lookup.nnunet_ssl", fake)
 
 
 @pytest.mark.parametrize("place", ["site/nnunet_ssl/trainers", "site/trainers"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
+from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_ssl.cli import demo
+from nnunet_ssl.cli import demo, demo_steps
+from nnunet_ssl.cli.lookup import find_program, trainer_descriptions, trainers_folder
 from nnunet_ssl.cli.main import main
-from nnunet_ssl.cli.trainers import trainer_descriptions, trainers_folder
 from nnunet_ssl.errors import UserError
 
 
@@ -105,7 +105,7 @@ METHODS = ["CrossMatchTrainer", "MutualReliableTrainer", "SimCVDTrainer"]
 def test_steps(tmp_path, monkeypatch, capsys, option, methods):
     """The demo without its steps."""
     evaluated = []
-    monkeypatch.setattr(demo._Steps, "_once", lambda steps, name, what, action: steps.announce(name))
+    monkeypatch.setattr(demo_steps.Steps, "_once", lambda steps, name, what, action: steps.announce(name))
     monkeypatch.setattr(
         demo,
         "_evaluate",
@@ -163,22 +163,22 @@ def test_configuration_fits_the_plan_it_inherits_from(patch_size, strides, expec
 
 
 def test_a_failing_command_shows_the_end_of_its_log(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_find_program", lambda name: sys.executable)
-    steps = demo._Steps(tmp_path, dict(os.environ), total=1)
+    monkeypatch.setattr(demo_steps, "find_program", lambda name: sys.executable)
+    steps = demo_steps.Steps(tmp_path, dict(os.environ), total=1)
     with pytest.raises(UserError, match="exit code 3") as error:
         steps.command("train", ["nnUNetv2_train", "-c", "print('no memory'); raise SystemExit(3)"])
     log = tmp_path / "1_train.log"
     assert "no memory" in str(error.value) and str(log) in str(error.value)
     assert log.read_text().strip() == "no memory"
 
-    again = demo._Steps(tmp_path, dict(os.environ), total=1)
+    again = demo_steps.Steps(tmp_path, dict(os.environ), total=1)
     again.command("train", ["nnUNetv2_train", "-c", "print('better')"])
     assert log.read_text().strip() == "better", "a step that failed is done again"
-    finished = demo._Steps(tmp_path, dict(os.environ), total=1)
+    finished = demo_steps.Steps(tmp_path, dict(os.environ), total=1)
     finished.command("train", ["nnUNetv2_train", "-c", "raise SystemExit(3)"])
     assert "already done" in capsys.readouterr().out
 
 
 def test_missing_nnunet_command():
     with pytest.raises(UserError, match="pip install nnunetv2"):
-        demo._find_program("nnUNetv2_no_such_command")
+        find_program("nnUNetv2_no_such_command")

@@ -1,4 +1,4 @@
-"""``torchrun -m nnunet_ssl.train``: two "machines" of one process each, on this one, over gloo."""
+"""``torchrun -m nnunet_ssl.torchrun``: two "machines" of one process each, on this one, over gloo."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def train_on_two_machines(planned, *options: str, **environment: str) -> list[su
     for rank in range(2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         command += ["--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-        command += ["-m", "nnunet_ssl.train", str(planned.dataset_id), "tiny", "0", "-tr", TRAINER, "-device", "cpu"]
+        command += ["-m", "nnunet_ssl.torchrun", str(planned.dataset_id), "tiny", "0", "-tr", TRAINER, "-device", "cpu"]
         machines.append(
             subprocess.Popen(
                 [*command, *options],
@@ -144,7 +144,7 @@ def test_two_machines_continue_a_training_and_stop_together_at_an_error(planned)
 )
 def test_a_wrong_call_says_what_is_right(arguments, environment, message, planned_2d):
     done = subprocess.run(
-        [sys.executable, "-m", "nnunet_ssl.train", "1", "tiny", "0", *arguments],
+        [sys.executable, "-m", "nnunet_ssl.torchrun", "1", "tiny", "0", *arguments],
         env={**planned_2d.environment, **environment},
         capture_output=True,
         text=True,
@@ -160,7 +160,7 @@ def test_the_arguments_are_nnunets_own(tmp_path):
             "torch.distributed.run",
             "--standalone",
             "-m",
-            "nnunet_ssl.train",
+            "nnunet_ssl.torchrun",
             "-device",
             "cpu",
             "-h",

@@ -32,9 +32,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tiny_dataset import unet
 
 import nnunet_ssl
-from nnunet_ssl.cli.doctor import check_dataset
+from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.cli.main import main
-from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.cli.training_checks import check_dataset
 from nnunet_ssl.data.conversion import convert_dataset
 from nnunet_ssl.data.few_labels import split_dataset
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled

@@ -1,6 +1,6 @@
 """``nnUNetv2_train`` in processes that ``torchrun`` starts, on one machine or several.
 
-    torchrun --nnodes 2 --nproc-per-node 4 --node-rank 0 --master-addr HOST -m nnunet_ssl.train \
+    torchrun --nnodes 2 --nproc-per-node 4 --node-rank 0 --master-addr HOST -m nnunet_ssl.torchrun \
         901 3d_fullres 0 -tr CrossMatchTrainer
 
 The arguments are those of ``nnUNetv2_train``, which itself starts processes on one machine only. ``-num_gpus`` is left
@@ -28,8 +28,8 @@ def check_call(arguments: Sequence[str]) -> None:
     missing = [name for name in _FROM_TORCHRUN if name not in os.environ]
     if missing:
         raise UserError(
-            f"nnunet_ssl.train runs in processes that torchrun starts, and {', '.join(missing)} is not set: "
-            "torchrun --nproc-per-node 2 -m nnunet_ssl.train DATASET CONFIGURATION FOLD -tr CrossMatchTrainer. "
+            f"nnunet_ssl.torchrun runs in processes that torchrun starts, and {', '.join(missing)} is not set: "
+            "torchrun --nproc-per-node 2 -m nnunet_ssl.torchrun DATASET CONFIGURATION FOLD -tr CrossMatchTrainer. "
             "For one process, or several GPUs of one machine, use nnUNetv2_train."
         )
     if any(argument.split("=")[0] == "-num_gpus" for argument in arguments):
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_call(arguments)
     except UserError as error:
-        sys.exit(f"nnunet_ssl.train: error: {error}")
+        sys.exit(f"nnunet_ssl.torchrun: error: {error}")
 
     import torch
     from nnunetv2.run.run_training import run_training_entry

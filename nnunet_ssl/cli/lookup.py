@@ -1,0 +1,186 @@
+"""What a command names, looked up: nnU-Net's folders and commands, datasets, plans and trainers.
+
+Imports nothing heavy, so that every command can import it at its top.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import io
+import os
+import pkgutil
+import shutil
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nnunet_ssl
+from nnunet_ssl.data.nnunet_files import read_plans as plans_of_file
+from nnunet_ssl.errors import UserError
+
+# Folders and datasets
+
+
+def nnunet_folder(variable: str, purpose: str) -> Path:
+    """One of nnU-Net's folders, which has to be there; ``purpose`` says what for."""
+    value = os.environ.get(variable)
+    if not value:
+        raise UserError(f"The environment variable {variable} is not set. {purpose}")
+    if not Path(value).is_dir():
+        raise UserError(f"{variable} is {value}, which is no folder. {purpose}")
+    return Path(value)
+
+
+def dataset_name(dataset: str) -> str:
+    """The full name of a dataset that the user named by number or name."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        return str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def dataset_folder(dataset: str, *needed: str) -> Path:
+    """The folder of a dataset in nnUNet_raw or nnUNet_preprocessed that holds what is needed.
+
+    Args:
+        dataset: number or name.
+        needed: files or folders, all of which must be there.
+
+    Raises:
+        UserError: neither folder has them.
+    """
+    roots = [Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed") if os.environ.get(name)]
+    if not roots:
+        raise UserError("Neither nnUNet_raw nor nnUNet_preprocessed is set; nnU-Net keeps its datasets there.")
+    name = dataset_name(dataset)
+    for root in roots:
+        if all((root / name / one).exists() for one in needed):
+            return root / name
+    raise UserError(f"Nowhere in {' and '.join(map(str, roots))} is there {name} with {' and '.join(needed)}.")
+
+
+# Plans
+
+
+def read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dict[str, Any]:
+    """The plans of a dataset; ``dataset`` is how the user named it."""
+    file = preprocessed_dataset / f"{plans_name}.json"
+    if not file.is_file():
+        others = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
+        found = sorted(one.stem for one in preprocessed_dataset.glob("*.json") if one.name not in others)
+        raise UserError(
+            f"There are no plans {file}; {listing('plans there', found)} "
+            f"Choose with -p, or run nnUNetv2_plan_and_preprocess -d {dataset} first."
+        )
+    return plans_of_file(file, otherwise=plan_again(dataset))
+
+
+def plan_again(dataset: str) -> str:
+    """What to do about plans or a dataset.json that are broken; ``dataset`` is how the user named it."""
+    return f"Make it anew with nnUNetv2_plan_and_preprocess -d {dataset}."
+
+
+def listing(what: str, names: list[str]) -> str:
+    """What there is to choose from, for a message."""
+    return f"{what}: {', '.join(names) if names else 'none'}."
+
+
+# Trainers
+
+
+def trainers_folder() -> Path:
+    """The folder that ``nnUNet_extTrainer`` has to name.
+
+    A wheel carries it inside the package; in an editable install and in a plain checkout it lies beside the package.
+
+    Raises:
+        UserError: neither place holds the trainers.
+    """
+    package = Path(nnunet_ssl.__file__).resolve().parent
+    candidates = (package / "trainers", package.parent / "trainers")
+    for folder in candidates:
+        # Not just any folder called trainers: what lies beside an installed package belongs to other packages.
+        if (folder / "CrossMatchTrainer.py").is_file():
+            return folder
+    raise UserError(
+        f"no folder with the trainers; looked for {' and '.join(map(str, candidates))}. The installation is not "
+        "complete: install nnunet-ssl again."
+    )
+
+
+def trainer_descriptions(folder: Path) -> dict[str, str]:
+    """Trainer names with the first line of their modules' docstrings, read without importing anything."""
+    descriptions = {}
+    for module in sorted(folder.glob("[!_]*.py")):
+        docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+        descriptions[module.stem] = docstring.partition("\n")[0]
+    return descriptions
+
+
+def find_trainer(name: str) -> type[Any]:
+    """The trainer's class, looked up by nnU-Net.
+
+    Raises:
+        UserError: nnU-Net does not find it.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except Exception as error:
+        raise UserError(f"nnU-Net does not find the trainer {name}: {described(error)}") from error
+
+
+def import_errors(folder: Path) -> Iterator[tuple[str, str]]:
+    """Modules of a folder that nnU-Net's look-up of trainers would stumble over, with the reason."""
+    from nnunetv2.utilities.find_class_by_name import (
+        temporarily_cleanup_imports_from_path,
+        temporarily_extend_syspath,
+    )
+
+    # nnU-Net imports them too, in this way, whenever it looks for a trainer outside its own tree.
+    with temporarily_extend_syspath(str(folder)), temporarily_cleanup_imports_from_path(str(folder)):
+        for module in _modules([str(folder)]):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    importlib.import_module(module)
+            except (Exception, SystemExit) as error:
+                if not (isinstance(error, ModuleNotFoundError) and error.name == module):  # nnU-Net skips these
+                    yield module, described(error)
+
+
+def _modules(folders: Sequence[str], prefix: str = "") -> Iterator[str]:
+    for module in pkgutil.iter_modules(folders, prefix):
+        yield module.name
+        if module.ispkg:
+            name = module.name.removeprefix(prefix)
+            yield from _modules([str(Path(folder) / name) for folder in folders], f"{module.name}.")
+
+
+def described(error: BaseException) -> str:
+    """An error for a message; one of ours is a message already."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+# Commands
+
+
+def find_program(name: str) -> str:
+    """The path of one of nnU-Net's commands.
+
+    Raises:
+        UserError: it is not there.
+    """
+    program = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if program is None:
+        raise UserError(
+            f"nnU-Net's command {name} is neither in {sysconfig.get_path('scripts')} nor on the PATH. Install nnU-Net "
+            "in this environment: pip install nnunetv2"
+        )
+    return program

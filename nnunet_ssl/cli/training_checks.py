@@ -1,0 +1,237 @@
+"""What a training needs of dataset, fold, settings, network and GPUs, checked by ``nnunet-ssl doctor``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
+from nnunet_ssl.cli.lookup import described, find_trainer
+from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
+from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+
+def check_dataset(
+    dataset: str, configuration: str | None, plans_name: str, fold: str, trainer_name: str
+) -> Iterator[Finding]:
+    """What nnU-Net and this package need of one dataset; with a configuration, all of it."""
+    if not (os.environ.get("nnUNet_raw") and os.environ.get("nnUNet_preprocessed")):
+        raise UserError(f"dataset {dataset} cannot be looked up: set nnUNet_raw and nnUNet_preprocessed first")
+
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"dataset {dataset}: {error}") from error
+    raw, preprocessed = (Path(os.environ[variable]) / name for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
+    to_plan = f"nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration or 'CONFIGURATION'}"
+
+    description = read_dataset_json(preprocessed / "dataset.json", otherwise=f"Run {to_plan}")
+    yield ok(f"{name}: {description.get('numTraining', '?')} labeled cases, {len(description['labels'])} labels")
+    plans = read_plans(preprocessed / f"{plans_name}.json", otherwise=f"Run {to_plan}")
+    known = ", ".join(plans["configurations"])
+    if configuration is None:
+        yield ok(f"{plans_name} has the configurations {known}; check one with -c")
+        return
+    if configuration not in plans["configurations"]:
+        yield fail(f"{plans_name} has no configuration {configuration}; it has {known}")
+        return
+
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans_manager = PlansManager(plans)
+    manager = plans_manager.get_configuration(configuration)
+    labeled = preprocessed / manager.data_identifier
+    yield from safely(check_labeled(labeled, description, otherwise=to_plan))
+    yield from safely(check_unlabeled(raw, preprocessed, manager.data_identifier, description, fold))
+    try:
+        trainer = find_trainer(trainer_name)
+    except UserError:
+        return  # check_trainer has reported it
+    yield from safely(check_settings(trainer, manager.configuration))
+    yield from safely(check_fold(preprocessed, plans_manager, configuration, fold, trainer))
+    unsupported = [*safely(check_network(trainer, plans_manager, configuration, description))]
+    yield from unsupported or safely(check_memory(trainer, plans_manager, configuration, description))
+
+
+def check_labeled(folder: Path, dataset_json: dict[str, Any], *, otherwise: str) -> Iterator[Finding]:
+    """The preprocessed labeled cases."""
+    there = sum(1 for _ in folder.glob("*.pkl"))
+    expected = dataset_json.get("numTraining", there)
+    if there == 0:
+        yield fail(f"{folder} holds no preprocessed case: {otherwise}")
+    elif there < expected:
+        yield warn(f"{folder} holds {there} of {expected} preprocessed cases: {otherwise}")
+    else:
+        yield ok(f"{there} labeled cases are preprocessed in {folder}")
+
+
+def check_unlabeled(
+    raw: Path, preprocessed: Path, data_identifier: str, dataset_json: dict[str, Any], fold: int | str
+) -> Iterator[Finding]:
+    """Where the unlabeled cases are, and how many of them a training can use."""
+    from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, files_per_case, find_raw_cases
+    from nnunet_ssl.data.records import read_record, records_folder
+    from nnunet_ssl.data.splits import SPLITS_FILE, unlabeled_list
+    from nnunet_ssl.data.unlabeled_cases import no_unlabeled_cases_message, ready_cases
+
+    images_folder = raw / IMAGES_FOLDER
+    named, problems = find_raw_cases(images_folder, dataset_json["file_ending"], files_per_case(raw, dataset_json))
+    for problem in problems[:10]:
+        yield warn(f"{images_folder}: {problem.identifier} is left out: {problem.reason}")
+    if len(problems) > 10:
+        yield warn(f"{images_folder}: {len(problems) - 10} more cases are left out for such reasons")
+
+    ready = ready_cases(preprocessed, data_identifier)
+    records = records_folder(preprocessed, data_identifier)
+    failed = {
+        case.identifier: record.get("reason", "")
+        for case in named
+        if case.identifier not in ready
+        and (record := read_record(records / f"{case.identifier}.json")) is not None
+        and record.get("status") == "failed"
+    }
+    for identifier, reason in list(failed.items())[:10]:
+        yield warn(f"{images_folder}: {identifier} could not be preprocessed: {reason}")
+    missing = len(named) - len(failed) - sum(case.identifier in ready for case in named)
+    later = "" if not missing else f", {missing} will be when training starts (or now: nnunet-ssl preprocess)"
+    listed = unlabeled_list(preprocessed / SPLITS_FILE, fold)
+    if not named and not ready and not listed:
+        yield fail(no_unlabeled_cases_message(raw, preprocessed, fold))
+        return
+    yield ok(
+        f"{len(named)} unlabeled cases in {images_folder}, {len(ready)} preprocessed{later}; "
+        f"{len(listed)} in the 'unlabeled' list of fold {fold}"
+    )
+
+
+def check_fold(
+    preprocessed: Path, plans: PlansManager, configuration: str, fold: int | str, trainer: type[Any]
+) -> Iterator[Finding]:
+    """The fold's lists against the preprocessed cases and against each other, images included."""
+    from nnunet_ssl.data import fold_check, splits
+    from nnunet_ssl.data.leak_guard import check_leaks
+    from nnunet_ssl.data.unlabeled_cases import collect_unlabeled_cases, preprocessed_cases
+
+    manager = plans.get_configuration(configuration)
+    file, labeled = preprocessed / splits.SPLITS_FILE, preprocessed / manager.data_identifier
+    cases = preprocessed_cases(labeled)
+    if not cases:
+        return  # check_labeled has reported it
+    train_all = fold_check.train_all(preprocessed.name, configuration, plans.plans_name, trainer.__name__)
+    yield from map(warn, fold_check.check_fold(file, fold, labeled, cases, train_all=train_all))
+    if fold == "all":
+        yield ok("fold all trains on every labeled case; there is no validation case to protect")
+        return
+    lists = splits.fold_lists(file, fold)
+    if lists is None:
+        if not file.is_file():
+            yield ok(f"{file} does not exist: nnU-Net will write its own five folds when training starts")
+        return
+    train, val = lists["train"], lists["val"]
+    if not val and not hasattr(trainer, "settings_class"):
+        yield fail(f"{trainer.__name__} trains no fold without validation cases: name some in {file}, or use fold all")
+    notes: list[str] = []
+    unlabeled = collect_unlabeled_cases(preprocessed, manager.data_identifier, fold)
+    if hasattr(trainer, "settings_class"):
+        check_leaks(
+            unlabeled=unlabeled,
+            labeled_folder=labeled,
+            train=train,
+            val=val,
+            allow_transductive=trainer.settings_class.from_plans(manager.configuration).allow_transductive,
+            log=notes.append,
+        )
+    yield from map(warn, notes)
+    yield ok(f"fold {fold}: {len(train)} labeled, {len(unlabeled)} unlabeled (ready now), {len(val)} validation cases")
+
+
+def check_settings(trainer: type[Any], configuration: dict[str, Any]) -> Iterator[Finding]:
+    """The configuration's ``semi_supervised`` entry against the trainer's settings."""
+    from nnunet_ssl.settings import PLANS_KEY
+
+    if not hasattr(trainer, "settings_class"):
+        yield warn(f"{trainer.__name__} is no semi-supervised trainer: it does not use unlabeled cases")
+        return
+    settings = trainer.settings_class.from_plans(configuration)
+    given = ", ".join(f"{name} = {value!r}" for name, value in configuration.get(PLANS_KEY, {}).items())
+    yield ok(f"settings of {trainer.__name__}: {given or 'defaults'}; memory_mode is {settings.memory_mode}")
+
+
+def check_network(
+    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
+) -> Iterator[Finding]:
+    """A finding if trainer and plans make a network that cannot be trained with unlabeled cases."""
+    if not hasattr(trainer, "settings_class"):
+        return
+
+    import torch
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    from nnunet_ssl.networks.architectures import check_architecture, check_supported
+
+    manager = plans.get_configuration(configuration)
+    check_architecture(manager)
+    channels = determine_num_input_channels(plans, manager, dataset_json)
+    heads = plans.get_label_manager(dataset_json).num_segmentation_heads
+    try:
+        with torch.device("meta"):
+            network = trainer.build_network_architecture(plans, manager, channels, heads, True)
+    except Exception:
+        return  # it may be one that needs memory to be built; check_memory will say what went wrong
+    try:
+        check_supported(network)
+    except NotImplementedError as error:
+        yield fail(str(error))
+
+
+def check_memory(
+    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
+) -> Iterator[Finding]:
+    """The GPU memory of a step, computed without allocating it, and the GPUs' free memory against it."""
+    if not hasattr(trainer, "settings_class"):
+        return
+
+    from nnunet_ssl.trainer.memory import MemoryEstimate, judge, trainer_of_plans
+
+    name = trainer.__name__
+    try:
+        made = trainer_of_plans(trainer, plans, configuration, dataset_json)
+        estimate = MemoryEstimate(made)
+        yield ok(
+            f"estimate of a step's GPU memory: nnUNetTrainer {estimate.supervised:.1f} GB, {name} split "
+            f"{estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB (batches of {estimate.labeled} + "
+            f"{estimate.unlabeled})"
+        )
+    except Exception as error:
+        yield warn(f"no estimate of the GPU memory of {name} ({described(error)}): watch its first steps")
+        return
+    for gpu, free, _ in gpus():
+        verdict = judge(estimate, free, made.settings.memory_mode)
+        yield (ok if verdict.fits else warn)(f"{gpu}: {verdict.text}")
+
+
+def gpus() -> list[tuple[str, float, float]]:
+    """Name, free and total memory in GB of every CUDA GPU."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append((f"GPU {index}, {torch.cuda.get_device_name(index)}", free / 1e9, total / 1e9))
+    return found
+
+
+def check_device() -> Iterator[Finding]:
+    """The GPUs."""
+    found = gpus()
+    for name, free, total in found:
+        yield ok(f"{name}: {free:.1f} of {total:.1f} GB free")
+    if not found:
+        yield warn("no CUDA GPU: train with nnUNetv2_train ... -device cpu, in memory mode split (what auto chooses)")
