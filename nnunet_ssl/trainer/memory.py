@@ -13,7 +13,6 @@ import dataclasses
 import io
 import os
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,12 +22,12 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_ssl.distributed import alone
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
 from nnunet_ssl.trainer.epoch_log import EpochLog
 from nnunet_ssl.trainer.gradients import StepGradients
+from nnunet_ssl.trainer.live_bytes import LiveBytes
 from nnunet_ssl.trainer.predictions import Predictions
 
 if TYPE_CHECKING:
@@ -53,62 +52,6 @@ class StepBytes(NamedTuple):
 
     peak: int
     before: int
-
-
-class LiveBytes(TorchDispatchMode):
-    """Within, bytes of all storages that are alive.
-
-    The libraries that compute a convolution, oneDNN and cuDNN, also hold copies of its largest tensors in a layout of
-    their own; those count as long as the convolution runs.
-
-    Attributes:
-        now: of the storages that were made or counted within, and are alive.
-        peak: the most so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor, if its storage does not count already."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def gone(_: weakref.ref) -> None:
-            del self._alive[key]
-            self.now -= size
-
-        self._alive[key] = weakref.ref(storage, gone)
-        self.now += size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it returns."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # nnU-Net asks whether a patch holds anything but the ignore label
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.count(tensor)
-        self.peak = max(self.peak, self.now + _copied_by_libraries(func, args, result))
-        return result
-
-
-def _copied_by_libraries(func: Any, args: Any, result: Any) -> int:
-    if func is torch.ops.aten.convolution.default:
-        return _bytes_of(args[0]) + _bytes_of(result)
-    if func is torch.ops.aten.convolution_backward.default:
-        # The gradients of input and weight one after the other: input and its gradient are of one size.
-        gradient, image = args[:2]
-        return _bytes_of(gradient) + _bytes_of(image)
-    return 0
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def trainer_of_plans(trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]) -> Any:

@@ -421,9 +421,8 @@ def test_every_gpu_is_judged(
 
 def test_gpus_are_listed_or_their_absence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_checks, "gpus", lambda: [("GPU 0, Example", 10.0, 12.0)])
-    assert [str(finding) for finding in training_checks.check_device()] == [
-        "ok    GPU 0, Example: 10.0 of 12.0 GB free"
-    ]
+    lines = [str(finding) for finding in training_checks.check_device()]
+    assert lines == ["ok    GPU 0, Example: 10.0 of 12.0 GB free"]
     monkeypatch.setattr(training_checks, "gpus", list)
     (finding,) = training_checks.check_device()
     assert finding.level == "warn" and "-device cpu" in finding.text
