@@ -36,7 +36,8 @@ from common import (
 from gpu_rows import LARGE_PLAN, SMALL_PLAN, SUPERVISED, Arm, Row, read_rows, turn, write_row
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnunet_ssl.trainer.memory import LiveBytes, step_bytes
+from nnunet_ssl.trainer.live_bytes import LiveBytes
+from nnunet_ssl.trainer.memory import step_bytes
 
 _EDGES = {SMALL_PLAN: 64, LARGE_PLAN: 128}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.cli.lookup import dataset_folder, dataset_name, nnunet_folder
 from nnunet_ssl.cli.prediction_arguments import (
@@ -73,34 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate all folders, print a table per metric, write the files."""
-    from nnunet_ssl.evaluation.comparison import common_cases, compare, join_runs
+    from nnunet_ssl.evaluation.comparison import compare, join_runs
     from nnunet_ssl.evaluation.folders import FolderResult, evaluate_folder
     from nnunet_ssl.evaluation.metrics import METRICS
-    from nnunet_ssl.evaluation.pictures import save_comparison
-    from nnunet_ssl.evaluation.result_files import write_csv
     from nnunet_ssl.evaluation.tables import format_table
-    from nnunet_ssl.files import ELSEWHERE, write_text
 
     unknown = [metric for metric in args.metrics if metric not in METRICS]
     if unknown:
         raise UserError(f"--metrics {' '.join(unknown)}: there are {', '.join(METRICS)}.")
     validations = _validations(args)
-    folders = dict(validations)
-    for name, paths in named_folders(args.folders, "NAME=FOLDER").items():
-        folders[name] = folders.get(name, []) + paths
-    if len(folders) < 2:
-        raise UserError("Name at least two models, as NAME=FOLDER or with -d, -c and -tr.")
-    best = named_folders(args.best, "--best")
-    strangers = [name for name in best if name not in folders]
-    if strangers:
-        raise UserError(f"--best names {', '.join(strangers)}; the models are {', '.join(folders)}.")
+    folders, best = _named_models(args, validations)
     everything = [path for paths in (*folders.values(), *best.values()) for path in paths]
     segmentations = segmentations_of(args, everything)
-    references = args.g
-    if references is None:
-        if not args.d:
-            raise UserError("Give the folder of the reference segmentations with -g, or the dataset with -d.")
-        references = dataset_folder(args.d, "gt_segmentations") / "gt_segmentations"
+    references = _references(args)
     if args.o:
         make_folder(args.o)
     workers = processes(args.np, sum(len(segmentations.cases(path)) for path in everything))
@@ -120,6 +105,47 @@ def run(args: argparse.Namespace) -> int:
         if name not in validations:
             found |= {f"{name}, run {number}": FolderResult(missing=run.missing) for number, run in enumerate(runs, 1)}
     problems = report_problems(found, chill=args.chill)
+    _check_cases(models)
+
+    structures = list(segmentations.labels)
+    tables = []
+    for metric in args.metrics:
+        header, rows = compare(models, structures, metric, best=best_runs)
+        print(f"\n{metric}\n{format_table(header, rows)}")
+        tables.append((metric, header, rows))
+    if args.o:
+        _write(args.o, models, best_runs, structures, tables)
+    return 1 if problems else 0
+
+
+def _named_models(
+    args: argparse.Namespace, validations: dict[str, list[Path]]
+) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """The models' folders of predictions by name, and those with the best checkpoint."""
+    folders = dict(validations)
+    for name, paths in named_folders(args.folders, "NAME=FOLDER").items():
+        folders[name] = folders.get(name, []) + paths
+    if len(folders) < 2:
+        raise UserError("Name at least two models, as NAME=FOLDER or with -d, -c and -tr.")
+    best = named_folders(args.best, "--best")
+    strangers = [name for name in best if name not in folders]
+    if strangers:
+        raise UserError(f"--best names {', '.join(strangers)}; the models are {', '.join(folders)}.")
+    return folders, best
+
+
+def _references(args: argparse.Namespace) -> Path:
+    if args.g is not None:
+        return args.g
+    if not args.d:
+        raise UserError("Give the folder of the reference segmentations with -g, or the dataset with -d.")
+    return dataset_folder(args.d, "gt_segmentations") / "gt_segmentations"
+
+
+def _check_cases(models: dict[str, list[FolderResult]]) -> None:
+    """Whether there is something to compare; tells where the models have different cases."""
+    from nnunet_ssl.evaluation.comparison import common_cases
+
     empty = [name for name, runs in models.items() if not any(one.cases for one in runs)]
     if empty:
         raise UserError(f"No case of {', '.join(empty)} could be evaluated; the table above says why.")
@@ -134,24 +160,30 @@ def run(args: argparse.Namespace) -> int:
     if any(one != cases[baseline] for one in cases.values()):
         print("\nNot all have the same cases: each mean is over a model's own, each difference over those in common.")
 
-    structures = list(segmentations.labels)
-    texts = []
-    for metric in args.metrics:
-        header, rows = compare(models, structures, metric, best=best_runs)
-        print(f"\n{metric}\n{format_table(header, rows)}")
-        texts.append((metric, header, rows))
-    if args.o:
-        rows_of = {f"{name} run {number}": run for name, runs in models.items() for number, run in enumerate(runs)}
-        for name, runs in best_runs.items():
-            rows_of |= {f"{name} best, run {number}": run for number, run in enumerate(runs)}
-        write_csv(args.o / "comparison.csv", rows_of, key="model")
-        markdown = [f"{metric}\n\n{format_table(header, rows, style='markdown')}\n" for metric, header, rows in texts]
-        write_text(args.o / "comparison.md", "\n".join(markdown), otherwise=ELSEWHERE)
-        latex = [f"% {metric}\n{format_table(header, rows, style='latex')}\n" for metric, header, rows in texts]
-        write_text(args.o / "comparison.tex", "\n".join(latex), otherwise=ELSEWHERE)
-        save_comparison(args.o / "comparison.png", models, structures, args.metrics[0])
-        print(f"\n{args.o}: comparison.csv, comparison.md, comparison.tex, comparison.png")
-    return 1 if problems else 0
+
+def _write(
+    folder: Path,
+    models: dict[str, list[FolderResult]],
+    best_runs: dict[str, list[FolderResult]],
+    structures: list[str],
+    tables: Sequence[tuple[str, list[str], list[list[Any]]]],
+) -> None:
+    """Write values, tables (metric, header, rows) and the figure of the first metric."""
+    from nnunet_ssl.evaluation.pictures import save_comparison
+    from nnunet_ssl.evaluation.result_files import write_csv
+    from nnunet_ssl.evaluation.tables import format_table
+    from nnunet_ssl.files import ELSEWHERE, write_text
+
+    rows_of = {f"{name} run {number}": run for name, runs in models.items() for number, run in enumerate(runs)}
+    for name, runs in best_runs.items():
+        rows_of |= {f"{name} best, run {number}": run for number, run in enumerate(runs)}
+    write_csv(folder / "comparison.csv", rows_of, key="model")
+    markdown = [f"{metric}\n\n{format_table(header, rows, style='markdown')}\n" for metric, header, rows in tables]
+    write_text(folder / "comparison.md", "\n".join(markdown), otherwise=ELSEWHERE)
+    latex = [f"% {metric}\n{format_table(header, rows, style='latex')}\n" for metric, header, rows in tables]
+    write_text(folder / "comparison.tex", "\n".join(latex), otherwise=ELSEWHERE)
+    save_comparison(folder / "comparison.png", models, structures, tables[0][0])
+    print(f"\n{folder}: comparison.csv, comparison.md, comparison.tex, comparison.png")
 
 
 def _validations(args: argparse.Namespace) -> dict[str, list[Path]]:

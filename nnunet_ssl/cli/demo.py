@@ -95,7 +95,6 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     compared = trainer_descriptions(trainers_folder()) if args.all else [args.trainer]
     trainers = {name: f"{name}_demo" for name in ("nnUNetTrainer", *compared)}
-    environment = _environment(folder, processes)
     _write_trainers(folder / "trainers", trainers, args.epochs)
 
     name = raw.name if raw is not None else "Dataset001_Phantom"
@@ -103,34 +102,15 @@ def run(args: argparse.Namespace) -> int:
         folder / "nnUNet_raw" / name, folder / "nnUNet_preprocessed" / name, folder / "nnUNet_results" / name
     )
     tested = raw is None or ((raw / "imagesTs").is_dir() and (raw / "labelsTs").is_dir())
-    steps = Steps(folder / "logs", environment, total=5 + len(trainers) * (2 if tested else 1))
-    number, workers = name[7:10], str(processes)
+    total = 5 + len(trainers) * (2 if tested else 1)
+    steps = Steps(folder / "logs", _environment(folder, processes), total=total)
     if raw is None:
         steps.function("phantoms", "make phantoms", lambda: _make_phantoms(dataset.raw, args.seed))
     else:
         steps.function("data", f"link {raw}", lambda: _link_dataset(raw, dataset.raw))
-    steps.command(
-        "plan",
-        ["nnUNetv2_plan_and_preprocess", "-d", number, "-npfp", workers, "--verify_dataset_integrity", "--no_pp"],
-    )
-    steps.function(
-        "configuration", f"add the configuration '{CONFIGURATION}' to the plans", lambda: _configure(dataset)
-    )
-    steps.command("preprocess", ["nnUNetv2_preprocess", "-d", number, "-c", PARENT, "-np", workers])
+    _plan(steps, dataset, str(processes))
     for trainer in trainers.values():
-        steps.command(
-            f"train_{trainer}",
-            ["nnUNetv2_train", number, CONFIGURATION, str(FOLD), "-tr", trainer, "-device", device],
-        )
-        if tested:
-            steps.command(
-                f"predict_{trainer}",
-                [
-                    *("nnUNetv2_predict", "-i", str(dataset.raw / "imagesTs")),
-                    *("-o", str(folder / "predictions" / trainer), "-d", number, "-c", CONFIGURATION),
-                    *("-f", str(FOLD), "-tr", trainer, "-device", device, "-npp", "1", "-nps", "1"),
-                ],
-            )
+        _train(steps, dataset, trainer, device, folder / "predictions" / trainer if tested else None)
     steps.announce("evaluate")
     table, overlay = _evaluate(folder, dataset, trainers, tested=tested, iterations=args.epochs * ITERATIONS)
     steps.done()
@@ -147,6 +127,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(steps: Steps, dataset: _Dataset, workers: str) -> None:
+    """Plan and preprocess with nnU-Net's commands."""
+    plan = ["nnUNetv2_plan_and_preprocess", "-d", dataset.number, "-npfp", workers, "--verify_dataset_integrity"]
+    steps.command("plan", [*plan, "--no_pp"])
+    steps.function(
+        "configuration", f"add the configuration '{CONFIGURATION}' to the plans", lambda: _configure(dataset)
+    )
+    steps.command("preprocess", ["nnUNetv2_preprocess", "-d", dataset.number, "-c", PARENT, "-np", workers])
+
+
+def _train(steps: Steps, dataset: _Dataset, trainer: str, device: str, predictions: Path | None) -> None:
+    """Train and, with a folder for predictions, predict the test images."""
+    steps.command(
+        f"train_{trainer}",
+        ["nnUNetv2_train", dataset.number, CONFIGURATION, str(FOLD), "-tr", trainer, "-device", device],
+    )
+    if predictions is not None:
+        steps.command(
+            f"predict_{trainer}",
+            [
+                *("nnUNetv2_predict", "-i", str(dataset.raw / "imagesTs")),
+                *("-o", str(predictions), "-d", dataset.number, "-c", CONFIGURATION),
+                *("-f", str(FOLD), "-tr", trainer, "-device", device, "-npp", "1", "-nps", "1"),
+            ],
+        )
+
+
 @dataclass(frozen=True)
 class _Dataset:
     """A dataset's folders in nnUNet_raw, nnUNet_preprocessed and nnUNet_results."""
@@ -154,6 +161,10 @@ class _Dataset:
     raw: Path
     preprocessed: Path
     results: Path
+
+    @property
+    def number(self) -> str:
+        return self.raw.name[7:10]
 
     def plans(self) -> dict[str, Any]:
         return _read_json(self.preprocessed / "nnUNetPlans.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_ssl.cli.lookup import dataset_folder
@@ -53,11 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ssl.evaluation.folders import evaluate_folder, hardest_cases
     from nnunet_ssl.evaluation.pictures import draw_case
 
-    named = named_folders(args.folders, "NAME=FOLDER")
-    twice = [name for name, paths in named.items() if len(paths) > 1]
-    if twice:
-        raise UserError(f"{', '.join(twice)} has several folders; each picture shows one prediction of a name.")
-    folders = {name: paths[0] for name, paths in named.items()}
+    folders = _one_folder_each(args.folders)
     if args.worst < 1:
         raise UserError(f"--worst is {args.worst}; give 1 or more.")
     segmentations = segmentations_of(args, list(folders.values()))
@@ -97,3 +94,11 @@ def run(args: argparse.Namespace) -> int:
     if not common:
         raise UserError(f"There is no case that all of {', '.join(map(str, folders.values()))} have.")
     return 1 if problems else 0
+
+
+def _one_folder_each(arguments: Sequence[str]) -> dict[str, Path]:
+    named = named_folders(arguments, "NAME=FOLDER")
+    twice = [name for name, paths in named.items() if len(paths) > 1]
+    if twice:
+        raise UserError(f"{', '.join(twice)} has several folders; each picture shows one prediction of a name.")
+    return {name: paths[0] for name, paths in named.items()}

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
-from nnunet_ssl.trainer.memory import LiveBytes, MemoryEstimate, judge, log_memory, step_bytes, trainer_of_plans
+from nnunet_ssl.trainer.live_bytes import LiveBytes
+from nnunet_ssl.trainer.memory import MemoryEstimate, judge, log_memory, step_bytes, trainer_of_plans
 
 METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
 MODES = pytest.mark.parametrize("mode", ["split", "stacked"])
