@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
 from nnunet_ssl.cli.lookup import find_trainer, import_errors, trainers_folder
@@ -72,8 +73,8 @@ def check_versions(required: Sequence[str] | None = None) -> Iterator[Finding]:
         except metadata.PackageNotFoundError:
             yield fail(f"{name} is not installed: pip install '{requirement}'")
             continue
-        # nnU-Net's next version may well work before it is released.
-        if requirement.specifier.contains(version, prereleases=True):
+        # A vendor's build of PyTorch may call itself 2.2.0a0+5f2.
+        if requirement.specifier.contains(Version(version).base_version):
             good.append(f"{name} {version}")
         else:
             yield fail(f"{name} {version} does not fit: pip install '{requirement}'")

@@ -350,11 +350,25 @@ def test_versions() -> None:
     assert good.startswith("ok    Python 3.") and ", torch " in good
 
 
-def test_required_versions_are_those_of_the_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = tmp_path / "nnunet_ssl-9.dist-info"
+def _install(folder: Path, name: str, version: str, *lines: str) -> None:
+    installed = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     installed.mkdir()
-    lines = ["Metadata-Version: 2.1", "Name: nnunet-ssl", "Version: 9", "Requires-Dist: numpy>=9999.1"]
-    (installed / "METADATA").write_text("\n".join(lines))
+    metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines]
+    (installed / "METADATA").write_text("\n".join(metadata))
+
+
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [("2.8.1", "ok"), ("2.10.0+cu128", "ok"), ("2.8.1rc1", "ok"), ("2.8.1a0+5f2", "ok"), ("2.8", "FAIL")],
+)
+def test_version_numbers(version: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(tmp_path, "an-example", version)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert next(doctor.check_versions(["an-example>=2.8.1"])).level == level
+
+
+def test_required_versions_are_those_of_the_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(tmp_path, "nnunet-ssl", "9", "Requires-Dist: numpy>=9999.1")
     monkeypatch.syspath_prepend(str(tmp_path))
     (old,) = [finding for finding in doctor.check_versions() if finding.level != "ok"]
     assert old.level == "FAIL" and "numpy>=9999.1" in old.text
