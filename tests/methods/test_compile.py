@@ -12,6 +12,8 @@ from torch._dynamo.utils import counters
 
 from nnunet_ssl.compiled import compiled
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
+from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks import passes as passes_module
 
 COMPILE = torch.compile
