@@ -16,8 +16,8 @@ HELP = "make a self-supervised checkpoint of nnssl fit nnUNetv2_train's -pretrai
 
 _EXPLANATION = """\
 nnUNetv2_train -pretrained_weights wants the whole network. Of a checkpoint of nnssl, encoder and stem are taken, and
-the decoder is drawn anew, as in nnU-Net's own fine-tuning of such checkpoints. The plans must ask for the architecture
-that was pretrained: for ResEncL, plan with nnUNetv2_plan_experiment -pl nnUNetPlannerResEncL.
+the decoder starts with random weights, as in nnU-Net's own fine-tuning of such checkpoints. The plans must ask
+for the architecture that was pretrained: for ResEncL, plan with nnUNetv2_plan_experiment -pl nnUNetPlannerResEncL.
 """
 
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         write_checkpoint({"network_weights": weights}, output)
     except OSError as error:
         raise cannot_write(output, error, ELSEWHERE) from error
-    print(f"Wrote {output}: encoder and stem of {args.i}, decoder drawn anew")
+    print(f"Wrote {output}: encoder and stem of {args.i}, decoder with random weights")
     for there in checkpoint["nnssl_adaptation_plan"].get("pretrain_plan", {}).get("configurations", {}).values():
         print(f"Pretrained with {_images(there)}; {args.p} {args.c} has {_images(configuration.configuration)}")
     start = f"nnUNetv2_train {dataset.name} {args.c} FOLD -p {args.p} -tr CrossMatchTrainer"

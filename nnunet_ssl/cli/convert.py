@@ -118,4 +118,4 @@ def _check_writable(folder: Path, remedy: str) -> None:
     if not nearest.is_dir():
         raise UserError(f"{nearest} is no folder. Remove it, or correct {remedy}.")
     if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
-        raise UserError(f"Nothing can be written to {nearest}. See to its permissions, or correct {remedy}.")
+        raise UserError(f"Nothing can be written to {nearest}. Check its permissions, or correct {remedy}.")

@@ -15,7 +15,7 @@ from nnunet_ssl.errors import UserError
 
 @dataclass
 class Steps:
-    """Runs steps, each once: a file beside its log marks it as done."""
+    """Runs steps, each once: a file next to its log marks it as done."""
 
     logs: Path
     environment: Mapping[str, str]
@@ -67,7 +67,7 @@ class Steps:
             raise UserError(
                 f"{Path(command[0]).stem} failed with exit code {finished.returncode}. The end of {log}:\n"
                 + "\n".join(f"  {line}" for line in tail)
-                + "\nThe same command continues with this step once the reason is mended."
+                + "\nThe same command continues with this step once the reason is removed."
             )
 
 

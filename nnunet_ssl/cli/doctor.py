@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
         print(finding, flush=True)
         failed += finding.level == "FAIL"
     if failed:
-        print(f"\n{failed} {'thing has' if failed == 1 else 'things have'} to be mended.")
+        print(f"\n{failed} {'thing has' if failed == 1 else 'things have'} to be fixed.")
     return 1 if failed else 0
 
 
 def findings(args: argparse.Namespace) -> Iterator[Finding]:
-    """All findings, in the order in which a user would mend them."""
+    """All findings, in the order in which a user would fix them."""
     yield from safely(check_versions())
     yield from safely(check_paths())
     yield from safely(check_trainer(args.tr))

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the output, so that the rename stays within one file system.
+        # Next to the output, so that the rename stays within one file system.
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
             root = Path(temporary, "model")
             (root / exported).mkdir(parents=True)
@@ -217,7 +217,7 @@ def _exported_checkpoint(
         raise UserError(f"{args.tr} has no {weights}: {file} holds the {choices[0]}'s weights alone. Omit --weights.")
     if unlike := differences(checkpoint["network_weights"], network.state_dict()):
         raise UserError(
-            f"The weights in {file} do not fit the network of the plans.json beside its folder: {'; '.join(unlike)}. "
+            f"The weights in {file} do not fit the network of the plans.json next to its folder: {'; '.join(unlike)}. "
             "Put back the plans.json and the dataset.json that this fold was trained with."
         )
     state = stock_weights(network, checkpoint["network_weights"], training_state, weights=weights)

@@ -98,7 +98,9 @@ def _prepare(folder: Path, results: Path, args: argparse.Namespace) -> None:
                 with replacing(folder / (name or source.name), durable=True) as unfinished:
                     shutil.copyfile(source, unfinished)
     except OSError as error:
-        raise cannot_write(folder, error, "See to space and permissions there and run the command again.") from error
+        raise cannot_write(
+            folder, error, "Check free space and permissions there and run the command again."
+        ) from error
     print(f"{args.tr} goes on from {finished}, after {trainer.current_epoch} of {trainer.num_epochs} epochs")
 
 

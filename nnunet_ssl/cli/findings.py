@@ -31,7 +31,7 @@ def warn(text: str) -> Finding:
 
 
 def fail(text: str) -> Finding:
-    """Something that has to be mended before a training."""
+    """Something that has to be fixed before a training."""
     return Finding("FAIL", text)
 
 

@@ -82,7 +82,7 @@ def read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dic
 
 def plan_again(dataset: str) -> str:
     """What to do about plans or a dataset.json that are broken; ``dataset`` is how the user named it."""
-    return f"Make it anew with nnUNetv2_plan_and_preprocess -d {dataset}."
+    return f"Make it again with nnUNetv2_plan_and_preprocess -d {dataset}."
 
 
 def listing(what: str, names: list[str]) -> str:
@@ -96,7 +96,7 @@ def listing(what: str, names: list[str]) -> str:
 def trainers_folder() -> Path:
     """The folder that ``nnUNet_extTrainer`` has to name.
 
-    A wheel carries it inside the package; in an editable install and in a plain checkout it lies beside the package.
+    A wheel carries it inside the package; in an editable install and in a plain checkout it lies next to the package.
 
     Raises:
         UserError: neither place holds the trainers.
@@ -104,7 +104,7 @@ def trainers_folder() -> Path:
     package = Path(nnunet_ssl.__file__).resolve().parent
     candidates = (package / "trainers", package.parent / "trainers")
     for folder in candidates:
-        # Not just any folder called trainers: what lies beside an installed package belongs to other packages.
+        # Not just any folder called trainers: what lies next to an installed package belongs to other packages.
         if (folder / "CrossMatchTrainer.py").is_file():
             return folder
     raise UserError(

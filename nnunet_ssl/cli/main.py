@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code.
 
-    Beside the subcommand's own: 1 for an unexpected error, 2 for a mistake the user can mend, 130 when interrupted.
+    Further codes: 1 for an unexpected error, 2 for a mistake the user can correct, 130 when interrupted.
     """
     args = build_parser().parse_args(argv)
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_label_options(parser: argparse.ArgumentParser) -> None:
     """Where the names and values of the structures come from."""
     group = parser.add_argument_group(
-        "labels", "default: the dataset.json that nnU-Net wrote beside or above the (first) predictions"
+        "labels", "default: the dataset.json that nnU-Net wrote into or above the folder of the (first) predictions"
     )
     group.add_argument("-d", metavar="DATASET", help="dataset's number or name: its dataset.json names the labels")
     group.add_argument(

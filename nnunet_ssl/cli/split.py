@@ -11,9 +11,9 @@ from nnunet_ssl.errors import UserError
 HELP = "leave few training cases of a fold labeled; the others become unlabeled (the papers' protocol)"
 
 _EXPLANATION = """\
-Of each fold's training cases, the number asked for keeps its labels ('train' in splits_final.json); all others are
+In each fold, the number of training cases asked for keeps its labels ('train' in splits_final.json); all others are
 listed as 'unlabeled', and 'val' stays as it is. nnUNetTrainer then sees the labeled cases only, this package's
-trainers use the unlabeled ones too, beside those in imagesUn.
+trainers use the unlabeled ones too, as they use those in imagesUn.
 
 The draw is seeded. Splitting again starts from labeled and unlabeled cases together, so nothing is lost: --labeled 8,
 then --labeled 100%, is the fold as it was. With the same seed, a smaller number is a part of a larger one.

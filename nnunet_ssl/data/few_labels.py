@@ -104,7 +104,7 @@ def split_dataset(
 
     Without such a file, the one in nnUNet_raw is the start, and without that nnU-Net's own five folds. With fewer than
     five labeled cases, each is the validation case of one fold; a single one is trained on and none validated. The
-    file is replaced atomically and the previous one kept beside it. If nothing changes, nothing is written.
+    file is replaced atomically and the previous one kept next to it. If nothing changes, nothing is written.
 
     Args:
         preprocessed_folder: ``nnUNet_preprocessed/DatasetXXX_Name``; made if it does not exist.

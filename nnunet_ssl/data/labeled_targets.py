@@ -1,4 +1,4 @@
-"""What a method wants of the labels beside nnU-Net's targets, made by the workers of nnU-Net's labeled loader."""
+"""What a method wants of the labels apart from nnU-Net's targets, made by the workers of nnU-Net's labeled loader."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
     - ``partner``: (U,) int64, for each sample another one of the batch to mix with;
     - ``augmented``, where the method asks for it: like ``weak``, with nnU-Net's own changes of intensity;
     - ``keys``: the U cases;
-    - where a class is rare, ``aims``, what each patch was centered on, those cropped anywhere first, and
+    - where a class is rare, ``aims``, what each patch was centered on, those cropped at random first, and
       ``coordinates`` of its voxels, (U, 3, *:func:`~nnunet_ssl.data.predicted_foreground.subsampled`).
 
     Args:
@@ -122,7 +122,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         self._seed_this_process()
         keys = list(self.get_indices())
         aimed = self.foreground is not None and bool(self.foreground.rare)
-        # Those that are cut anywhere come first, as in nnU-Net's batches.
+        # Those that are cropped at random come first, as in nnU-Net's batches.
         drawn = sorted(
             ((key, self._aim(key) if aimed else ANYWHERE) for key in keys), key=lambda pair: pair[1].structure >= 0
         )
@@ -177,7 +177,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
     def _seed_this_process(self) -> None:
         # Workers inherit torch's random state from the process that starts them, or all begin with torch's default
-        # seed. batchgenerators seeds only NumPy anew in each, so without this they would all draw the same.
+        # seed. batchgenerators seeds only NumPy in each, so without this they would all draw the same.
         if self._seeded_in != os.getpid():
             torch.manual_seed(np.random.randint(2**31 - 1))
             self._seeded_in = os.getpid()

@@ -1,6 +1,6 @@
-"""Where the network has lately predicted foreground, so that unlabeled patches are cut there too.
+"""Where the network has lately predicted foreground, so that unlabeled patches are cropped there too.
 
-Of an uncropped scan, patches cut anywhere rarely hold a small organ. nnU-Net centers a share of the labeled patches on
+Randomly cropped patches of a whole scan rarely hold a small organ. nnU-Net centers a share of the labeled patches on
 foreground; of unlabeled images only the network can tell where that may be.
 """
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# A class is rare that fewer of the labeled patches hold which are cut anywhere: nnU-Net centers as many on foreground.
+# A class is rare if fewer of the randomly cropped labeled patches hold it: nnU-Net centers as many on foreground.
 RARE = 1 / 3
 # Coordinates of a patch are kept for one voxel of so many along each axis.
 STRIDE = 4
@@ -26,7 +26,7 @@ class Aim(NamedTuple):
     """What a patch is centered on.
 
     Attributes:
-        structure: class or region, counted from 0 without the background; -1 for a patch cut anywhere.
+        structure: class or region, counted from 0 without the background; -1 for a randomly cropped patch.
         voxel: (3,) int32, in the preprocessed image; within it or, rarely, not.
     """
 

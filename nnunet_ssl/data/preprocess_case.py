@@ -86,7 +86,7 @@ def preprocess_case(job: CaseJob, case: RawCase) -> tuple[dict[str, Any], bool]:
                 record = failed_record(str(problem))
                 job.place.remove(case.identifier)
             record |= job.place.provenance(sources)
-            # On the disk first: after a power cut a record must not be empty, nor stand beside an empty image.
+            # On the disk first: after a power cut a record must not be empty, nor stand next to an empty image.
             with replacing(record_file, aside=Path(folder, record_file.name), durable=True) as written:
                 written.write_text(json.dumps(record), encoding="utf-8")
     except MemoryError:

@@ -1,8 +1,8 @@
 """Cascades: what the previous stage makes of the unlabeled cases.
 
-nnU-Net's second stage sees the first one's segmentation beside the image. Of labeled cases nnU-Net writes it when the
-first stage validates its folds; of unlabeled cases it is predicted here, by the first stage of the same fold, which
-has not seen the labels of the fold's validation cases either.
+nnU-Net's second stage sees the first one's segmentation as further channels. For labeled cases nnU-Net writes it when
+the first stage validates its folds; for unlabeled cases it is predicted here, by the first stage of the same fold,
+which has not seen the labels of the fold's validation cases either.
 """
 
 from __future__ import annotations

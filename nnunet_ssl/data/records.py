@@ -1,6 +1,6 @@
 """Preprocessed cases of imagesUn on disk, each with a record: what it was made from, and what came of it.
 
-Beside the preprocessed labeled cases lie::
+Next to the preprocessed labeled cases lie::
 
     <data_identifier>_unlabeled/           CASE.b2nd, CASE_seg.b2nd, CASE.pkl, as nnU-Net writes them
     <data_identifier>_unlabeled_records/   CASE.json: what the case was made from, and what came of it
@@ -154,7 +154,7 @@ def folder_name(name: object, entry: str) -> str:
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
         raise UserError(
             f"The plans' {entry} is {shorten(name)}, which is no name of a folder. Plans that nnU-Net makes have "
-            "none like this: make them anew with nnUNetv2_plan_and_preprocess, and see SECURITY.md."
+            "none like this: make them again with nnUNetv2_plan_and_preprocess, and see SECURITY.md."
         )
     return name
 
@@ -174,7 +174,7 @@ def has_files(identifier: str, names: set[str]) -> bool:
 
 
 def source_files(case: RawCase) -> list[Path]:
-    """The images, and the file beside them in which nnU-Net's TIFF reader looks for the spacing."""
+    """The images, and the file next to them in which nnU-Net's TIFF reader looks for the spacing."""
     spacing_file = case.images[0].with_name(f"{case.identifier}.json")
     return [*case.images, spacing_file] if spacing_file.is_file() else list(case.images)
 

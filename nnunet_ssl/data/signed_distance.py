@@ -69,7 +69,7 @@ def _map_within(labels: np.ndarray, label: int, box: tuple[slice, ...], spacing:
 class SignedDistanceMaps(LabeledTarget):
     """Signed distance maps of the structures that are in a patch; :func:`of_all_structures` adds the others.
 
-    Of many classes a patch holds few, and the map of an absent one is +1 everywhere. Half precision is
+    A patch holds few of many classes, and the map of an absent one is +1 everywhere. Half precision is
     within 0.00025 of a value in [-1, 1].
 
     Args:

@@ -1,6 +1,6 @@
 """Folds of ``splits_final.json``: the one reader and writer of these files.
 
-A fold may hold a third list beside ``train`` and ``val``: ``unlabeled``, cases of imagesTr whose labels the fold must
+A fold may hold a third list next to ``train`` and ``val``: ``unlabeled``, cases of imagesTr whose labels the fold must
 not see. nnU-Net ignores it; this package's trainers read it.
 """
 

@@ -27,7 +27,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-# What the views take over of nnU-Net's training transforms, in its order.
+# What the views keep of nnU-Net's training transforms, in its order.
 _SPATIAL = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
 _FROM_SEGMENTATION = (MaskImageTransform, MoveSegAsOneHotToDataTransform)
 _ERRORS = (ApplyRandomBinaryOperatorTransform, RemoveRandomConnectedComponentFromOneHotEncodingTransform)
@@ -226,7 +226,7 @@ class UnlabeledViews:
     """Makes the views of one patch: the weak view, and others of the same spatial sample.
 
     Args:
-        training_transforms: nnU-Net's training transforms. Those that move voxels are taken over as they are, with
+        training_transforms: nnU-Net's training transforms. Those that move voxels are kept as they are, with
             the parameters that nnU-Net, or a trainer derived from it, chose for the labeled images.
         strong: how many strong views.
         augmented: whether there is a view with nnU-Net's own changes of intensity.

@@ -728,7 +728,7 @@ def test_a_list_that_cannot_be_read_and_a_folder_that_cannot_be_made(tmp_path, r
     listed.write_bytes(b"CASE01\xff")
     with pytest.raises(UserError, match=r"cannot be read.*Give a text file \(UTF-8\)"):
         convert_dataset("la", source, raw, labeled="1", test_list=listed)
-    with pytest.raises(UserError, match=r"cannot be made or written to.*See to space and permissions"):
+    with pytest.raises(UserError, match=r"cannot be made or written to.*Check free space and permissions"):
         convert_dataset("la", source, listed / raw.name, labeled="1")
     with pytest.raises(UserError, match=r"splits_final\.json cannot be written.*Check free space and permissions"):
         write_splits(listed / raw.name / "splits_final.json", [])
@@ -741,7 +741,7 @@ def refused(*arguments: object, **options: object) -> None:
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, raw, monkeypatch) -> None:
     source = la_download(tmp_path / "download")
     monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(UserError, match=r"CASE00 cannot be read: Permission denied\. See to its permissions"):
+    with pytest.raises(UserError, match=r"CASE00 cannot be read: Permission denied\. Check its permissions"):
         convert_dataset("la", source, raw, labeled="1")
 
 

@@ -86,7 +86,7 @@ def convert_dataset(
         findings = benchmark.find(source)
     except OSError as error:
         raise UserError(
-            f"{error.filename or source} cannot be read: {error.strerror}. See to its permissions and run the command "
+            f"{error.filename or source} cannot be read: {error.strerror}. Check its permissions and run the command "
             "again."
         ) from None
     if not findings.cases:
@@ -122,8 +122,8 @@ def convert_dataset(
             _describe(benchmark, dataset_folder, unfinished, len(report.train))
     except OSError as error:
         raise UserError(
-            f"{dataset_folder} cannot be made or written to: {one_line(error)}. See to space and permissions there and "
-            "run the command again; it goes on where it stopped."
+            f"{dataset_folder} cannot be made or written to: {one_line(error)}. Check free space and permissions there "
+            "and run the command again; it goes on where it stopped."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -145,7 +145,7 @@ def _usable(cases: Sequence[SourceCase], report: ConversionReport) -> list[Sourc
         elif not re.fullmatch(r"\w[\w.-]*", case.name, re.ASCII):
             reason = "its name has characters other than letters, digits, '_', '-' and '.'"
         elif case.label is None and not case.test:
-            reason = f"no label beside {case.images[0].name} or in the folder of labels"
+            reason = f"no label next to {case.images[0].name} or in the folder of labels"
         else:
             usable.append(case)
             continue
@@ -164,7 +164,7 @@ def _hold_out(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"The list of test cases {test_list} cannot be read: {error}. Give a text file (UTF-8) with one case or "
-            "patient per line, and see to its permissions."
+            "patient per line, and check its permissions."
         ) from None
     groups: set[str] = set()
     for line in filter(None, lines):
@@ -252,13 +252,13 @@ def _convert_case(
                 file.unlink(missing_ok=True)
             if unreadable := _unreadable(case, error):
                 raise UserError(
-                    f"{unreadable} cannot be read: {one_line(error)}. See to its permissions and its disk and "
+                    f"{unreadable} cannot be read: {one_line(error)}. Check its permissions and its disk and "
                     f"run the command again; it goes on with {case.name}."
                 ) from error
             if _machine_is_at_fault(error, unfinished):
                 raise UserError(
-                    f"{case.name} could not be written to {unfinished.parent}: {one_line(error)}. See to space, memory "
-                    "and permissions on this machine and run the command again; it goes on with this case."
+                    f"{case.name} could not be written to {unfinished.parent}: {one_line(error)}. Check free space, "
+                    "memory and permissions on this machine and run the command again; it goes on with this case."
                 ) from error
             # Whatever is wrong with one case's files, the others can be converted.
             reason = str(error) if isinstance(error, BadImageError) else one_line(error)

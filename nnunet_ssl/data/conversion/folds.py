@@ -18,7 +18,7 @@ _FOLDS = 5
 
 
 def check_labeled(
-    labeled: str, groups: int, remedy: str = "Mend the cases that were left out, or complete the download."
+    labeled: str, groups: int, remedy: str = "Fix the cases that were left out, or complete the download."
 ) -> None:
     """Find out before a long conversion whether so many can be labeled.
 

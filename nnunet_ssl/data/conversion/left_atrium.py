@@ -50,12 +50,14 @@ def _find(source: Path) -> Findings:
             _h5py()
     test_list = _find_test_list(source, images[0].parent.parent) if images else None
     if cases and test_list is None and not any(case.test for case in cases):
-        notes.append(f"No {_TEST_LIST} found beside or above the cases, so all of them are training cases.")
+        notes.append(
+            f"No {_TEST_LIST} found in the folder of the cases or above it, so all of them are training cases."
+        )
     return Findings(cases, test_list, notes)
 
 
 def _find_test_list(source: Path, cases: Path) -> Path | None:
-    """Beside the cases' folders or above, up to the folder given; above that where it holds the cases itself."""
+    """Next to the cases' folders or above, up to the folder given; above that where it holds the cases itself."""
     folders = [folder for folder in (cases, *cases.parents) if folder.is_relative_to(source)]
     if cases == source:
         folders.append(source.parent)
