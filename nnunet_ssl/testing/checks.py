@@ -1,22 +1,11 @@
-"""Checks that hold for every method: for the tests of a method in this package or in another one.
-
-:func:`check_method` is all that a method's tests need of this module; it takes a minute on a CPU, needs no data set and
-runs no command of nnU-Net. The checks that it makes are also there one by one, for trainers that were made elsewhere.
-
->>> from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
->>> check_method(CrossMatchTrainer, confidence_threshold=0.4)  # doctest: +SKIP
-"""
+"""The checks that hold for every method, one by one."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import itertools
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,275 +14,14 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
-from nnunet_ssl.data.labeled_targets import AddTargets
 from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.testing.tiny import Make, make_batches
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 from nnunet_ssl.trainer.gradients import MemoryMode
 from nnunet_ssl.trainer.memory import Mode, step_bytes, trainer_of_plans
 
-CONFIGURATION = "tiny"
-"""The configuration of :func:`tiny_plans`."""
-
-LABELS: dict[str, dict[str, Any]] = {
-    "classes": {"labels": {"background": 0, "first": 1, "second": 2}},
-    "regions": {"labels": {"background": 0, "both": [1, 2], "second": 2}, "regions_class_order": [1, 2]},
-    "classes and ignore": {"labels": {"background": 0, "first": 1, "second": 2, "ignore": 3}},
-    "regions and ignore": {
-        "labels": {"background": 0, "both": [1, 2], "second": 2, "ignore": 3},
-        "regions_class_order": [1, 2],
-    },
-}
-"""The kinds of labels that nnU-Net has, as entries of a ``dataset.json``."""
-
-_PATCH = {2: [24, 24], 3: [12, 16, 20]}
 _EPOCHS = 1000
-
-
-class NotConforming(AssertionError):
-    """A method fails checks; the text names every one of them."""
-
-
-Make = Callable[[], SemiSupervisedTrainer]
-"""Makes an initialized trainer, each time with the same weights."""
-
-
-def check_method(trainer_class: type[SemiSupervisedTrainer], **settings: Any) -> None:
-    """Make all checks of this module, in 2D and in 3D.
-
-    Args:
-        trainer_class: the method.
-        settings: of the plans' ``semi_supervised``, instead of the defaults. Choose them such that every term counts
-            on images of noise and a network without training: a threshold of 0.4 instead of 0.95.
-
-    Raises:
-        NotConforming: checks have failed; the text names them.
-    """
-    failed: list[str] = []
-    first: Exception | None = None
-    for name, check in _checks(trainer_class, settings):
-        try:
-            check()
-        except Exception as error:
-            failed.append(f"{name}: {type(error).__name__}: {error}")
-            first = first or error
-    if failed:
-        listed = "\n".join(f"- {one}" for one in failed)
-        raise NotConforming(f"{trainer_class.__name__} fails {len(failed)} checks:\n{listed}") from first
-
-
-def _checks(trainer_class: type[SemiSupervisedTrainer], settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    def of_trainer(dim: int, labels: str, check: Callable[[SemiSupervisedTrainer], None]) -> Callable[[], None]:
-        def run() -> None:
-            with tiny_trainers(trainer_class, dim=dim, labels=labels, **settings) as make:
-                check(make())
-
-        return run
-
-    def of_trainers(dim: int, check: Callable[[Make, Path], None]) -> Callable[[], None]:
-        def run() -> None:
-            with (
-                tiny_trainers(trainer_class, dim=dim, **settings) as make,
-                tempfile.TemporaryDirectory() as folder,
-            ):
-                check(make, Path(folder))
-
-        return run
-
-    for dim in (2, 3):
-        yield f"{dim}D, gradients", of_trainer(dim, "classes", check_gradients)
-        yield f"{dim}D, a step of every stage", of_trainer(dim, "classes", check_steps)
-        yield f"{dim}D, the checkpoint", of_trainers(dim, check_resume)
-        yield f"{dim}D, nnU-Net's own network", of_trainers(dim, check_stock_network)
-        for labels in LABELS:
-            yield f"{dim}D, {labels}, split as stacked", of_trainer(dim, labels, check_split)
-            yield f"{dim}D, {labels}, memory estimate", of_trainer(dim, labels, check_memory)
-        yield f"{dim}D, bfloat16", of_trainer(dim, "classes", check_autocast)
-        yield f"{dim}D, torch.compile", of_trainer(dim, "classes", check_compiled)
-
-
-# ---- trainers and batches without a data set ------------------------------------------------------------------------
-
-
-def tiny_plans(*, dim: int, labels: str = "classes", **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Plans with a configuration ``tiny`` of a U-Net of three levels, and a ``dataset.json``.
-
-    Args:
-        dim: 2 or 3.
-        labels: one of :data:`LABELS`.
-        settings: of the plans' ``semi_supervised``.
-    """
-    resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-    configuration = {
-        "data_identifier": f"nnUNetPlans_{CONFIGURATION}",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": 2,
-        "batch_dice": True,
-        "patch_size": _PATCH[dim],
-        "median_image_size_in_voxels": _PATCH[dim],
-        "spacing": [1.0] * dim,
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        "resampling_fn_data": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": resampling,
-        "resampling_fn_seg": "resample_data_or_seg_to_shape",
-        "resampling_fn_seg_kwargs": {**resampling, "is_seg": True, "order": 1},
-        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
-        "resampling_fn_probabilities_kwargs": {**resampling, "order": 1},
-        "architecture": _tiny_unet(dim),
-        "semi_supervised": settings,
-    }
-    intensities = {"percentile_00_5": -2.0, "percentile_99_5": 2.0, "mean": 0.0, "std": 1.0, "min": -4.0, "max": 4.0}
-    plans = {
-        "dataset_name": "Dataset001_Tiny",
-        "plans_name": "nnUNetPlans",
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": intensities},
-        "configurations": {CONFIGURATION: configuration},
-    }
-    dataset_json = {"channel_names": {"0": "noise"}, "numTraining": 2, "file_ending": ".nii.gz", **LABELS[labels]}
-    return plans, dataset_json
-
-
-def _tiny_unet(dim: int) -> dict[str, Any]:
-    return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": 3,
-            "features_per_stage": [4, 6, 8],
-            "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
-            "kernel_sizes": [[3] * dim] * 3,
-            "strides": [[1] * dim, [2] * dim, [2] * dim],
-            "n_conv_per_stage": [1, 1, 1],
-            "n_conv_per_stage_decoder": [1, 1],
-            "conv_bias": True,
-            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-
-
-@contextmanager
-def tiny_trainers(
-    trainer_class: type[SemiSupervisedTrainer], *, dim: int, labels: str = "classes", **settings: Any
-) -> Iterator[Make]:
-    """Gives a function that makes trainers of :func:`tiny_plans`; their folders are gone afterwards.
-
-    Args:
-        trainer_class: the method.
-        dim: 2 or 3.
-        labels: one of :data:`LABELS`.
-        settings: of the plans' ``semi_supervised``.
-    """
-
-    def make() -> SemiSupervisedTrainer:
-        plans, dataset_json = tiny_plans(dim=dim, labels=labels, **settings)
-        return initialized(trainer_class, plans, CONFIGURATION, dataset_json)
-
-    with tempfile.TemporaryDirectory() as folder:
-        # nnU-Net looks how the preprocessed cases are stored.
-        cases = Path(folder) / "preprocessed" / "Dataset001_Tiny" / f"nnUNetPlans_{CONFIGURATION}"
-        cases.mkdir(parents=True)
-        (cases / "none.b2nd").touch()
-        folders = {f"nnUNet_{name}": str(Path(folder) / name) for name in ("raw", "preprocessed", "results")}
-        before = {name: os.environ.get(name) for name in (*folders, "nnUNet_wandb_enabled")}
-        os.environ.update(folders, nnUNet_wandb_enabled="0")
-        try:
-            yield make
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-
-
-def initialized(
-    trainer_class: type[SemiSupervisedTrainer],
-    plans: Mapping[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-) -> SemiSupervisedTrainer:
-    """A trainer on the CPU with its network, in training mode; the same weights each time. Its folders have to be set.
-
-    Args:
-        trainer_class: the method.
-        plans: as in the plans file.
-        configuration: one of theirs.
-        dataset_json: as in the file.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        made = trainer_class({**plans, "continue_training": False}, configuration, 0, dataset_json, torch.device("cpu"))
-        torch.manual_seed(0)
-        made.initialize()
-    made.network.train()
-    return made
-
-
-def make_batches(
-    trainer: SemiSupervisedTrainer, u: int = 3, seed: int = 0
-) -> tuple[LabeledBatch, UnlabeledBatch, dict[str, Any]]:
-    """A labeled batch of two samples and an unlabeled one, of noise; ``train_step`` gets the latter in every step.
-
-    Args:
-        trainer: an initialized one; what its method asks for of views and targets is there.
-        u: U, unlabeled samples.
-        seed: of the noise.
-
-    Returns:
-        Both batches as the method gets them, and the labeled one as nnU-Net's loader gives it to ``train_step``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    np.random.seed(seed)
-    patch = tuple(trainer.configuration_manager.patch_size)
-    views, deep_supervision = trainer.unlabeled_views(), trainer.enable_deep_supervision
-    channels = trainer.num_input_channels
-    targets = _targets(trainer, generator)
-    image = torch.randn(2, channels, *patch, generator=generator)
-    batch = AddTargets(trainer.extra_targets)(data=image, target=targets, keys=["l0", "l1"])
-
-    def views_of_noise() -> Tensor:
-        return torch.randn(u, channels, *patch, generator=generator)
-
-    boxes = [views.cutmix.draw(u, patch) for _ in range(views.strong)] if views.cutmix is not None else []
-    unlabeled = {
-        "weak": views_of_noise(),
-        "strong": [views_of_noise() for _ in range(views.strong)],
-        "boxes": [torch.from_numpy(one) for one in boxes],
-        "partner": (torch.arange(u) + 1) % u,
-        "keys": [f"u{i}" for i in range(u)],
-    }
-    if views.augmented:
-        unlabeled["augmented"] = views_of_noise()
-    if views.weak_labeled:
-        batch["target"] = [*targets, torch.randn(2, channels, *patch, generator=generator)]
-    trainer.dataloader_unlabeled = itertools.repeat(unlabeled)
-    given = {**batch, "target": batch["target"] if deep_supervision or views.weak_labeled else targets[0]}
-    labeled = LabeledBatch.from_loader(
-        given, trainer.device, deep_supervision=deep_supervision, weak=views.weak_labeled
-    )
-    return labeled, UnlabeledBatch.from_loader(unlabeled, trainer.device), batch
-
-
-def _targets(trainer: SemiSupervisedTrainer, generator: torch.Generator) -> list[Tensor]:
-    """The labels of all resolutions, in blocks of four voxels."""
-    patch, labels = tuple(trainer.configuration_manager.patch_size), trainer.label_manager
-    highest = 3 + labels.has_ignore_label
-    target = torch.randint(0, highest, (2, 1, *[n // 4 for n in patch]), generator=generator).float()
-    target = torch.nn.functional.interpolate(target, size=patch, mode="nearest")
-    if labels.has_regions:
-        channels = [(target == 1) | (target == 2), target == 2]
-        target = torch.cat(channels + ([target == 3] if labels.has_ignore_label else []), 1).float()
-    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
-    return [torch.nn.functional.interpolate(target, scale_factor=list(map(float, scale))) for scale in scales]
 
 
 def gradients_of(
@@ -323,9 +51,6 @@ def stages_of(trainer: SemiSupervisedTrainer) -> Iterator[str]:
         trainer.current_stage = name
         trainer.step_gradients.begin_stage()
         yield name
-
-
-# ---- checks of a trainer --------------------------------------------------------------------------------------------
 
 
 def check_gradients(trainer: SemiSupervisedTrainer) -> None:
