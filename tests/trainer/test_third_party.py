@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_ssl.cli.trainers import trainers_folder
+from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.testing import check_method
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "write-a-method.md"
