@@ -16,7 +16,6 @@ from nnunet_ssl.networks.streams import (
     Stream,
     StreamMasks,
     StreamOutput,
-    draw_dropout_masks,
     drop_channels,
     scale_channels,
 )
@@ -86,7 +85,7 @@ class Branch(nn.Module):
             streams: by name; all of the same decoder of this network.
             images: by name.
             skips: by the name of an image, the encoder's features, full resolution first, bottleneck last.
-            masks: of :func:`draw_dropout_masks`.
+            masks: of :func:`~nnunet_ssl.networks.streams.draw_dropout_masks`.
         """
         # Deep supervision first: the heads of lower resolutions then take the leading rows of the stack.
         names = sorted(streams, key=lambda name: not streams[name].deep_supervision)
@@ -122,10 +121,6 @@ class Branch(nn.Module):
         stock = nn.Module()
         stock.encoder, stock.decoder = self.encoder, self.decoder
         return stock
-
-    def draw_dropout_masks(self, streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> Masks:
-        """See :func:`~nnunet_ssl.networks.streams.draw_dropout_masks`."""
-        return draw_dropout_masks(self.encoder.output_channels, streams, images)
 
     def decode_alone(
         self, stream: Stream, image: Tensor, skips: Sequence[Tensor], masks: StreamMasks | None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.networks.branch import Branch
-from nnunet_ssl.networks.streams import Logits, Masks, Stream, StreamOutput
+from nnunet_ssl.networks.streams import Logits, Masks, Stream, StreamMasks, StreamOutput, draw_dropout_masks
 from nnunet_ssl.networks.teacher import Teacher
 from nnunet_ssl.text import some_of
 
@@ -83,6 +83,13 @@ class TrainingNetwork(Branch):
         branch = self if stream.network is None else self.training_only[f"network_{stream.network}"]
         assert isinstance(branch, Branch)
         return branch
+
+    def draw_dropout_masks(self, streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> Masks:
+        """Of every stream as wide as its network: see :func:`~nnunet_ssl.networks.streams.draw_dropout_masks`."""
+        masks: dict[str, StreamMasks] = {}
+        for name, stream in streams.items():
+            masks |= draw_dropout_masks(self.branch_of(stream).encoder.output_channels, {name: stream}, images)
+        return masks
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Switch it on or off in all networks that learn."""

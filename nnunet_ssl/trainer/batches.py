@@ -142,5 +142,7 @@ class Views:
 def _moved(tensors: Any, device: torch.device) -> Any:
     """A tensor, or a list or tuple of tensors, on the device."""
     if isinstance(tensors, (list, tuple)):
-        return type(tensors)(_moved(tensor, device) for tensor in tensors)
+        # Of a named tuple, batchgenerators makes a plain one when it pins memory; so does this.
+        kind = list if isinstance(tensors, list) else tuple
+        return kind(_moved(tensor, device) for tensor in tensors)
     return tensors.to(device, non_blocking=True)

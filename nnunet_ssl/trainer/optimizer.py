@@ -68,8 +68,8 @@ class GuardedOptimizer:
             RuntimeError: a value is not finite; with a gradient scaler, in many steps in a row.
         """
         scaled = self._grad_scaler is not None
-        # Terms may be finite where their gradient is not. A scaler skips that step.
-        values = terms if scaled else {**terms, "the gradient": gradient}
+        # Terms may be finite where their gradient is not.
+        values = {**terms, "the gradient": gradient}
         broken = [name for name, value in values.items() if not np.isfinite(value)]
         if len(broken) > 1 and broken[-1] == "the gradient":
             broken = broken[:-1]
