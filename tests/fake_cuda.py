@@ -86,7 +86,7 @@ class Waits(TorchDispatchMode):
 
     def _waits(self, func: Any) -> None:
         frames = [frame for frame in traceback.extract_stack() if Path(frame.filename) != Path(__file__)]
-        ours = [frame for frame in frames if "nnunet" in frame.filename] or frames
+        ours = [one for one in frames if {"nnunetv2", "nnunet_ssl"} & set(Path(one.filename).parts)] or frames
         self.found.append(f"{func} in {Path(ours[-1].filename).name}:{ours[-1].lineno}: {ours[-1].line}")
 
 

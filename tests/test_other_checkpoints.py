@@ -13,11 +13,14 @@ import torch
 from method_steps import make_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_ssl.data.previous_stage import PreviousStage
+from nnunet_ssl.distributed import Ranks
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks.checkpoints import NotPlainError, read_checkpoint
+from nnunet_ssl.trainer.cascade import segmented_by_previous_stage
 
 
 @pytest.fixture
@@ -155,9 +158,20 @@ def test_a_previous_stage_of_another_network(make, planned_2d, tmp_path, damaged
     second = CrossMatchTrainer(plans, "cascade", 0, dataset_json, torch.device("cpu"))
     segmented = Path(second.folder_with_segs_from_previous_stage)
     segmented.mkdir(parents=True)
-    for case in [*planned_2d.phantoms.labeled, *planned_2d.phantoms.validation]:
+    cases = [*planned_2d.phantoms.labeled, *planned_2d.phantoms.validation]
+    for case in cases:
         (segmented / f"{case}.b2nd").touch()
+    stage = PreviousStage(segmented, "tiny", "cascade", "CrossMatchTrainer")
     with pytest.raises(UserError, match=r"^Train all folds of the previous stage: ") as refused:
-        second._segment_by_previous_stage([])
+        segmented_by_previous_stage(
+            [],
+            second.unlabeled_source,
+            stage,
+            labeled_cases=cases,
+            build=CrossMatchTrainer.build_network_architecture,
+            device=torch.device("cpu"),
+            ranks=Ranks(),
+            log=print,
+        )
     expected = "it is damaged, or no checkpoint" if damaged else "is of another network: outputs (background and"
     assert expected in str(refused.value) and "size mismatch" not in "".join(traceback.format_exception(refused.value))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import pydoc
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
@@ -61,6 +63,30 @@ def build_unet(
             raise
         raise unsupported(named) from error
     return check_supported(network)
+
+
+def check_network(
+    build: Callable[..., nn.Module],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict[str, Any],
+) -> None:
+    """Refuse plans and trainer whose network cannot be trained here, without memory for it; arguments as above.
+
+    A network that cannot be built without memory is not refused here.
+
+    Raises:
+        UserError, NotImplementedError: see :func:`build_unet`.
+    """
+    channels = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
+    heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    try:
+        with torch.device("meta"):
+            build_unet(build, plans_manager, configuration_manager, channels, heads)
+    except (UserError, NotImplementedError):
+        raise
+    except Exception:
+        return  # it is built once more, for training, and then says what is wrong
 
 
 def check_supported(network: nn.Module) -> UNet:

@@ -35,7 +35,7 @@ from nnunet_ssl.data.views import WithWeakView, flat
 from nnunet_ssl.distributed import Ranks, alone, device_of_this_process, on_all_ranks
 from nnunet_ssl.errors import MethodError
 from nnunet_ssl.evaluation.curves import save_training_curves
-from nnunet_ssl.networks.architectures import UNet, build_unet
+from nnunet_ssl.networks.architectures import UNet, build_unet, check_network
 from nnunet_ssl.networks.passes import Outputs
 from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork, predicted_by_the_other
@@ -379,6 +379,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         Raises:
             UserError: the fold cannot be trained, or there is no unlabeled case, or one that is a validation case.
         """
+        check_network(self._stock_builder, self.plans_manager, self.configuration_manager, self.dataset_json)
         # Of several processes, none has let nnU-Net write a split file yet: that comes after the network's wrapping.
         if self.local_rank == 0:
             self.unlabeled_source.check_fold(self.configuration_name, type(self).__name__, self.print_to_log_file)
