@@ -63,6 +63,25 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return all_reduce(tensor)
 
 
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of the masked values, of which each rank has a part of the batch; the mean over ranks is the loss.
+
+    Args:
+        values: (B, C, *spatial).
+        mask: (B, 1, *spatial) or (B, C, *spatial), bool; None counts all values.
+
+    Returns:
+        A scalar; 0 where the mask is empty on all ranks.
+
+    >>> masked_mean(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[False, True]]]))
+    tensor(3.)
+    """
+    if mask is None:
+        return values.mean()
+    counted = mask.expand_as(values)
+    return num_processes() * (values * counted).sum() / sum_over_ranks(counted.sum()).clamp(min=1)
+
+
 def gather_over_ranks(tensor: Tensor) -> tuple[Tensor, int]:
     """The tensors of all ranks along the first axis, without gradient, and the index at which this rank's begins.
 

@@ -16,10 +16,11 @@ from nnunet_ssl.errors import UserError
 ELSEWHERE = "Choose another place with -o."
 """What to do where a command's output cannot be written."""
 
+AGAIN = "Check free space and permissions there and run the command again."
+"""What to do where the place cannot be chosen."""
+
 # Far longer than a case takes.
 _ABANDONED_SECONDS = 24 * 3600.0
-
-_AGAIN = "Check free space and permissions there and run the command again."
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def remove_abandoned(folder: Path, prefix: str) -> None:
                     shutil.rmtree(left)
 
 
-def write_text(file: Path, text: str, *, otherwise: str = _AGAIN) -> None:
+def write_text(file: Path, text: str, *, otherwise: str = AGAIN) -> None:
     """Write a file (UTF-8) as :func:`replacing` does; its folder is made.
 
     Args:
@@ -121,7 +122,7 @@ def lock(file: Path, *, wait: bool = True) -> Iterator[bool]:
         file.parent.mkdir(parents=True, exist_ok=True)
         opened = file.open("a", encoding="utf-8")
     except OSError as error:
-        raise cannot_write(file, error, _AGAIN) from error
+        raise cannot_write(file, error, AGAIN) from error
     with opened:
         held = _acquire(opened.fileno(), wait)
         try:

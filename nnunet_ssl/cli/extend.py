@@ -13,7 +13,7 @@ from typing import Any
 from nnunet_ssl.cli.lookup import dataset_name, find_program, find_trainer, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import cannot_write, replacing
+from nnunet_ssl.files import AGAIN, cannot_write, replacing
 
 HELP = "train longer: go on from a finished training of fewer epochs"
 
@@ -98,9 +98,7 @@ def _prepare(folder: Path, results: Path, args: argparse.Namespace) -> None:
                 with replacing(folder / (name or source.name), durable=True) as unfinished:
                     shutil.copyfile(source, unfinished)
     except OSError as error:
-        raise cannot_write(
-            folder, error, "Check free space and permissions there and run the command again."
-        ) from error
+        raise cannot_write(folder, error, AGAIN) from error
     print(f"{args.tr} goes on from {finished}, after {trainer.current_epoch} of {trainer.num_epochs} epochs")
 
 

@@ -171,22 +171,13 @@ def check_network(
     if not hasattr(trainer, "settings_class"):
         return
 
-    import torch
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunet_ssl.networks import architectures
 
-    from nnunet_ssl.networks.architectures import check_architecture, check_supported
-
-    manager = plans.get_configuration(configuration)
-    check_architecture(manager)
-    channels = determine_num_input_channels(plans, manager, dataset_json)
-    heads = plans.get_label_manager(dataset_json).num_segmentation_heads
     try:
-        with torch.device("meta"):
-            network = trainer.build_network_architecture(plans, manager, channels, heads, True)
-    except Exception:
-        return  # it may be one that needs memory to be built; check_memory will say what went wrong
-    try:
-        check_supported(network)
+        # This does not refuse a network that needs memory to be built; check_memory will say what went wrong there.
+        architectures.check_network(
+            trainer.build_network_architecture, plans, plans.get_configuration(configuration), dataset_json
+        )
     except NotImplementedError as error:
         yield fail(str(error))
 

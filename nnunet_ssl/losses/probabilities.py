@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnunet_ssl.compiled import fused
-from nnunet_ssl.distributed import num_processes, sum_over_ranks
+from nnunet_ssl.distributed import masked_mean
 
 
 def probabilities(logits: Tensor, *, regions: bool) -> Tensor:
@@ -115,12 +115,7 @@ def consistency_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None
     >>> consistency_mse(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
     tensor(1.)
     """
-    squared = (student.float() - teacher.detach().float()).square()
-    if mask is None:
-        return squared.mean()
-    counted = mask.expand_as(squared)
-    # Each of several processes has a part of the batch, and the mean over them is the loss.
-    return num_processes() * (squared * counted).sum() / sum_over_ranks(counted.sum()).clamp(min=1)
+    return masked_mean((student.float() - teacher.detach().float()).square(), mask)
 
 
 def one_resolution(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnunet_ssl.compiled import fused
-from nnunet_ssl.distributed import num_processes, sum_over_ranks
+from nnunet_ssl.distributed import masked_mean
 from nnunet_ssl.losses.dice import masked_dice_loss
 from nnunet_ssl.losses.probabilities import foreground_probabilities, one_resolution
 
@@ -32,11 +32,7 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = No
         loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
     else:
         loss = functional.cross_entropy(logits, label[:, 0].long(), reduction="none")[:, None]
-    if mask is None:
-        return loss.mean()
-    counted = mask.expand_as(loss)
-    # Each of several processes has a part of the batch, and the mean over them is the loss.
-    return num_processes() * (loss * counted).sum() / sum_over_ranks(counted.sum()).clamp(min=1)
+    return masked_mean(loss, mask)
 
 
 @fused

@@ -36,11 +36,9 @@ from nnunet_ssl.api import (
     gather_over_ranks,
     gaussian_ramp_up,
     info_nce,
-    num_processes,
     of_all_structures,
     probabilities,
     setting,
-    sum_over_ranks,
     unit_length,
 )
 
@@ -190,12 +188,7 @@ def distance_error(predicted: Tensor, target: Tensor, known: Tensor | None) -> T
         known: (B, 1, *spatial), bool, or None for all voxels. **[choice]** Voxels with the ignore label do not count;
             for the distances of others they lie outside of all structures.
     """
-    squared = (predicted.float() - target).square()
-    if known is None:
-        return squared.mean()
-    # Each of several processes has a part of the batch, and the mean over them is the loss.
-    count = sum_over_ranks(known.sum()) * squared.shape[1]
-    return num_processes() * (squared * known).sum() / count.clamp(min=1)
+    return consistency_mse(predicted, target, known)
 
 
 def structure_distillation(student: StreamOutput, teacher: StreamOutput, *, voxels: int) -> Tensor:
