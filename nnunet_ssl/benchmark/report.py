@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
-from nnunet_ssl.benchmark.campaign import BASELINE
+from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.benchmark.results import Run
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.comparison import RESAMPLES, Scores, all_cases, scores
@@ -25,7 +25,10 @@ from nnunet_ssl.files import ELSEWHERE, write_text
 
 MEAN = "mean of structures"
 SHOWN = {"dice": "Dice", "hd95": "HD95 (mm)"}
-_CONDITIONS = ("nnunet_ssl", "nnunetv2", "torch", "numpy", "python", "processor", "device", "threads", "compiled")
+_CONDITIONS = (
+    *("nnunet_ssl", "nnunetv2", "torch", "numpy", "python"),
+    *("processor", "device", "threads", "compiled", "jobs"),
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Report:
         arms = list(dict.fromkeys(run.about["arm"] for run in runs))
         self.baseline = BASELINE if BASELINE in arms else arms[0]
         self.arms = [self.baseline, *(arm for arm in arms if arm != self.baseline)]
+        self._gains: dict[tuple[str, str], list[Gain]] = {}
 
     def in_setting(self, setting: str) -> dict[str, list[Run]]:
         """The runs of each arm that has some."""
@@ -150,6 +154,15 @@ class Report:
 
     def gains(self, setting: str, metric: str) -> list[Gain]:
         """By structure, and within it by arm, the baseline first."""
+        if (setting, metric) not in self._gains:
+            self._gains[setting, metric] = self._find_gains(setting, metric)
+        return self._gains[setting, metric]
+
+    def overall(self, setting: str) -> dict[str, Gain]:
+        """Dice by arm, of the mean of structures, or of the only one."""
+        return {gain.arm: gain for gain in self.gains(setting, "dice") if gain.structure == self.structures[-1]}
+
+    def _find_gains(self, setting: str, metric: str) -> list[Gain]:
         models = {arm: [run.result for run in runs] for arm, runs in self.in_setting(setting).items()}
         cases = all_cases(models)
         gains = []
@@ -207,13 +220,14 @@ class Report:
         """The tables, with what has to be known to read them."""
         parts = ["# Benchmark", *self.conditions(), _READ.format(baseline=self.baseline)]
         for setting in self.settings:
-            parts.append(f"## {setting}")
-            for metric, name in SHOWN.items():
-                parts.append(format_table(*_gain_table(self.gains(setting, metric), name), style="markdown"))
-            costs = self.costs(setting)
-            if costs:
-                parts.append(format_table(*_cost_table(costs), style="markdown"))
+            parts += [f"## {setting}", *self.tables(setting)]
         return "\n\n".join(parts) + "\n"
+
+    def tables(self, setting: str) -> list[str]:
+        """One per metric and one of costs, in Markdown."""
+        tables = [_gain_table(self.gains(setting, metric), name) for metric, name in SHOWN.items()]
+        costs = self.costs(setting)
+        return [format_table(*table, style="markdown") for table in [*tables, *([_cost_table(costs)] if costs else [])]]
 
     def csv(self) -> str:
         """All gains and costs, one row per setting, arm, structure and metric."""
@@ -265,15 +279,6 @@ def _cost_table(costs: Sequence[Cost]) -> tuple[list[str], list[list[object]]]:
             ]
         rows.append(row)
     return header, rows
-
-
-def _numbers(text: str) -> tuple[list[int], str]:
-    """Sorts 8 before 20."""
-    return [int(part) for part in re.findall(r"\d+", text)], text
-
-
-def _digits(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _with_mean(run: Run) -> Run:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunet_ssl.benchmark.campaign import BASELINE
+from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.folders import FolderResult
 from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, CaseResult

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import nnunet_ssl
-from nnunet_ssl.benchmark.campaign import Arm, Campaign, plans_of_arm
+from nnunet_ssl.benchmark.arms import Arm, plans_of_arm
+from nnunet_ssl.benchmark.campaign import Campaign
 from nnunet_ssl.benchmark.results import add_run
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_json, read_plans
 from nnunet_ssl.errors import UserError
@@ -51,7 +52,7 @@ class Task:
         key: see :attr:`~nnunet_ssl.benchmark.campaign.Training.key`.
         arm: its name.
         trainer: class name.
-        settings: see :class:`~nnunet_ssl.benchmark.campaign.Arm`.
+        settings: see :class:`~nnunet_ssl.benchmark.arms.Arm`.
         setting: name of the setting.
         labeled: number of labeled cases.
         fold: number of the fold.
@@ -193,7 +194,7 @@ def make_trainer(task: Task, campaign: Campaign, *, compiled: bool | None = None
     import torch
     from nnunetv2.paths import nnUNet_preprocessed
 
-    from nnunet_ssl.benchmark.campaign import find_trainer
+    from nnunet_ssl.benchmark.arms import find_trainer
 
     dataset = Path(str(nnUNet_preprocessed)) / campaign.dataset
     plans = read_plans(campaign.plans_file, otherwise=_REMEDY)

@@ -104,7 +104,8 @@ def _train(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 
     import torch
 
-    from nnunet_ssl.benchmark.campaign import open_campaign, parse_arms, plan_settings, plan_trainings
+    from nnunet_ssl.benchmark.arms import parse_arms
+    from nnunet_ssl.benchmark.campaign import open_campaign, plan_settings, plan_trainings
     from nnunet_ssl.benchmark.schedule import find_machine, run_trainings
 
     name = dataset_name(args.d)

@@ -8,15 +8,14 @@ import sys
 
 import pytest
 
+from nnunet_ssl.benchmark.arms import Arm, parse_arms, plans_of_arm
 from nnunet_ssl.benchmark.campaign import (
-    Arm,
     Setting,
     configured,
     open_campaign,
-    parse_arms,
+    options_of,
     plan_settings,
     plan_trainings,
-    plans_of_arm,
 )
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.errors import UserError
@@ -92,7 +91,12 @@ def test_a_campaign_appends_folds_and_changes_nothing_else(dataset, tmp_path):
     splits = json.loads((dataset / "splits_final.json").read_text())
     assert splits[0] == fold and len(splits) == 2
     assert set(splits[1]["train"]) | set(splits[1]["unlabeled"]) == set(fold["train"])
-    assert settings_of(campaign, dataset, folds=[1])[0].fold == 1
+    (taken,) = settings_of(campaign, dataset, folds=[1])
+    assert taken.fold == 1
+    (elsewhere,) = settings_of(campaign, dataset, labeled=["1"], draw_fold=1)
+    assert [options_of(one.name) for one in (drawn, taken, elsewhere)] == [
+        *(["--labeled", "2"], ["--folds", "1"], ["--labeled", "1", "--draw-fold", "1"]),
+    ]
     assert settings_of(campaign, dataset, labeled=["2"])[0].fold == 1 and len(splits) == 2, "found again"
     for name, content in before.items():
         assert name == "splits_final.json" or (dataset / name).read_bytes() == content

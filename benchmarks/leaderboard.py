@@ -1,0 +1,277 @@
+"""Make docs/leaderboard.md from the campaigns' tables: python benchmarks/leaderboard.py
+
+Each folder of benchmarks/results/campaign holds results.csv and campaign.json of one campaign, as ``nnunet-ssl
+benchmark`` wrote them. Run it again after one of them has changed; a test compares the page with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from small_plans import COARSER, SMALL
+
+from nnunet_ssl.benchmark.arms import BASELINE
+from nnunet_ssl.benchmark.campaign import Campaign, options_of, read_campaign
+from nnunet_ssl.benchmark.report import Gain, Report
+from nnunet_ssl.benchmark.results import Run, read_runs
+from nnunet_ssl.data.nnunet_files import read_json
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.tables import format_table
+from nnunet_ssl.files import write_text
+
+HOME = Path(__file__).resolve().parent
+RESULTS, PAGE = HOME / "results" / "campaign", HOME.parent / "docs" / "leaderboard.md"
+ENOUGH = 3
+"""Trainings of an arm; of fewer the page says that they are too few."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One setting of one campaign.
+
+    Attributes:
+        campaign: of the setting.
+        report: on the campaign.
+        setting: its name in the campaign.
+        gains: in Dice, mean of structures, by arm, nnUNetTrainer's first.
+    """
+
+    campaign: Campaign
+    report: Report
+    setting: str
+    gains: dict[str, Gain]
+
+    @property
+    def title(self) -> str:
+        """Dataset and setting, without the fold where the number of labeled cases says which it is."""
+        short = [re.sub(r"^fold \d+, ", "", setting) for setting in (self.setting, *self.report.settings)]
+        name = short[0] if short.count(short[0]) == 2 else self.setting
+        return f"{self.campaign.dataset.partition('_')[2]}, {name}"
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of nnUNetTrainer's trainings; nan of one."""
+        return self.gains[BASELINE].spread
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of campaigns (default: this project's)")
+    parser.add_argument("-o", type=Path, default=PAGE, metavar="FILE", help="page to write (default: docs/...)")
+    args = parser.parse_args()
+    try:
+        write_text(args.o, make_page(args.results), otherwise="Choose another file with -o.")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_page(results: Path) -> str:
+    """The page on all campaigns of a folder.
+
+    Raises:
+        UserError: a table is broken, holds trainings of several campaigns, or is not that of its campaign.json.
+    """
+    reports = [_read(file.parent) for file in sorted(results.glob("*/results.csv"))]
+    reports.sort(key=lambda one: one[0].dataset)
+    columns = [
+        Column(campaign, report, setting, report.overall(setting))
+        for campaign, report in reports
+        for setting in report.settings
+    ]
+    several = [column for column in columns if len(column.gains) > 1]
+    parts = ["# Leaderboard"]
+    if several:
+        parts += _verdicts(several)
+    runs = [run for _, report in reports for run in report.runs]
+    parts.append(_origin(runs))
+    if several:
+        parts += [_table(several), _READ]
+    alone = [column for column in columns if column not in several]
+    if alone:
+        parts.append("nnUNetTrainer alone: " + "; ".join(_trained_alone(column) for column in alone) + ".")
+    parts += ["## What it does not show", _limits(reports, several)]
+    for campaign, report in reports:
+        parts += _section(campaign, report)
+    return "\n\n".join(parts) + "\n"
+
+
+_READ = f"""\
+Dice: mean over structures, validation cases and trainings. In brackets the difference to nnUNetTrainer, paired over the
+cases, and its 95 % interval over cases and trainings; an interval that holds 0 shows no difference. n: trainings; an
+arm with fewer than {ENOUGH} is "too few" to go by. Cost: processor time of a step on a CPU, time of a step on a GPU,
+times nnUNetTrainer's in the same campaign. Arms by their mean difference, those that lack a column last. Why the spread
+of trainings counts: [chance](explanation/chance.md)."""
+
+
+def _read(folder: Path) -> tuple[Campaign, Report]:
+    campaign, report = read_campaign(folder), Report(list(read_runs(folder / "results.csv").values()))
+    written = report.runs[0].about["campaign"]
+    if written != campaign.identifier:
+        raise UserError(
+            f"{folder}: results.csv is of the campaign {written}, campaign.json of {campaign.identifier}. Copy both "
+            "from one campaign."
+        )
+    for setting in report.settings:
+        if BASELINE not in report.in_setting(setting):
+            raise UserError(f"{folder}: {setting} has no training of {BASELINE}, with which arms are compared.")
+    return campaign, report
+
+
+def _verdicts(columns: Sequence[Column]) -> list[str]:
+    """Who loses and who gains more than the spread of nnUNetTrainer's trainings: the first lines of the page."""
+    known = [column for column in columns if not math.isnan(column.spread)]
+    parts = []
+    for where, sign in (("Below", -1), ("Above", 1)):
+        arms: dict[str, list[str]] = {}
+        for column in known:
+            for arm, gain in column.gains.items():
+                if sign * gain.difference > column.spread:
+                    arms.setdefault(arm, []).append(f"{column.title} {gain.difference:+.3f} ({_trainings(gain)})")
+        heading = f"**{where} {BASELINE} by more than the spread of its trainings**"
+        listed = "\n".join(f"- {arm}: {'; '.join(places)}" for arm, places in arms.items())
+        parts += [f"{heading}, in Dice:", listed] if listed else [f"{heading}: none."]
+    spreads = [
+        f"{column.title} {column.spread:.3f} ({column.gains[BASELINE].runs} trainings)"
+        if column in known
+        else f"{column.title} not known, of one training, so nothing above is of it"
+        for column in columns
+    ]
+    return [*parts, f"Spread, the standard deviation of {BASELINE}'s trainings in Dice: {'; '.join(spreads)}."]
+
+
+def _origin(runs: Sequence[Run]) -> str:
+    command = "Made by `python benchmarks/leaderboard.py` from the tables of campaigns in `benchmarks/results/campaign`"
+    if not runs:
+        return f"{command}. No campaign is there yet."
+    dates = sorted(run.about["date"] for run in runs)
+    return f"{command}: {len(runs)} trainings, {dates[0]} to {dates[-1]} UTC."
+
+
+def _difference(gain: Gain) -> str:
+    interval = "no interval" if math.isnan(gain.low) else f"{gain.low:+.3f} to {gain.high:+.3f}"
+    return f"{gain.difference:+.3f}, {interval}"
+
+
+def _trainings(gain: Gain) -> str:
+    return f"n = {gain.runs}" + (", too few" if gain.runs < ENOUGH else "")
+
+
+def _table(columns: Sequence[Column]) -> str:
+    arms = dict.fromkeys(arm for column in columns for arm in column.gains)
+    costs = [{cost.arm: cost.relative_step for cost in column.report.costs(column.setting)} for column in columns]
+    rows: list[list[object]] = []
+    for arm in sorted(arms, key=lambda arm: _rank(arm, columns)):
+        cells = [_cell(column.gains.get(arm)) for column in columns]
+        known = [cost[arm] for cost in costs if not math.isnan(cost.get(arm, math.nan))]
+        rows.append([arm, *cells, " to ".join(dict.fromkeys(f"{end(known):.1f}" for end in (min, max) if known))])
+    return format_table(["arm", *(column.title for column in columns), "cost, ×"], rows, style="markdown")
+
+
+def _rank(arm: str, columns: Sequence[Column]) -> tuple[bool, int, float]:
+    differences = [column.gains[arm].difference for column in columns if arm in column.gains]
+    return arm != BASELINE, -len(differences), -sum(differences) / len(differences)
+
+
+def _cell(gain: Gain | None) -> str | None:
+    if gain is None:
+        return None
+    compared = "" if math.isnan(gain.difference) else f" ({_difference(gain)})"
+    return f"{gain.mean:.3f}{compared}; {_trainings(gain)}"
+
+
+def _trained_alone(column: Column) -> str:
+    gain = column.gains[BASELINE]
+    return f"{column.title} {_cell(gain)}"
+
+
+def _limits(reports: Sequence[tuple[Campaign, Report]], columns: Sequence[Column]) -> str:
+    lines = []
+    for campaign, report in reports:
+        run = report.runs[0]
+        names = ", ".join(dict.fromkeys(f"{one.about['iterations']}" for one in report.runs))
+        lines.append(
+            f"- {campaign.dataset}: {names} labeled iterations of a small network (`{campaign.configuration}`), where "
+            f"nnU-Net trains its own, larger ones for 250,000; {len(run.result.cases)} validation cases, one draw of "
+            "labeled cases for each setting."
+        )
+    compared = sum(len(column.gains) - 1 for column in columns)
+    if compared:
+        lines.append(
+            f"- Chance of many looks: the table has {compared} differences. Of 20 that are nothing but chance, one has "
+            "an interval without 0."
+        )
+    lines += [
+        "- What tuning brings: each arm has the settings that it names, and else its paper's.",
+        "- Which of two methods is the better one: each is compared with nnUNetTrainer alone.",
+        "- Other organs, scanners, numbers of labels and lengths than these. On your own data:"
+        " [compare trainers](how-to/benchmark.md).",
+    ]
+    return "\n".join(lines)
+
+
+def _section(campaign: Campaign, report: Report) -> Iterator[str]:
+    yield f"## {campaign.dataset}"
+    yield from report.conditions()
+    for setting in report.settings:
+        yield f"### {campaign.dataset.partition('_')[2]}, {setting}"
+        yield from report.tables(setting)
+    yield (
+        "Repeat a row: keep nnUNetTrainer and the row's arm after `-tr`. It takes the dataset with the folds of this "
+        "campaign, whose cases `campaign.json` beside the table names. Prepare once:"
+    )
+    yield _code(_preparation(campaign))
+    yield _code([_command(campaign, report, setting) for setting in report.settings])
+
+
+def _code(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {line}" for command in lines for line in command.split("\n"))
+
+
+def _more_configurations(campaign: Campaign) -> Path | None:
+    file = HOME / "configurations" / f"{campaign.dataset}.json"
+    return file if file.is_file() and campaign.configuration in read_json(file, otherwise="Restore it.") else None
+
+
+def _preparation(campaign: Campaign) -> list[str]:
+    """Commands that plan and preprocess what the campaign trains on."""
+    more = _more_configurations(campaign)
+    plan = f"nnUNetv2_plan_and_preprocess -d {campaign.dataset} -c "
+    if more is not None:
+        return [plan + read_json(more, otherwise="Restore it.")[campaign.configuration]["inherits_from"]]
+    if campaign.configuration not in SMALL:
+        return [plan + campaign.configuration]
+    commands = [plan + SMALL[campaign.configuration][0], f"python benchmarks/small_plans.py -d {campaign.dataset}"]
+    if campaign.configuration in COARSER:
+        commands.append(f"nnUNetv2_preprocess -d {campaign.dataset} -c {campaign.configuration}")
+    return commands
+
+
+def _command(campaign: Campaign, report: Report, setting: str) -> str:
+    """The call of ``nnunet-ssl benchmark`` that trains all rows of a setting."""
+    arms = report.in_setting(setting)
+    about = report.runs[0].about
+    device = about["device"].partition(":")[0]
+    more = _more_configurations(campaign)
+    words = ["nnunet-ssl", "benchmark", "-d", campaign.dataset, "-c", campaign.configuration, "-p", campaign.plans]
+    words += ["--configurations", f"benchmarks/configurations/{more.name}"] if more is not None else []
+    words += ["--compile"] if device == "cpu" and about["compiled"] == "True" else []
+    words += ["-device", device, "--epochs", str(campaign.epochs), *options_of(setting)]
+    words += [] if campaign.validation is None else ["--validate", str(campaign.validation)]
+    seeds = sorted({int(run.about["seed"]) for runs in arms.values() for run in runs})
+    words += ["--seeds", *map(str, seeds), "-o", "repeated"]
+    threads = f"OMP_NUM_THREADS={about['threads']} " if device == "cpu" else ""
+    return f"{threads}{shlex.join(words)} \\\n    -tr {shlex.join(arms)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
