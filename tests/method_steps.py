@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,9 @@ class Method:
         split_graphs: how many graphs ``torch.compile`` makes of a step in memory mode split: with ``settings``, and
             with as many of ``others`` as there are further numbers. One of the encoder for each size of a batch, one of
             a teacher's encoder, and one for each kind of a decoder's pass.
+        fused: how many compiled functions a step's losses are, and how many graphs they have where labeled and
+            unlabeled batches are of two sizes.
+        representative: its tests are all fast. Of the other methods a few are, see :func:`of_methods`.
     """
 
     trainer: type[SemiSupervisedTrainer]
@@ -38,18 +42,85 @@ class Method:
     halves: dict[str, Any] = field(default_factory=dict)
     others: tuple[dict[str, Any], ...] = ()
     split_graphs: tuple[int, ...] = ()
+    fused: tuple[int, int] = (0, 0)
+    representative: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its trainer."""
+        return self.trainer.__name__
 
 
 METHODS = (
     # Decoders: of labeled images, and of unlabeled ones without gradient, with dropout and without.
-    Method(CrossMatchTrainer, {"confidence_threshold": 0.4}, split_graphs=(1 + 4,)),
+    # Fused: pseudo-labels, coverage, Dice.
+    Method(CrossMatchTrainer, {"confidence_threshold": 0.4}, split_graphs=(1 + 4,), fused=(3, 3), representative=True),
     # Each decoder of labeled and of unlabeled images, and all but the one that learns first once more without gradient.
-    Method(MutualReliableTrainer, others=({"decoders": 3},), split_graphs=(1 + 6, 1 + 10)),
-    # Decoders: of labeled and noisy images, and the teacher.
-    Method(SimCVDTrainer, halves={"noise": 0.0}, others=({"predict_with": "teacher"},), split_graphs=(2 + 3,)),
+    # Fused: lessons, what is learned.
+    Method(MutualReliableTrainer, others=({"decoders": 3},), split_graphs=(1 + 6, 1 + 10), fused=(2, 4)),
+    # Decoders: of labeled and noisy images, and the teacher. Fused: distances, consistency.
+    Method(
+        SimCVDTrainer,
+        halves={"noise": 0.0},
+        others=({"predict_with": "teacher"},),
+        split_graphs=(2 + 3,),
+        fused=(2, 2),
+        representative=True,
+    ),
 )
 TRAINERS = tuple(method.trainer for method in METHODS)
-BY_NAME = {method.trainer.__name__: method for method in METHODS}
+BY_NAME = {method.name: method for method in METHODS}
+REPRESENTATIVES = tuple(method.trainer for method in METHODS if method.representative)
+
+
+def of_methods(
+    names: str = "method",
+    cases: Iterable[tuple[Any, ...]] = ((),),
+    *,
+    fast: int = 0,
+    of_representative: int | None = None,
+    **options: Any,
+) -> pytest.MarkDecorator:
+    """Parametrize a test by every method's trainer and, for each, by cases.
+
+    Every method has every case. All of a representative are fast, or as many as are asked for; of another method the
+    first ones are, and the rest is slow. So a new method makes the fast tests seconds longer, and not a minute.
+
+    Args:
+        names: of the test's arguments, in one text: the trainer's, then those of a case.
+        cases: the arguments of each case.
+        fast: how many cases of a method that is no representative are fast.
+        of_representative: how many cases of one that is are fast, if not all.
+        options: of ``pytest.mark.parametrize``.
+    """
+    values = [*method_cases(cases, fast=fast, of_representative=of_representative)]
+    return pytest.mark.parametrize(names.replace(" ", "").split(","), values, **options)
+
+
+def method_cases(
+    cases: Iterable[tuple[Any, ...]] = ((),), *, fast: int = 0, of_representative: int | None = None
+) -> Iterable[Any]:
+    """The parameters of :func:`of_methods`; of a fixture, too."""
+    cases = list(cases)
+    for method in METHODS:
+        many = (len(cases) if of_representative is None else of_representative) if method.representative else fast
+        for number, case in enumerate(cases):
+            values = (method.trainer, *case)
+            marks = () if number < many else pytest.mark.slow
+            yield pytest.param(*values, marks=marks, id="-".join(map(_id, values)))
+
+
+def _id(value: Any) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+def make_of_table(method, planned, monkeypatch, tmp_path, **options) -> SemiSupervisedTrainer:
+    """A trainer with the settings of its row, in its last stage."""
+    trainer = make_trainer(method, planned, monkeypatch, tmp_path, **(BY_NAME[method.__name__].settings | options))
+    if len(trainer.stages()) > 1:
+        trainer.current_stage = trainer.stages()[-1]
+        trainer.step_gradients.begin_stage()
+    return trainer
 
 
 def make_trainer(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from method_steps import of_methods
 from tiny_dataset import PLANS, unet
 
 from nnunet_ssl.cli import doctor, training_checks
@@ -396,14 +397,16 @@ def test_the_estimate_follows_the_settings(dataset: Dataset) -> None:
     assert more[0] == supervised and more[1] > 1.5 * split and more[2] > 1.5 * stacked
 
 
-@pytest.mark.parametrize("trainer", ["CrossMatchTrainer", "MutualReliableTrainer", "SimCVDTrainer"])
+@of_methods("trainer", fast=1)
 def test_the_estimate_of_every_trainer_changes_nothing(
-    dataset: Dataset, trainer: str, capsys: pytest.CaptureFixture[str]
+    dataset: Dataset, trainer: type, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(dataset.home.rglob("*"))
-    assert main(["doctor", "-d", "7", "-c", "2d", "-tr", trainer]) == 0
+    assert main(["doctor", "-d", "7", "-c", "2d", "-tr", trainer.__name__]) == 0
     text = capsys.readouterr().out
-    assert re.search(rf"ok    estimate of .*: nnUNetTrainer \d\.\d GB, {trainer} split .*\(batches of 4 \+ 4\)", text)
+    assert re.search(
+        rf"ok    estimate of .*: nnUNetTrainer \d\.\d GB, {trainer.__name__} split .*\(batches of 4 \+ 4\)", text
+    )
     assert sorted(dataset.home.rglob("*")) == before, "no folder either"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from method_steps import BY_NAME
 
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
 
@@ -167,7 +168,7 @@ def test_student_and_teacher_predict_the_same_voxels_elsewhere(planned_3d, other
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["CrossMatchTrainer_short", "MutualReliableTrainer_short"])
+@pytest.mark.parametrize("trainer", [f"{name}_short" for name in BY_NAME if name != SimCVDTrainer.__name__])
 def test_other_trainers_predict_the_same_voxels_elsewhere(trainer, planned_3d, other_machine, tmp_path):
     train(planned_3d, trainer)
     predict_here(planned_3d, trainer, tmp_path / "here")

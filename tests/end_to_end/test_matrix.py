@@ -2,7 +2,7 @@
 
 Modelled on nnU-Net's integration tests: four label kinds, four configurations, a cascade among them, whose plans are
 added by hand as theirs are. The whole matrix is slow. By default runs a part of it, with fewer commands in each cell:
-every trainer and every configuration, on regions with an ignore label. Prints a table at the end.
+every configuration, with three trainers, on regions with an ignore label. Prints a table at the end.
 """
 
 from __future__ import annotations

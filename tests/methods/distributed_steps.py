@@ -1,18 +1,21 @@
-"""Run by torchrun in two processes: steps of every method on halves of a batch; each rank writes what came of it.
+"""Run by torchrun in two processes: steps of methods on halves of a batch; each rank writes what came of it.
 
 torchrun ... distributed_steps.py PREPROCESSED_2D PREPROCESSED_3D RESULTS
+
+RESULTS/cases.json lists the cases: a trainer's name, a kind of KINDS, and a mode of MODES or OUT_OF_MEMORY.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from method_steps import BY_NAME, TRAINERS, gradients_step, make_batches, make_trainer
+from method_steps import BY_NAME, gradients_step, make_batches, make_of_table
 from torch import distributed as dist
 
 from nnunet_ssl.data.labeled_targets import AddTargets
@@ -24,21 +27,21 @@ from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 
 KINDS = {"2d": {}, "3d": {}, "2d_regions": {"regions": True}}
 MODES = ("stacked", "split")
-JOINED = {"x": 2}  # samples of an image in the joined batch
+OUT_OF_MEMORY = "out of memory"
 UNLABELED = 4
 
 
 def make(method, kind: str, planned, patch, results: Path):
-    row = BY_NAME[method.__name__]
-    options = row.settings | row.halves | KINDS[kind]
-    return make_trainer(method, planned, patch, results, ramp_length=0.0, **options)
+    options = BY_NAME[method.__name__].halves | KINDS[kind]
+    return make_of_table(method, planned, patch, results, ramp_length=0.0, **options)
 
 
 def joined_masks(rank: int | None):
     """Dropout masks of the joined batch, and of them the rows of a rank."""
 
     def draw(network, streams, images):
-        whole = {name: image.new_empty(JOINED.get(name, UNLABELED), *image.shape[1:]) for name, image in images.items()}
+        ranks = 1 if rank is None else 2
+        whole = {name: image.new_empty(ranks * len(image), *image.shape[1:]) for name, image in images.items()}
         torch.manual_seed(3)
         masks = draw_dropout_masks(network.encoder.output_channels, streams, whole)
         if rank is None:
@@ -71,16 +74,18 @@ def half_batches(trainer, rank: int) -> tuple[LabeledBatch, UnlabeledBatch, dict
     """A rank's half of them."""
     labeled, unlabeled, batch = joined_batches(trainer)
     x, u = _half(2, rank), _half(UNLABELED, rank)
-    unlabeled = UnlabeledBatch(
+    unlabeled = unlabeled._replace(
         weak=unlabeled.weak[u],
         strong=[view[u] for view in unlabeled.strong],
         boxes=[boxes[u] for boxes in unlabeled.boxes],
+        augmented=None if unlabeled.augmented is None else unlabeled.augmented[u],
         partner=torch.tensor([1, 0]),
         keys=unlabeled.keys[u],
     )
     halves = {"data": batch["data"][x], "target": [t[x] for t in batch["target"]], "keys": batch["keys"][x]}
     batch = AddTargets(trainer.extra_targets)(**halves)
-    labeled = LabeledBatch(batch["data"], batch["target"], batch["keys"], batch["extra"])
+    weak = trainer.unlabeled_views().weak_labeled
+    labeled = LabeledBatch.from_loader(batch, trainer.device, deep_supervision=True, weak=weak)
     trainer.dataloader_unlabeled = itertools.repeat(unlabeled._asdict())
     return labeled, unlabeled, batch
 
@@ -110,47 +115,52 @@ def main(planned_folders: dict[str, Path], results: Path) -> None:
         for dim, folder in planned_folders.items()
     }
     report: dict[tuple, dict] = {}
-    for method in TRAINERS:
-        for kind, mode in itertools.product(KINDS, MODES):
-            trainer = make(method, kind, planned[kind[:2]], patch, results)
-            labeled, unlabeled, batch = half_batches(trainer, rank)
-            with alone(), trainer.network.no_sync():
-                _, own = gradients(trainer, labeled, unlabeled, "stacked")
-            terms, found = gradients(trainer, labeled, unlabeled, mode)
-            values = [trainer.train_step(batch) for _ in range(2)]
-            report[method.__name__, kind, mode] = {
-                "sizes": (int(trainer.batch_size), trainer.unlabeled_patches),
-                "loss_weights": [float(weight) for weight in trainer.loss.weight_factors],
-                "own": own,
-                "terms": terms,
-                "gradients": found,
-                "after": tensors_of(trainer),
-                "logged": {name: float(value) for name, value in values[-1].items()},
-            }
-
-        # The memory of one rank does not suffice for all streams at once: both go on in split mode.
-        trainer = make(method, "2d", planned["2d"], patch, results)
-        _, _, batch = half_batches(trainer, rank)
-        trainer.step_gradients.memory_mode = "stacked"
-        with pytest.MonkeyPatch.context() as context:
-            if rank == 1:
-                context.setattr(passes_module.StackedOutputs, "finish", _out_of_memory)
-            trainer.train_step(batch)
-        trainer.train_step(batch)
-        report[method.__name__, "out of memory"] = {
-            "mode": trainer.step_gradients.memory_mode,
-            "after": tensors_of(trainer),
-        }
-
-        # What is not finite on one rank stops both.
-        trainer = make(method, "2d", planned["2d"], patch, results)
-        _, unlabeled, batch = half_batches(trainer, rank)
-        if rank == 1:
-            unlabeled.weak[0] = float("nan")
-        with pytest.raises(RuntimeError, match="not finite"):
-            trainer.train_step(batch)
+    for name, kind, mode in json.loads((results / "cases.json").read_text()):
+        trainer = make(BY_NAME[name].trainer, kind, planned[kind[:2]], patch, results)
+        report[name, kind, mode] = out_of_memory(trainer, rank) if mode == OUT_OF_MEMORY else steps(trainer, rank, mode)
+        if mode == OUT_OF_MEMORY:
+            what_is_not_finite_stops_both(make(BY_NAME[name].trainer, kind, planned[kind[:2]], patch, results), rank)
     torch.save(report, results / f"rank_{rank}.pt")
     dist.destroy_process_group()
+
+
+def steps(trainer, rank: int, mode: str) -> dict:
+    """Gradients of a rank's half, alone and of both, and two steps."""
+    labeled, unlabeled, batch = half_batches(trainer, rank)
+    with alone(), trainer.network.no_sync():
+        _, own = gradients(trainer, labeled, unlabeled, "stacked")
+    terms, found = gradients(trainer, labeled, unlabeled, mode)
+    values = [trainer.train_step(batch) for _ in range(2)]
+    return {
+        "sizes": (int(trainer.batch_size), trainer.unlabeled_patches),
+        "loss_weights": [float(weight) for weight in trainer.loss.weight_factors],
+        "own": own,
+        "terms": terms,
+        "gradients": found,
+        "after": tensors_of(trainer),
+        "logged": {name: float(value) for name, value in values[-1].items()},
+    }
+
+
+def out_of_memory(trainer, rank: int) -> dict:
+    """The memory of one rank does not suffice for all streams at once: both go on in split mode."""
+    _, _, batch = half_batches(trainer, rank)
+    trainer.step_gradients.memory_mode = "stacked"
+    with pytest.MonkeyPatch.context() as context:
+        if rank == 1:
+            context.setattr(passes_module.StackedOutputs, "finish", _out_of_memory)
+        trainer.train_step(batch)
+    trainer.train_step(batch)
+    return {"mode": trainer.step_gradients.memory_mode, "after": tensors_of(trainer)}
+
+
+def what_is_not_finite_stops_both(trainer, rank: int) -> None:
+    """What is not finite on one rank stops both."""
+    _, unlabeled, batch = half_batches(trainer, rank)
+    if rank == 1:
+        unlabeled.weak[0] = float("nan")
+    with pytest.raises(RuntimeError, match="not finite"):
+        trainer.train_step(batch)
 
 
 def _out_of_memory(self) -> None:

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from method_steps import METHODS, gradients_step, make_batches, make_trainer
+from method_steps import BY_NAME, METHODS, gradients_step, make_batches, make_of_table, of_methods
 from torch._dynamo.utils import counters
 
 from nnunet_ssl.compiled import compiled
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
-from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
-from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks import passes as passes_module
 
 COMPILE = torch.compile
 
-# Of every method and its other networks: class, settings, and graphs of a step.
-GRAPHS = {
-    f"{method.trainer.__name__} {options or ''}".strip(): (method.trainer, method.settings | options, graphs)
-    for method in METHODS
-    for options, graphs in zip(({}, *method.others), method.split_graphs, strict=False)
-}
-# One graph of each compiled function of a method, as labeled and unlabeled batches are of one size: CrossMatch's
-# pseudo-labels, coverage and Dice; lessons and what is learned; distances and consistency.
-FUSED = {CrossMatchTrainer: 3, MutualReliableTrainer: 2, SimCVDTrainer: 2}
 # nnU-Net's own: the validation's forward, and its Dice with gradient and without.
 NNUNETS = 1 + 2
 
-slow = pytest.mark.slow
-CASES = [
-    *(pytest.param(name, False, "aot_eager", id=name) for name in GRAPHS),
-    pytest.param("CrossMatchTrainer", True, "aot_eager", id="CrossMatchTrainer, checkpointing"),
-    *(pytest.param(name, True, "aot_eager", id=f"{name}, checkpointing", marks=slow) for name in list(GRAPHS)[1:]),
-    *(pytest.param(name, False, "inductor", id=f"{name}, inductor", marks=slow) for name in GRAPHS),
-    pytest.param("SimCVDTrainer", True, "inductor", id="SimCVDTrainer, checkpointing, inductor", marks=slow),
-]
+FUSED = BY_NAME["CrossMatchTrainer"].fused[0]
+
+
+def cases() -> Iterator[Any]:
+    """Every method and its other networks, without checkpointing and with it, and in PyTorch's own compiler."""
+    for method, checkpointing, backend in itertools.product(METHODS, (False, True), ("aot_eager", "inductor")):
+        if checkpointing and backend == "inductor" and not method.representative:
+            continue
+        for number, (options, graphs) in enumerate(zip(({}, *method.others), method.split_graphs, strict=False)):
+            fast = method.representative and backend == "aot_eager" and not number
+            fast = fast and (method is METHODS[0] or not checkpointing)
+            words = [f"{method.name} {options or ''}".strip()]
+            words += ["checkpointing"] * checkpointing + ["inductor"] * (backend == "inductor")
+            values = (method, options, graphs, checkpointing, backend)
+            yield pytest.param(*values, id=", ".join(words), marks=() if fast else pytest.mark.slow)
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def make(planned_2d, monkeypatch, tmp_path):
     def factory(method, backend="aot_eager", **settings):
         monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend))
         monkeypatch.setattr(method, "_do_i_compile", lambda self: True)
-        return make_trainer(method, planned_2d, monkeypatch, tmp_path, **settings)
+        return make_of_table(method, planned_2d, monkeypatch, tmp_path, **settings)
 
     forget_graphs()
     yield factory
@@ -98,10 +97,11 @@ def validate(trainer, batch, targets) -> None:
     trainer.network.train()
 
 
-@pytest.mark.parametrize(("name", "checkpointing", "backend"), CASES)
-def test_a_step_in_split_mode_has_a_graph_of_every_kind_of_pass_and_no_more(make, name, checkpointing, backend):
-    method, settings, graphs = GRAPHS[name]
-    trainer = make(method, backend, memory_mode="split", activation_checkpointing=checkpointing, **settings)
+@pytest.mark.parametrize(("method", "settings", "graphs", "checkpointing", "backend"), cases())
+def test_a_step_in_split_mode_has_a_graph_of_every_kind_of_pass_and_no_more(
+    make, method, settings, graphs, checkpointing, backend
+):
+    trainer = make(method.trainer, backend, memory_mode="split", activation_checkpointing=checkpointing, **settings)
     labeled, unlabeled, batch = make_batches(trainer, u=2)
     check_equal_to_plain(trainer, labeled, unlabeled)
     trainer.train_step(batch)
@@ -110,7 +110,7 @@ def test_a_step_in_split_mode_has_a_graph_of_every_kind_of_pass_and_no_more(make
         for _ in range(3):
             assert math.isfinite(trainer.train_step(batch)["loss"])
             validate(trainer, batch, labeled.target)
-    assert counters["stats"]["unique_graphs"] == graphs + FUSED[method] + NNUNETS
+    assert counters["stats"]["unique_graphs"] == graphs + method.fused[0] + NNUNETS
     assert not counters["graph_break"]
 
 
@@ -119,7 +119,7 @@ def test_unlabeled_batches_of_another_size_add_one_graph_of_the_encoder(make):
     _, _, batch = make_batches(trainer, u=3)
     for _ in range(2):
         trainer.train_step(batch)
-    assert counters["stats"]["unique_graphs"] == 2 + 4 + FUSED[CrossMatchTrainer] + 1, "one of nnU-Net's Dice"
+    assert counters["stats"]["unique_graphs"] == 2 + 4 + FUSED + 1, "one of nnU-Net's Dice"
     assert not counters["graph_break"]
 
 
@@ -141,17 +141,13 @@ def test_a_compiled_step_that_runs_out_of_memory_goes_on_compiled(make, monkeypa
         validate(trainer, batch, labeled.target)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-    assert compiled.cache_info().currsize == 2 + FUSED[CrossMatchTrainer], "encode, decode, losses"
+    assert compiled.cache_info().currsize == 2 + FUSED, "encode, decode, losses"
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "autocast"),
-    [
-        (CrossMatchTrainer, {"regions": True}, False),
-        (MutualReliableTrainer, {"ignore": True}, False),
-        (MutualReliableTrainer, {}, True),
-        (SimCVDTrainer, {"regions": True, "ignore": True}, False),
-    ],
+@of_methods(
+    "method, options, autocast",
+    [({"regions": True, "ignore": True}, False), ({"regions": True}, False), ({"ignore": True}, False), ({}, True)],
+    of_representative=1,
 )
 def test_losses_are_compiled_in_a_stacked_step_too(make, method, options, autocast):
     trainer = make(method, memory_mode="stacked", **options)
@@ -163,14 +159,14 @@ def test_losses_are_compiled_in_a_stacked_step_too(make, method, options, autoca
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             assert math.isfinite(trainer.train_step(batch)["loss"])
-    assert compiled.cache_info().currsize == FUSED[method]
+    assert compiled.cache_info().currsize == BY_NAME[method.__name__].fused[0]
     assert not counters["graph_break"]
 
 
 def test_of_several_processes_none_compiles_losses(make):
     trainer = make(CrossMatchTrainer, memory_mode="stacked")
     labeled, unlabeled, _ = make_batches(trainer, u=2)
-    for processes, functions in ((2, 0), (1, FUSED[CrossMatchTrainer])):
+    for processes, functions in ((2, 0), (1, FUSED)):
         trainer.is_ddp = processes > 1
         trainer.prepare_steps()
         gradients_of(trainer, labeled, unlabeled)

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, backward, fake_cuda, move_to_fake_cuda
-from method_steps import TRAINERS, gradients_step, make_batches, make_trainer
+from method_steps import BY_NAME, gradients_step, make_batches, make_of_table, make_trainer, of_methods
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, subsampled
 
-METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
-MODES = pytest.mark.parametrize("mode", ["split", "stacked"])
+MODES = ("split", "stacked")
 
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
     def factory(method, planned, **options):
-        return make_trainer(method, planned, monkeypatch, tmp_path, **options)
+        make_one = make_of_table if method.__name__ in BY_NAME else make_trainer
+        return make_one(method, planned, monkeypatch, tmp_path, **options)
 
     return factory
 
@@ -70,9 +70,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@METHODS
-@MODES
+@of_methods("method, mode, kind", itertools.product(MODES, KINDS), fast=1)
 def test_the_host_waits_as_rarely_as_in_nnunets_step(make, request, method, mode, kind):
     dim, options, rare, u = KINDS[kind]
     planned = request.getfixturevalue(dim)
@@ -95,8 +93,7 @@ def test_the_host_waits_as_rarely_as_in_nnunets_step(make, request, method, mode
 # ---- the means of this test -----------------------------------------------------------------------------------------
 
 
-@METHODS
-@MODES
+@of_methods("method, mode", itertools.product(MODES))
 def test_the_backward_pass_of_this_test_is_pytorchs(make, planned_2d, monkeypatch, method, mode):
     trainer = make(method, planned_2d)
     labeled, unlabeled, _ = make_batches(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -11,17 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_steps import KINDS, MODES, joined_batches, joined_masks, make, tensors_of
-from method_steps import TRAINERS, gradients_step
+from method_steps import gradients_step, of_methods
 
 from nnunet_ssl.networks.training_network import TrainingNetwork
 
-CASES = [(method, *case) for method in TRAINERS for case in itertools.product(KINDS, MODES)]
+OUT_OF_MEMORY = "out of memory"
+CASES = of_methods("method, kind, mode", itertools.product(KINDS, MODES))
 
 
 @pytest.fixture(scope="module")
-def ranks(planned_2d, planned_3d, tmp_path_factory) -> list[dict]:
+def ranks(request, planned_2d, planned_3d, tmp_path_factory) -> list[dict]:
+    """What each process made of the cases that this session's tests ask for."""
     results = tmp_path_factory.mktemp("two_processes")
     script = Path(__file__).with_name("distributed_steps.py")
+    here = [item.callspec.params for item in request.session.items if item.path == Path(__file__)]
+    cases = {(one["method"].__name__, one.get("kind", "2d"), one.get("mode", OUT_OF_MEMORY)): None for one in here}
+    (results / "cases.json").write_text(json.dumps([*cases]))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)),
@@ -55,7 +61,7 @@ def assert_close(found: dict, expected: dict) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize(("method", "kind", "mode"), CASES, ids=lambda value: getattr(value, "__name__", value))
+@CASES
 def test_gradients_are_those_of_one_process_on_the_joined_batch(method, kind, mode, ranks, joined):
     first, second = (rank[method.__name__, kind, mode] for rank in ranks)
     assert first["sizes"] == second["sizes"] == (1, 2)
@@ -76,7 +82,7 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(method, kind, mo
         assert_close(first["own"], expected)
 
 
-@pytest.mark.parametrize(("method", "kind", "mode"), CASES, ids=lambda value: getattr(value, "__name__", value))
+@CASES
 def test_after_steps_all_ranks_hold_the_same_and_what_one_process_would(method, kind, mode, ranks, joined):
     first, second = (rank[method.__name__, kind, mode] for rank in ranks)
     # Weights, teacher and its counter, bit for bit.
@@ -95,9 +101,9 @@ def test_after_steps_all_ranks_hold_the_same_and_what_one_process_would(method, 
     assert_close({name: first["after"][name] - before[name] for name in moved}, moved)
 
 
-@pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
+@of_methods()
 def test_out_of_memory_on_one_rank_sends_all_to_split_mode(method, ranks):
-    first, second = (rank[method.__name__, "out of memory"] for rank in ranks)
+    first, second = (rank[method.__name__, "2d", OUT_OF_MEMORY] for rank in ranks)
     assert first["mode"] == second["mode"] == "split"
     for name, tensor in first["after"].items():
         assert torch.equal(tensor, second["after"][name]), name

@@ -7,7 +7,17 @@ import weakref
 
 import pytest
 import torch
-from method_steps import BY_NAME, METHODS, TRAINERS, Given, images_of, make_batches, make_trainer, summed_terms
+from method_steps import (
+    BY_NAME,
+    METHODS,
+    Given,
+    images_of,
+    make_batches,
+    make_of_table,
+    method_cases,
+    of_methods,
+    summed_terms,
+)
 
 from nnunet_ssl import testing
 from nnunet_ssl.errors import UserError
@@ -18,18 +28,22 @@ from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.variants import TRAINING_LENGTHS, training_length_variants
 
 
-@pytest.fixture(params=TRAINERS, ids=lambda method: method.__name__)
+@pytest.fixture(params=method_cases())
 def make(request, monkeypatch, tmp_path):
     def factory(planned, **options):
-        settings = BY_NAME[request.param.__name__].settings
-        return make_trainer(request.param, planned, monkeypatch, tmp_path, **(settings | options))
+        return make_of_table(request.param, planned, monkeypatch, tmp_path, **options)
 
     factory.method = request.param
     return factory
 
 
-@pytest.mark.parametrize(
-    ("dim", "options"),
+def of_makes(names: str = "make", cases=((),), *, fast: int = 1):
+    """A test of whose cases the first ones are fast for every method."""
+    return of_methods(names, cases, fast=fast, indirect=["make"])
+
+
+@of_makes(
+    "make, dim, options",
     [
         ("planned_2d", {}),
         ("planned_3d", {}),
@@ -38,7 +52,6 @@ def make(request, monkeypatch, tmp_path):
         ("planned_2d", {"regions": True, "ignore": True}),
         ("planned_2d", {"residual": True}),
     ],
-    ids=str,
 )
 def test_split_gives_the_terms_and_gradients_of_stacked(make, dim, options, request):
     trainer = make(request.getfixturevalue(dim), ramp_length=0.0, **options)
@@ -251,21 +264,31 @@ def test_without_deep_supervision(make, planned_2d):
     assert math.isfinite(trainer.train_step(batch)["loss"])
 
 
+@of_makes()
+def test_resume_is_bit_for_bit(make, planned_2d, tmp_path):
+    testing.check_resume(lambda: make(planned_2d), tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [(method.trainer, options) for method in METHODS for options in ({}, *method.others)],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ("make", "options"),
+    [
+        pytest.param(method.trainer, options, id=f"{method.name}-{options}", marks=marks)
+        for method in METHODS
+        for marks in ([] if method.representative else [pytest.mark.slow],)
+        for options in method.others
+    ],
+    indirect=["make"],
 )
-def test_resume_is_bit_for_bit(method, options, planned_2d, monkeypatch, tmp_path):
-    settings = BY_NAME[method.__name__].settings | options
-    testing.check_resume(lambda: make_trainer(method, planned_2d, monkeypatch, tmp_path, **settings), tmp_path)
+def test_resume_with_other_settings_is_bit_for_bit(make, options, planned_2d, tmp_path):
+    testing.check_resume(lambda: make(planned_2d, **options), tmp_path)
 
 
+@of_makes()
 def test_the_checkpoint_predicts_with_nnunets_own_network(make, planned_3d, tmp_path):
     testing.check_stock_network(lambda: make(planned_3d), tmp_path)
 
 
-@pytest.mark.parametrize("dim", ["planned_2d", "planned_3d"])
+@of_makes("make, dim", [("planned_2d",), ("planned_3d",)])
 def test_a_step_moves_weights_and_yields_every_term(make, dim, request):
     testing.check_steps(make(request.getfixturevalue(dim)))
 
@@ -293,6 +316,7 @@ def test_stock_weights_are_enough_to_start_from(make, planned_2d):
             assert torch.equal(tensor, stock.state_dict()[name]), name
 
 
+@of_makes()
 def test_variants_of_other_lengths(make):
     name = make.method.__name__
     variants = training_length_variants(make.method)
@@ -345,7 +369,7 @@ def test_compile_makes_one_graph_of_a_step_and_one_of_a_validation_and_no_more(
             targets = [target.clone() for target in validation["target"]]
             assert math.isfinite(trainer.validation_step({**validation, "target": targets})["loss"])
     # Its losses are compiled apart, for labeled and unlabeled batches where a method has them of both.
-    losses = {"CrossMatchTrainer": 3, "MutualReliableTrainer": 4, "SimCVDTrainer": 2}[type(trainer).__name__]
+    _, losses = BY_NAME[make.method.__name__].fused
     assert graphs["unique_graphs"] == before + 2 + losses
 
 

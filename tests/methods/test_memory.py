@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from method_steps import TRAINERS, gradients_step, make_batches, make_trainer
+from method_steps import REPRESENTATIVES, gradients_step, make_batches, make_of_table, of_methods
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,14 +21,13 @@ from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.trainer.live_bytes import LiveBytes
 from nnunet_ssl.trainer.memory import MemoryEstimate, judge, log_memory, step_bytes, trainer_of_plans
 
-METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
 MODES = pytest.mark.parametrize("mode", ["split", "stacked"])
 
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
     def factory(method, planned, **options):
-        return make_trainer(method, planned, monkeypatch, tmp_path, **options)
+        return make_of_table(method, planned, monkeypatch, tmp_path, **options)
 
     return factory
 
@@ -121,8 +120,7 @@ def allocated(trainer, batch, tmp_path) -> int:
     return peak
 
 
-@METHODS
-@pytest.mark.parametrize(("mode", "checkpointing"), [("split", False), ("split", True), ("stacked", False)])
+@of_methods("method, mode, checkpointing", [("split", False), ("split", True), ("stacked", False)])
 def test_the_computed_memory_is_what_pytorch_allocates(make, larger, tmp_path, method, mode, checkpointing) -> None:
     trainer = make(method, larger, memory_mode=mode, activation_checkpointing=checkpointing)
     _, _, batch = make_batches(trainer, u=trainer.unlabeled_batch_size)
@@ -169,7 +167,7 @@ def test_more_of_everything_needs_more(make, larger) -> None:
     assert three[0] < 1.15 * two[0] and three[1] > 1.3 * two[1]
 
 
-@METHODS
+@of_methods()
 def test_nothing_is_changed(make, planned_2d, method) -> None:
     trainer = make(method, planned_2d)
     before = dict(vars(trainer))
@@ -187,7 +185,7 @@ def test_nothing_is_changed(make, planned_2d, method) -> None:
 
 
 @MODES
-@pytest.mark.parametrize("method", [CrossMatchTrainer, SimCVDTrainer])
+@pytest.mark.parametrize("method", REPRESENTATIVES, ids=lambda method: method.__name__)
 def test_half_precision_is_that_of_autocast(make, larger, monkeypatch, mode, method) -> None:
     """A CPU's autocast casts as a GPU's does, but for a few operations that these methods have little of."""
     trainer = make(method, larger)
@@ -196,11 +194,9 @@ def test_half_precision_is_that_of_autocast(make, larger, monkeypatch, mode, met
     assert computed == pytest.approx(step_bytes(trainer, mode, mixed_precision=False).peak, rel=0.03)
 
 
-@METHODS
-@pytest.mark.parametrize(
-    "options",
-    [{"regions": True}, {"ignore": True}, {"regions": True, "ignore": True}, {"residual": True}],
-    ids=str,
+@of_methods(
+    "method, options",
+    [({"regions": True},), ({"ignore": True},), ({"regions": True, "ignore": True},), ({"residual": True},)],
 )
 def test_every_kind_of_labels_and_network(make, planned_2d, method, options) -> None:
     plain = step_bytes(make(method, planned_2d), "split", mixed_precision=True).peak
@@ -209,7 +205,7 @@ def test_every_kind_of_labels_and_network(make, planned_2d, method, options) -> 
     assert 0.8 * plain < found < (2.5 if "residual" in options else 1.3) * plain
 
 
-@METHODS
+@of_methods()
 def test_without_deep_supervision(make, planned_2d, method) -> None:
     trainer = make(method, planned_2d)
     expected = step_bytes(trainer, "split", mixed_precision=False).peak
@@ -217,7 +213,7 @@ def test_without_deep_supervision(make, planned_2d, method) -> None:
     assert 0.5 * expected < step_bytes(trainer, "split", mixed_precision=False).peak < expected
 
 
-@METHODS
+@of_methods()
 def test_a_trainer_of_plans_has_the_step_of_an_initialized_one(make, planned_2d, method) -> None:
     initialized = make(method, planned_2d)
     plans = PlansManager(initialized.plans_manager.plans)
@@ -346,9 +342,14 @@ def gradients_of(trainer, labeled, unlabeled) -> tuple[dict, dict]:
     return terms, {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
 
 
-@METHODS
-@MODES
-@pytest.mark.parametrize(("dim", "residual"), [("planned_2d", False), ("planned_3d", False), ("planned_2d", True)])
+@of_methods(
+    "method, dim, residual, mode",
+    [
+        (dim, residual, mode)
+        for dim, residual in [("planned_2d", False), ("planned_3d", False), ("planned_2d", True)]
+        for mode in ("split", "stacked")
+    ],
+)
 def test_checkpointing_changes_no_number(make, request, method, mode, dim, residual) -> None:
     trainer = make(method, request.getfixturevalue(dim), memory_mode=mode, residual=residual)
     labeled, unlabeled, _ = make_batches(trainer)
@@ -385,7 +386,7 @@ def test_the_setting_switches_it_on(make, planned_2d) -> None:
 
 
 @pytest.mark.slow
-@METHODS
+@of_methods()
 def test_compile_takes_a_checkpointed_network_in_one_graph(make, planned_2d, method) -> None:
     trainer = make(method, planned_2d, memory_mode="stacked", activation_checkpointing=True)
     _, _, batch = make_batches(trainer)

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
+from method_steps import TRAINERS
 from own_process import exit_code
 from tiny_dataset import PLANS, TinyDataset, read_preprocessed, voxels
 
@@ -31,8 +32,6 @@ from nnunet_ssl.data import preprocessing
 from nnunet_ssl.data.unlabeled_cases import ready_cases
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.crossmatch import CrossMatchSettings
-from nnunet_ssl.methods.mutual_reliable import MutualReliableSettings
-from nnunet_ssl.methods.simcvd import SimCVDSettings
 from nnunet_ssl.settings import PLANS_KEY
 
 IDENTIFIER = "nnUNetPlans_3d_fullres"
@@ -386,7 +385,7 @@ def test_plans_of_an_older_nnunet():
 
 @settings(MANY, max_examples=200)
 @given(
-    kind=st.sampled_from([CrossMatchSettings, MutualReliableSettings, SimCVDSettings]),
+    kind=st.sampled_from([trainer.settings_class for trainer in TRAINERS]),
     data=st.data(),
     value=JSON,
 )

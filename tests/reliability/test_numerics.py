@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,12 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from method_steps import TRAINERS, images_of, make_batches, make_trainer, terms_of
+from method_steps import images_of, make_batches, make_of_table, of_methods, terms_of
 
 from nnunet_ssl.networks.heads import unit_length
 from nnunet_ssl.networks.streams import StreamOutput
-
-METHODS = pytest.mark.parametrize("method", TRAINERS, ids=lambda method: method.__name__)
 
 
 class Outputs(dict):
@@ -45,19 +44,22 @@ def made_up_outputs(trainer, labeled, unlabeled, make) -> tuple[Outputs, list[to
             None if like.bottleneck is None else leaf(like.bottleneck, gradient),
             # Heads put out what is bounded: a tanh, and vectors of unit length.
             None if like.head is None else {
-                "distance": torch.tanh(leaf(like.head["distance"], gradient)),
-                "projection": unit_length(leaf(like.head["projection"], gradient)),
+                name: (unit_length if name == "projection" else torch.tanh)(leaf(one, gradient))
+                for name, one in like.head.items()
             },
         )  # fmt: skip
 
     return Outputs({name: output(shapes[name], stream.gradient) for name, stream in streams.items()}), leaves
 
 
-@METHODS
-@pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@of_methods(
+    "method, dtype, regions",
+    itertools.product([torch.float16, torch.float32, torch.bfloat16], [False, True]),
+    fast=1,
+    of_representative=2,
+)
 def test_terms_and_gradients_are_finite_for_any_logits(method, regions, dtype, planned_2d, monkeypatch, tmp_path):
-    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path, regions=regions, ignore=regions)
+    trainer = make_of_table(method, planned_2d, monkeypatch, tmp_path, regions=regions, ignore=regions)
     labeled, unlabeled, _ = make_batches(trainer)
     largest = min(torch.finfo(dtype).max, 1e6)
     scales = st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 30.0, 1e3, largest])
@@ -89,8 +91,12 @@ def test_terms_and_gradients_are_finite_for_any_logits(method, regions, dtype, p
     check()
 
 
-def constant(value):
-    return lambda image: torch.full_like(image, value)
+def zeros(image):
+    return torch.zeros_like(image)
+
+
+def threes(image):
+    return torch.full_like(image, 3.0)
 
 
 def outliers(image):
@@ -100,12 +106,9 @@ def outliers(image):
     return image
 
 
-@METHODS
-@pytest.mark.parametrize(
-    "change", [constant(0.0), constant(3.0), outliers], ids=["zeros", "one value", "extreme outliers"]
-)
+@of_methods("method, change", [(zeros,), (threes,), (outliers,)])
 def test_odd_unlabeled_images_train(method, change, planned_2d, monkeypatch, tmp_path):
-    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path, ramp_length=0.0)
+    trainer = make_of_table(method, planned_2d, monkeypatch, tmp_path, ramp_length=0.0)
     _, unlabeled, batch = make_batches(trainer)
     odd = unlabeled._replace(weak=change(unlabeled.weak), strong=[change(view) for view in unlabeled.strong])
     trainer.dataloader_unlabeled = itertools.repeat(odd._asdict())
@@ -115,14 +118,14 @@ def test_odd_unlabeled_images_train(method, change, planned_2d, monkeypatch, tmp
     assert all(torch.isfinite(parameter).all() for parameter in trainer.network.parameters())
 
 
-@METHODS
-@pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
+@of_methods("method, regions", [(False,), (True,)])
 def test_labels_and_pseudo_labels_without_a_class_train(method, regions, planned_2d, monkeypatch, tmp_path):
-    options = {"confidence_threshold": 1.0} if method.__name__ == "CrossMatchTrainer" else {}
-    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path, regions=regions, ramp_length=0.0, **options)
+    has_threshold = any(one.name == "confidence_threshold" for one in dataclasses.fields(method.settings_class))
+    options = {"confidence_threshold": 1.0} if has_threshold else {}
+    trainer = make_of_table(method, planned_2d, monkeypatch, tmp_path, regions=regions, ramp_length=0.0, **options)
     _, _, batch = make_batches(trainer)
     # No second class in the labels, and a network that puts out the first class alone, from pseudo-labels none of
-    # which reaches CrossMatch's threshold of 1.
+    # which reaches a threshold of 1.
     batch["target"] = [torch.zeros_like(one) if regions else one.clamp(max=1) for one in batch["target"]]
     with torch.no_grad():
         for layer in trainer.training_network.decoder.seg_layers:
@@ -131,26 +134,25 @@ def test_labels_and_pseudo_labels_without_a_class_train(method, regions, planned
     for _ in range(3):
         values = trainer.train_step(batch)
         assert all(np.isfinite(value) for value in values.values()), values
-        if options:
-            assert values["loss/ip"] == values["loss/tkd"] == values["loss/dkd"] == pytest.approx(0, abs=1e-6)
+        if has_threshold:
+            unsupervised = {name for name in trainer.loss_weights(1.0) if not name.startswith("supervised")}
+            assert unsupervised
+            assert all(values[f"loss/{name}"] == pytest.approx(0, abs=1e-6) for name in unsupervised), values
     assert all(torch.isfinite(parameter).all() for parameter in trainer.network.parameters())
 
 
 @pytest.mark.slow
-@METHODS
+@of_methods()
 def test_a_collapse_is_said_once_and_drawn(method, planned_2d, monkeypatch, tmp_path):
     """A network that predicts background alone, epoch for epoch."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    trainer = make_trainer(method, planned_2d, monkeypatch, tmp_path)
+    trainer = make_of_table(method, planned_2d, monkeypatch, tmp_path)
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 7, 2, 1
     trainer.initial_lr = 0.0
     trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
     with torch.no_grad():
-        decoders = [trainer.training_network.decoder]
-        if method.__name__ == "SimCVDTrainer":
-            decoders.append(trainer.training_network.teacher.decoder)
-        for decoder in decoders:
-            for layer in decoder.seg_layers:
+        for decoder in trainer.training_network.modules():
+            for layer in getattr(decoder, "seg_layers", ()):
                 layer.weight.zero_()
                 layer.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
     trainer.run_training()
