@@ -8,6 +8,7 @@ are listed here keep their meaning within a major version; everything else may c
 from nnunet_ssl.compiled import fused
 from nnunet_ssl.data.cutmix import CutMix, box_mask, paste
 from nnunet_ssl.data.labeled_targets import LabeledTarget
+from nnunet_ssl.data.noise import clipped_noise
 from nnunet_ssl.data.signed_distance import SignedDistanceMaps, of_all_structures, signed_distance_map
 from nnunet_ssl.distributed import gather_over_ranks, num_processes, sum_over_ranks
 from nnunet_ssl.errors import MethodError, UserError
@@ -15,6 +16,7 @@ from nnunet_ssl.losses.components import largest_components
 from nnunet_ssl.losses.contrastive import info_nce
 from nnunet_ssl.losses.dice import masked_dice_loss
 from nnunet_ssl.losses.probabilities import (
+    consistency,
     consistency_mse,
     entropy,
     entropy_of_probabilities,
@@ -59,7 +61,9 @@ __all__ = [
     "another_decoder",
     "another_network",
     "box_mask",
+    "clipped_noise",
     "coarse_grid",
+    "consistency",
     "consistency_mse",
     "coverage",
     "dice_and_cross_entropy",

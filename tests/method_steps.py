@@ -12,6 +12,7 @@ import torch
 
 from nnunet_ssl.data.signed_distance import signed_distance_map
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.networks.streams import StreamOutput
@@ -67,6 +68,8 @@ METHODS = (
         fused=(2, 2),
         representative=True,
     ),
+    # The same decoders. Fused: consistency.
+    Method(MeanTeacherTrainer, halves={"noise": 0.0}, split_graphs=(2 + 3,), fused=(1, 1)),
 )
 TRAINERS = tuple(method.trainer for method in METHODS)
 BY_NAME = {method.name: method for method in METHODS}

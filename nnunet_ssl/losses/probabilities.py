@@ -118,6 +118,24 @@ def consistency_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None
     return masked_mean((student.float() - teacher.detach().float()).square(), mask)
 
 
+@fused
+def consistency(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, regions: bool) -> Tensor:
+    """:func:`consistency_mse` of what two streams predict.
+
+    Args:
+        student: logits (B, C, *spatial), with gradient.
+        teacher: logits like ``student``; gradients do not reach them.
+        mask: (B, 1, *spatial) or (B, C, *spatial), bool; None counts all voxels.
+
+    Returns:
+        A scalar, float32.
+
+    >>> consistency(torch.zeros(1, 2, 3), torch.tensor([[[9.0], [-9.0]]]).expand(1, 2, 3), regions=False)
+    tensor(0.2500)
+    """
+    return consistency_mse(probabilities(student, regions=regions), probabilities(teacher, regions=regions), mask)
+
+
 def one_resolution(logits: Tensor) -> Tensor:
     """The logits, if they are of one resolution.
 

@@ -30,14 +30,15 @@ from nnunet_ssl.api import (
     TrainingNetwork,
     UNet,
     UnlabeledBatch,
+    clipped_noise,
     coarse_grid,
+    consistency,
     consistency_mse,
     fused,
     gather_over_ranks,
     gaussian_ramp_up,
     info_nce,
     of_all_structures,
-    probabilities,
     setting,
     unit_length,
 )
@@ -119,8 +120,7 @@ class SimCVDTrainer(SemiSupervisedTrainer):
 
     def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> Tensor:
         """Noise clip(N(0, σ²), ±2σ) on what the student sees of the unlabeled images."""
-        sigma = self.settings.noise
-        return (torch.randn_like(unlabeled.weak) * sigma).clamp(-2 * sigma, 2 * sigma)
+        return clipped_noise(unlabeled.weak, self.settings.noise)
 
     def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Tensor) -> dict[str, Tensor]:
         """The labeled images, and the unlabeled ones without noise and with it."""
@@ -170,12 +170,6 @@ class SimCVDTrainer(SemiSupervisedTrainer):
 def _head(output: StreamOutput, name: str) -> Tensor:
     assert output.head is not None
     return output.head[name]
-
-
-@fused
-def consistency(student: Tensor, teacher: Tensor, *, regions: bool) -> Tensor:
-    """L_con of the logits (B, C, *spatial) of student and teacher."""
-    return consistency_mse(probabilities(student, regions=regions), probabilities(teacher, regions=regions))
 
 
 @fused
