@@ -6,7 +6,7 @@ are listed here keep their meaning within a major version; everything else may c
 """
 
 from nnunet_ssl.compiled import fused
-from nnunet_ssl.data.cutmix import CutMix, box_mask, paste
+from nnunet_ssl.data.cutmix import CutMix, box_mask, paste, random_boxes
 from nnunet_ssl.data.labeled_targets import LabeledTarget
 from nnunet_ssl.data.noise import clipped_noise
 from nnunet_ssl.data.signed_distance import SignedDistanceMaps, of_all_structures, signed_distance_map
@@ -85,6 +85,7 @@ __all__ = [
     "probabilities",
     "pseudo_label",
     "ramp_length_setting",
+    "random_boxes",
     "setting",
     "sharpen",
     "signed_distance_map",

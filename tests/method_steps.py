@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nnunet_ssl.data.signed_distance import signed_distance_map
+from nnunet_ssl.methods.bcp import BCPTrainer
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
@@ -70,6 +71,17 @@ METHODS = (
     ),
     # The same decoders. Fused: consistency.
     Method(MeanTeacherTrainer, halves={"noise": 0.0}, split_graphs=(2 + 3,), fused=(1, 1)),
+    # Copy-paste from the first step on, its weight ramped up as that of the others. Boxes of the patch's size are not
+    # drawn, so halves have those of the whole. Decoder: of mixed images; nnU-Net's Dice has no gradient, so it is one
+    # graph less. Fused: the loss; and the teacher's encoder and decoder, which run before the step's passes.
+    Method(
+        BCPTrainer,
+        {"pretrain_fraction": 0.0, "ramp_length": 0.3},
+        halves={"box_fraction": 1.0},
+        others=({"pretrain_fraction": 0.2, "labeled_into_labeled": True}, {"predict_with": "teacher"}),
+        split_graphs=(2 - 1,),
+        fused=(3, 3),
+    ),
 )
 TRAINERS = tuple(method.trainer for method in METHODS)
 BY_NAME = {method.name: method for method in METHODS}
@@ -181,10 +193,11 @@ class Given(dict):
         return self[name].detach()
 
 
-def summed_terms(trainer, outputs, labeled, unlabeled) -> dict[str, torch.Tensor]:
-    """The terms, their parts added up."""
+def summed_terms(trainer, outputs, labeled, unlabeled, prepared=None) -> dict[str, torch.Tensor]:
+    """The terms, their parts added up; of what the images were prepared with, where that is drawn."""
+    prepared = trainer.prepare(labeled, unlabeled) if prepared is None else prepared
     terms: dict[str, torch.Tensor] = {}
-    for part in trainer.loss_terms(outputs, labeled, unlabeled, trainer.prepare(labeled, unlabeled)):
+    for part in trainer.loss_terms(outputs, labeled, unlabeled, prepared):
         for name, value in part.items():
             terms[name] = terms.get(name, 0) + value
     return terms

@@ -1,4 +1,4 @@
-"""CutMix boxes: drawn by the loader's workers, applied to images and pseudo-labels on the training device."""
+"""Boxes that are pasted from one image into another: how they are drawn and applied."""
 
 from __future__ import annotations
 
@@ -57,6 +57,30 @@ class CutMix:
             log_sides += (np.log(volume) - log_sides.sum()) / dim
             if log_sides.max() <= 0 and np.ptp(log_sides) <= limit:
                 return np.exp(log_sides)
+
+
+def random_boxes(count: int, patch_size: Sequence[int], *, fraction: float, device: torch.device) -> Tensor:
+    """Boxes of one size anywhere inside the patch, drawn on the training device with PyTorch's global state.
+
+    Args:
+        count: of boxes.
+        patch_size: the dim sizes of the patch.
+        fraction: of a side of the box to the patch's, in (0, 1]; rounded down to voxels, at least one.
+        device: of the result.
+
+    Returns:
+        (count, dim, 2), int64, as :func:`box_mask` takes them.
+
+    >>> boxes = random_boxes(5, (12, 30), fraction=2 / 3, device=torch.device("cpu"))
+    >>> (boxes[..., 1] - boxes[..., 0]).unique(dim=0).tolist()
+    [[8, 20]]
+    """
+    axes = []
+    for full in patch_size:
+        side = max(1, int(full * fraction))
+        first = torch.randint(full - side + 1, (count,), device=device)
+        axes.append(torch.stack((first, first + side), 1))
+    return torch.stack(axes, 1)
 
 
 def box_mask(boxes: Tensor, patch_size: Sequence[int]) -> Tensor:

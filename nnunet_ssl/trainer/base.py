@@ -323,10 +323,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # Buffers are the same on all ranks by what they are made of. Broadcast in every forward, they would make ranks
         # wait for each other that validate unlike numbers of patches.
         devices = [self.device] if self.device.type == "cuda" else None
-        # A stage may leave a network or a decoder out, which DDP has to look for then.
-        several = len(self.stages()) > 1
+        # A stage may leave a network or a decoder out, and streams without deep supervision leave heads of lower
+        # resolutions out. DDP has to look for them then.
+        all_used = len(self.stages()) == 1 and any(stream.deep_supervision for stream in self.streams().values())
         self.network = DistributedDataParallel(
-            network, device_ids=devices, broadcast_buffers=False, find_unused_parameters=several
+            network, device_ids=devices, broadcast_buffers=False, find_unused_parameters=not all_used
         )
 
     def build_network_for_training(

@@ -158,7 +158,9 @@ def what_is_not_finite_stops_both(trainer, rank: int) -> None:
     """What is not finite on one rank stops both."""
     _, unlabeled, batch = half_batches(trainer, rank)
     if rank == 1:
-        unlabeled.weak[0] = float("nan")
+        for view in (unlabeled.weak, unlabeled.augmented):
+            if view is not None:
+                view[0] = float("nan")
     with pytest.raises(RuntimeError, match="not finite"):
         trainer.train_step(batch)
 
