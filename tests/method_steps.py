@@ -13,6 +13,7 @@ import torch
 from nnunet_ssl.data.signed_distance import signed_distance_map
 from nnunet_ssl.methods.bcp import BCPTrainer
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.methods.mcnet import MCNetTrainer
 from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
@@ -57,6 +58,8 @@ METHODS = (
     # Decoders: of labeled images, and of unlabeled ones without gradient, with dropout and without.
     # Fused: pseudo-labels, coverage, Dice.
     Method(CrossMatchTrainer, {"confidence_threshold": 0.4}, split_graphs=(1 + 4,), fused=(3, 3), representative=True),
+    # Decoders: as the next method's, with three and with two. Fused: what a decoder learns.
+    Method(MCNetTrainer, others=({"decoders": 2},), split_graphs=(1 + 10, 1 + 6), fused=(1, 2)),
     # Each decoder of labeled and of unlabeled images, and all but the one that learns first once more without gradient.
     # Fused: lessons, what is learned.
     Method(MutualReliableTrainer, others=({"decoders": 3},), split_graphs=(1 + 6, 1 + 10), fused=(2, 4)),

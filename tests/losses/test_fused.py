@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from nnunet_ssl import api
 from nnunet_ssl.compiled import compiled, fused, fusing
-from nnunet_ssl.methods import crossmatch, mutual_reliable, simcvd
+from nnunet_ssl.methods import crossmatch, mcnet, mutual_reliable, simcvd
 
 COMPILE = torch.compile
 SHAPE = (2, 3, 8, 6)
@@ -31,6 +31,10 @@ def mutual(logits: Tensor, other: Tensor, *, regions: bool) -> Any:
 
 def coverage(target: Tensor, confidence: Tensor) -> Any:
     return api.coverage(api.PseudoLabel(target, confidence), 0.5, structures=3 if target.dtype == torch.bool else 2)
+
+
+def sharpened(logits: Tensor, first: Tensor, second: Tensor, **options: Any) -> Tensor:
+    return mcnet.mutual_loss(logits, [first, second], temperature=0.5, **options)
 
 
 # A function, what carries a gradient, other arguments, graphs.
@@ -51,6 +55,8 @@ CASES: dict[str, Case] = {
     "mutual of regions": (partial(mutual, regions=True), (LOGITS, OTHERS), (), 2),
     "consistency": (partial(api.consistency, regions=False), (LOGITS, OTHERS), (), 1),
     "consistency of regions, masked": (partial(api.consistency, regions=True), (LOGITS, OTHERS), (MASKS,), 1),
+    "sharpened": (partial(sharpened, regions=False, label_gradient=False), (LOGITS,), (OTHERS, FEATURES), 1),
+    "sharpened, labels too": (partial(sharpened, regions=True, label_gradient=True), (LOGITS,), (OTHERS, FEATURES), 1),
     "consistency, masked": (api.consistency_mse, (LOGITS, OTHERS), (MASK,), 1),
     "distance": (simcvd.distance_error, (LOGITS,), (OTHERS, None), 1),
     "distance, ignore label": (simcvd.distance_error, (LOGITS,), (OTHERS, MASK), 1),
