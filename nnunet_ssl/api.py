@@ -26,14 +26,20 @@ from nnunet_ssl.losses.probabilities import (
 )
 from nnunet_ssl.losses.pseudo_labels import PseudoLabel, coverage, members, pseudo_label
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
-from nnunet_ssl.losses.supervised import dice_and_cross_entropy, masked_cross_entropy
+from nnunet_ssl.losses.supervised import dice_and_cross_entropy, dice_of_logits, masked_cross_entropy
 from nnunet_ssl.networks.architectures import UNet
 from nnunet_ssl.networks.decoders import another_decoder, another_network, interpolating_decoder
 from nnunet_ssl.networks.heads import BoundaryHead, PlainHead, coarse_grid, unit_length
 from nnunet_ssl.networks.passes import Outputs
 from nnunet_ssl.networks.streams import Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork
-from nnunet_ssl.settings import SemiSupervisedSettings, TeacherSettings, ramp_length_setting, setting
+from nnunet_ssl.settings import (
+    CutMixSettings,
+    SemiSupervisedSettings,
+    TeacherSettings,
+    ramp_length_setting,
+    setting,
+)
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
 from nnunet_ssl.trainer.variants import training_length_variants
@@ -41,6 +47,7 @@ from nnunet_ssl.trainer.variants import training_length_variants
 __all__ = [
     "BoundaryHead",
     "CutMix",
+    "CutMixSettings",
     "LabeledBatch",
     "LabeledTarget",
     "MethodError",
@@ -67,6 +74,7 @@ __all__ = [
     "consistency_mse",
     "coverage",
     "dice_and_cross_entropy",
+    "dice_of_logits",
     "entropy",
     "entropy_of_probabilities",
     "foreground_probabilities",

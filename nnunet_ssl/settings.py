@@ -180,6 +180,32 @@ class TeacherSettings(SemiSupervisedSettings):
     )
 
 
+@dataclass(frozen=True)
+class CutMixSettings(SemiSupervisedSettings):
+    """Settings of every method that pastes CutMix boxes into its strong views.
+
+    Raises:
+        UserError: the largest box is smaller than the smallest.
+
+    >>> CutMixSettings(cutmix_min_volume=0.5)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    nnunet_ssl.errors.UserError: The setting 'cutmix_min_volume' in the plans' 'semi_supervised' is 0.5; it must not ...
+    """
+
+    cutmix_probability: float = setting(0.5, "share of strong views that get a CutMix box", minimum=0.0, maximum=1.0)
+    cutmix_min_volume: float = setting(0.02, "smallest share of the patch in a box", minimum=0.001, maximum=0.9)
+    cutmix_max_volume: float = setting(0.4, "largest share of the patch in a box", minimum=0.001, maximum=0.9)
+    cutmix_aspect_ratio: float = setting(0.3, "smallest ratio between two sides of a box", minimum=0.05, maximum=1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cutmix_min_volume > self.cutmix_max_volume:
+            raise UserError(
+                f"The setting 'cutmix_min_volume' in the plans' 'semi_supervised' is {self.cutmix_min_volume!r}; it "
+                f"must not be above 'cutmix_max_volume', which is {self.cutmix_max_volume!r}."
+            )
+
+
 def _check(option: dataclasses.Field[Any], value: Any) -> None:
     allowed = option.metadata
     if value is None and allowed["optional"]:

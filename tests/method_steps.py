@@ -57,7 +57,14 @@ class Method:
 METHODS = (
     # Decoders: of labeled images, and of unlabeled ones without gradient, with dropout and without.
     # Fused: pseudo-labels, coverage, Dice.
-    Method(CrossMatchTrainer, {"confidence_threshold": 0.4}, split_graphs=(1 + 4,), fused=(3, 3), representative=True),
+    Method(
+        CrossMatchTrainer,
+        {"confidence_threshold": 0.4},
+        others=({"perturbations": "sampled"},),
+        split_graphs=(1 + 4, 1 + 4),
+        fused=(3, 3),
+        representative=True,
+    ),
     # Decoders: as the next method's, with three and with two. Fused: what a decoder learns.
     Method(MCNetTrainer, others=({"decoders": 2},), split_graphs=(1 + 10, 1 + 6), fused=(1, 2)),
     # Each decoder of labeled and of unlabeled images, and all but the one that learns first once more without gradient.

@@ -74,12 +74,12 @@ def members(target: Tensor, structures: int) -> Tensor:
     return target == foreground.view(1, -1, *[1] * (target.ndim - 2))
 
 
-def coverage(label: PseudoLabel, threshold: float, *, structures: int) -> tuple[Tensor, Tensor]:
+def coverage(label: PseudoLabel, threshold: float | Tensor, *, structures: int) -> tuple[Tensor, Tensor]:
     """How much of a pseudo-label is confident enough to be learned from.
 
     Args:
         label: a pseudo-label.
-        threshold: the least confidence.
+        threshold: the least confidence; one for all voxels, or one for each.
         structures: K, foreground classes or regions.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Dice plus cross-entropy of a label on a part of the voxels, such as the two parts of a mixed image."""
+"""Dice and cross-entropy of logits with a label on a part of the voxels, such as the two parts of a mixed image."""
 
 from __future__ import annotations
 
@@ -36,8 +36,28 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = No
 
 
 @fused
+def dice_of_logits(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
+    """D over the masked voxels: :func:`masked_dice_loss` of foreground classes or regions.
+
+    Args:
+        logits: (B, C, *spatial).
+        label: classes (B, 1, *spatial), integer, or regions (B, C, *spatial), bool.
+        mask: (B, 1, *spatial), or (B, C, *spatial) for regions, bool.
+
+    Returns:
+        A scalar in [0, 1], float32.
+
+    >>> sure = torch.tensor([[[-9.0, 9.0], [9.0, -9.0]]])
+    >>> dice_of_logits(sure, torch.tensor([[[1, 1]]]), torch.tensor([[[True, False]]]))
+    tensor(0.)
+    """
+    p = foreground_probabilities(logits, regions=label.dtype == torch.bool)
+    return masked_dice_loss(p, label, mask)
+
+
+@fused
 def dice_and_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
-    """(D + CE) / 2 over the masked voxels: :func:`masked_dice_loss` and :func:`masked_cross_entropy`.
+    """(D + CE) / 2 over the masked voxels: :func:`dice_of_logits` and :func:`masked_cross_entropy`.
 
     Args:
         logits: (B, C, *spatial).
@@ -51,5 +71,4 @@ def dice_and_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor) -> Tenso
     >>> float(dice_and_cross_entropy(sure, torch.tensor([[[1, 0]]]), torch.ones(1, 1, 2, dtype=torch.bool))) < 1e-3
     True
     """
-    p = foreground_probabilities(logits, regions=label.dtype == torch.bool)
-    return (masked_dice_loss(p, label, mask) + masked_cross_entropy(logits, label, mask)) / 2
+    return (dice_of_logits(logits, label, mask) + masked_cross_entropy(logits, label, mask)) / 2

@@ -19,21 +19,18 @@ from torch import Tensor
 
 from nnunet_ssl.api import (
     CutMix,
+    CutMixSettings,
     LabeledBatch,
     Outputs,
     PseudoLabel,
-    SemiSupervisedSettings,
     SemiSupervisedTrainer,
     Stream,
     UnlabeledBatch,
-    UserError,
     Views,
     box_mask,
     coverage,
-    foreground_probabilities,
-    fused,
+    dice_of_logits,
     gaussian_ramp_up,
-    masked_dice_loss,
     paste,
     pseudo_label,
     setting,
@@ -41,7 +38,7 @@ from nnunet_ssl.api import (
 
 
 @dataclass(frozen=True)
-class CrossMatchSettings(SemiSupervisedSettings):
+class CrossMatchSettings(CutMixSettings):
     """The paper's values. ``ramp_length`` is a **[choice]**: 0 is the paper's constant weight."""
 
     confidence_threshold: float = setting(
@@ -55,18 +52,12 @@ class CrossMatchSettings(SemiSupervisedSettings):
     )
     weak_dropout: float = setting(0.25, "channel dropout of the weakly perturbed decoder", minimum=0.0, maximum=0.95)
     strong_dropout: float = setting(0.75, "channel dropout of the strongly perturbed one", minimum=0.0, maximum=0.95)
-    cutmix_probability: float = setting(0.5, "share of strong views that get a CutMix box", minimum=0.0, maximum=1.0)
-    cutmix_min_volume: float = setting(0.02, "smallest share of the patch in a box", minimum=0.001, maximum=0.9)
-    cutmix_max_volume: float = setting(0.4, "largest share of the patch in a box", minimum=0.001, maximum=0.9)
-    cutmix_aspect_ratio: float = setting(0.3, "smallest ratio between two sides of a box", minimum=0.05, maximum=1.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cutmix_min_volume > self.cutmix_max_volume:
-            raise UserError(
-                f"The setting 'cutmix_min_volume' in the plans' 'semi_supervised' is {self.cutmix_min_volume!r}; it "
-                f"must not be above 'cutmix_max_volume', which is {self.cutmix_max_volume!r}."
-            )
+    perturbations: str = setting(
+        "all",
+        "all: each step has two strong views and both perturbed decoders, as in the paper; sampled: one strong view "
+        "and one of the decoders, in turn",
+        choices=("all", "sampled"),
+    )
 
 
 class CrossMatchTrainer(SemiSupervisedTrainer):
@@ -76,23 +67,20 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
     settings: CrossMatchSettings
 
     def unlabeled_views(self) -> Views:
-        """A weak view u and two strong views s1 and s2, each with its own CutMix box."""
+        """A weak view u and two strong views s1 and s2, or one, each with its own CutMix box."""
         s = self.settings
         cutmix = CutMix(s.cutmix_probability, (s.cutmix_min_volume, s.cutmix_max_volume), s.cutmix_aspect_ratio)
-        return Views(strong=2, cutmix=cutmix)
+        return Views(strong=len(self._strong), cutmix=cutmix)
 
     def streams(self) -> dict[str, Stream]:
-        """Image → decoder, as the paper's figure 2: dn has no feature dropout, dw weak and ds strong one."""
-        weak, strong = self.settings.weak_dropout, self.settings.strong_dropout
+        """Image → decoder, as the paper's figure 2: dn has no feature dropout, dw weak and ds strong, d one of both."""
+        perturbed, strong = self._decoders, self._strong
         return {
             "x_dn": Stream("x", deep_supervision=self.enable_deep_supervision),
             "u_dn": Stream("u", gradient=False),
-            "u_dw": Stream("u", dropout=weak),
-            "u_ds": Stream("u", dropout=strong),
-            "s1_dn": Stream("s1"),
-            "s2_dn": Stream("s2"),
-            "s2_dw": Stream("s2", dropout=weak),
-            "s2_ds": Stream("s2", dropout=strong),
+            **{f"u_{decoder}": Stream("u", dropout=p) for decoder, p in perturbed.items()},
+            **{f"{view}_dn": Stream(view) for view in strong},
+            **{f"{strong[-1]}_{decoder}": Stream(strong[-1], dropout=p) for decoder, p in perturbed.items()},
         }
 
     def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> tuple[Tensor, ...]:
@@ -106,8 +94,8 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
 
         **[choice]** The authors fill them from a second unlabeled batch, and run the network on it once more.
         """
-        s1, s2 = (paste(view, mask, unlabeled.partner) for view, mask in zip(unlabeled.strong, prepared, strict=True))
-        return {"x": labeled.image, "u": unlabeled.weak, "s1": s1, "s2": s2}
+        strong = (paste(view, mask, unlabeled.partner) for view, mask in zip(unlabeled.strong, prepared, strict=True))
+        return {"x": labeled.image, "u": unlabeled.weak, **dict(zip(self._strong, strong, strict=True))}
 
     def loss_terms(
         self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: tuple[Tensor, ...]
@@ -117,28 +105,33 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
         L_ip  = ½ [D(s1→dn, mix1 ŷ) + D(s2→dn, mix2 ŷ)]                              (image perturbation)
         L_tkd = ¼ [D(u→dw, ŷ) + D(u→ds, ŷ) + D(s2→dw, mix2 ŷ) + D(s2→ds, mix2 ŷ)]   (distillation from the teacher)
         L_dkd = ½ [D(s2→dw, mix2 ŷw) + D(s2→ds, mix2 ŷs)]                            (distillation within a decoder)
-        """
-        mix1, mix2 = prepared
 
+        Sampled, with one strong view s and one decoder d: L_ip = D(s→dn, mix ŷ), L_tkd = ½ [D(u→d, ŷ) + D(s→d, mix ŷ)],
+        L_dkd = D(s→d, mix ŷd). **[choice]** The two strong views are drawn alike, and the decoders take turns, so that
+        the expected gradient is the same.
+        """
+        decoders, strong = self._decoders, self._strong
         yield {"supervised": self.supervised_loss(outputs["x_dn"].logits, labeled.target)}
 
         self.record_prediction(outputs["u_dn"].logits)
         teacher = self._pseudo_label(outputs["u_dn"].logits)
         self.record("coverage", *coverage(teacher, self.settings.confidence_threshold, structures=self.num_structures))
 
-        weak = self._pseudo_label(outputs["u_dw"].logits)
-        yield {"tkd": self._dice(outputs["u_dw"].logits, teacher) / 4}
-        strong = self._pseudo_label(outputs["u_ds"].logits)
-        yield {"tkd": self._dice(outputs["u_ds"].logits, teacher) / 4}
+        own = {}
+        for decoder in decoders:
+            own[decoder] = self._pseudo_label(outputs[f"u_{decoder}"].logits)
+            yield {"tkd": self._dice(outputs[f"u_{decoder}"].logits, teacher) / (2 * len(decoders))}
 
-        yield {"ip": self._dice(outputs["s1_dn"].logits, self._mix(teacher, mix1, unlabeled)) / 2}
+        for view, mask in zip(strong, prepared, strict=True):
+            mixed = self._mix(teacher, mask, unlabeled)
+            yield {"ip": self._dice(outputs[f"{view}_dn"].logits, mixed) / len(strong)}
 
-        teacher = self._mix(teacher, mix2, unlabeled)
-        yield {"ip": self._dice(outputs["s2_dn"].logits, teacher) / 2}
-        for decoder, own in (("s2_dw", weak), ("s2_ds", strong)):
+        # The last strong view has the perturbed decoders.
+        for decoder in decoders:
+            name = f"{strong[-1]}_{decoder}"
             yield {
-                "tkd": self._dice(outputs[decoder].logits, teacher) / 4,
-                "dkd": self._dice(outputs[decoder].logits, self._mix(own, mix2, unlabeled)) / 2,
+                "tkd": self._dice(outputs[name].logits, mixed) / (2 * len(decoders)),
+                "dkd": self._dice(outputs[name].logits, self._mix(own[decoder], mask, unlabeled)) / len(decoders),
             }
 
     def loss_weights(self, progress: float) -> dict[str, float]:
@@ -150,6 +143,20 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
         w, eta = gaussian_ramp_up(progress, length=self.settings.ramp_length), self.settings.self_distillation
         return {"supervised": 1.0, "ip": w, "tkd": w * (1 - eta), "dkd": w * eta}
 
+    @property
+    def _strong(self) -> tuple[str, ...]:
+        return ("s1", "s2") if self.settings.perturbations == "all" else ("s",)
+
+    @property
+    def _decoders(self) -> dict[str, float]:
+        """The perturbed decoders of this step and their dropout."""
+        s = self.settings
+        if s.perturbations == "all":
+            return {"dw": s.weak_dropout, "ds": s.strong_dropout}
+        # Of one name, since a compiled network has a graph for each.
+        step = round(self.progress * self.num_epochs * self.num_iterations_per_epoch)
+        return {"d": s.strong_dropout if step % 2 else s.weak_dropout}
+
     def _pseudo_label(self, logits: Tensor) -> PseudoLabel:
         return pseudo_label(logits, regions=self.label_manager.has_regions)
 
@@ -158,17 +165,5 @@ class CrossMatchTrainer(SemiSupervisedTrainer):
         return PseudoLabel(*(paste(tensor, mask, unlabeled.partner) for tensor in label))
 
     def _dice(self, logits: Tensor, label: PseudoLabel) -> Tensor:
-        confident = label.confidence >= self.settings.confidence_threshold
-        return dice(logits, label.target, confident, regions=self.label_manager.has_regions)
-
-
-@fused
-def dice(logits: Tensor, target: Tensor, confident: Tensor, *, regions: bool) -> Tensor:
-    """D: soft Dice over the confident voxels, averaged over foreground classes or regions.
-
-    Args:
-        logits: (B, C, *spatial).
-        target: of a pseudo-label.
-        confident: bool, of the shape of its confidence.
-    """
-    return masked_dice_loss(foreground_probabilities(logits, regions=regions), target, confident)
+        """D: soft Dice over the confident voxels, averaged over foreground classes or regions."""
+        return dice_of_logits(logits, label.target, label.confidence >= self.settings.confidence_threshold)

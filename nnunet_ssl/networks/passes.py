@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -70,7 +71,9 @@ class StackedOutputs(Outputs):
         self, network: nn.Module, images: Mapping[str, Tensor], streams: Mapping[str, Stream], masks: Masks
     ) -> None:
         super().__init__(streams)
-        self._outputs = network(images, streams, masks)
+        # The dropout is in the masks. A compiled network would have a graph for each probability, which may change.
+        drawn = {name: replace(stream, dropout=0.0) for name, stream in streams.items()}
+        self._outputs = network(images, drawn, masks)
         self._losses: list[Tensor] = []
 
     def __getitem__(self, name: str) -> StreamOutput:

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from nnunet_ssl import api
 from nnunet_ssl.compiled import compiled, fused, fusing
-from nnunet_ssl.methods import crossmatch, mcnet, mutual_reliable, simcvd
+from nnunet_ssl.methods import mcnet, mutual_reliable, simcvd
 
 COMPILE = torch.compile
 SHAPE = (2, 3, 8, 6)
@@ -40,8 +40,8 @@ def sharpened(logits: Tensor, first: Tensor, second: Tensor, **options: Any) -> 
 # A function, what carries a gradient, other arguments, graphs.
 Case = tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Any, ...], int]
 CASES: dict[str, Case] = {
-    "dice of classes": (partial(crossmatch.dice, regions=False), (LOGITS,), (CLASSES.to(torch.uint8), MASK), 1),
-    "dice of regions": (partial(crossmatch.dice, regions=True), (LOGITS,), (REGIONS, MASKS), 1),
+    "dice of classes": (api.dice_of_logits, (LOGITS,), (CLASSES.to(torch.uint8), MASK), 1),
+    "dice of regions": (api.dice_of_logits, (LOGITS,), (REGIONS, MASKS), 1),
     "dice of probabilities": (api.masked_dice_loss, (LOGITS.sigmoid(),), (REGIONS, MASK), 1),
     "cross-entropy": (api.masked_cross_entropy, (LOGITS,), (CLASSES, MASK), 1),
     "cross-entropy of regions": (api.masked_cross_entropy, (LOGITS,), (REGIONS, MASKS), 1),

@@ -166,6 +166,58 @@ def test_streams_are_the_papers(planned_3d, monkeypatch, tmp_path):
     }
 
 
+def test_sampled_perturbations_have_the_expected_gradient_of_all(planned_3d, monkeypatch, tmp_path):
+    """Exactly: the mean over both decoders and both strong views is that of all, over both orders of the views."""
+    options = {"confidence_threshold": 0.4, "cutmix_probability": 1.0, "ramp_length": 0.0}
+    everything = make_trainer(planned_3d, monkeypatch, tmp_path, **options)
+    sampled = make_trainer(planned_3d, monkeypatch, tmp_path, perturbations="sampled", **options)
+    labeled, unlabeled, _ = make_batches(everything)
+    masks = everything.training_network.draw_dropout_masks(
+        everything.streams(), images_of(everything, labeled, unlabeled)
+    )
+    monkeypatch.setattr(
+        type(sampled.training_network), "draw_dropout_masks", lambda self, streams, images: drawn(streams)
+    )
+
+    def drawn(streams):
+        """The same channels for a dropout of one probability, whatever the stream's name."""
+        of = {0.25: "dw", 0.75: "ds"}
+        return {
+            n: masks[f"{'u' if n[0] == 'u' else 's2'}_{of[one.dropout]}"] for n, one in streams.items() if one.dropout
+        }
+
+    def gradients(trainer, *views: int) -> dict[str, torch.Tensor]:
+        strong, boxes = [[one[view] for view in views] for one in (unlabeled.strong, unlabeled.boxes)]
+        batch = unlabeled._replace(strong=strong, boxes=boxes)
+        trainer.step_gradients(labeled, batch, trainer.prepare(labeled, batch), trainer.loss_weights(1.0))
+        named = trainer.network.named_parameters()
+        return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+
+    def mean(found: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
+
+    expected, found, decoders = mean([gradients(everything, 0, 1), gradients(everything, 1, 0)]), [], []
+    for step in range(2):
+        sampled._steps_in_epoch = step
+        decoders.append(sampled.streams()["s_d"].dropout)
+        found += [gradients(sampled, view) for view in (0, 1)]
+    assert sorted(decoders) == [0.25, 0.75]
+    scale = max(gradient.abs().max() for gradient in expected.values()).item()
+    assert (
+        found[0]["decoder.seg_layers.1.weight"] - expected["decoder.seg_layers.1.weight"]
+    ).abs().max() > 1e-3 * scale
+    for name, gradient in mean(found).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_sampled_perturbations_cost_three_encoder_and_five_decoder_passes(planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path, perturbations="sampled")
+    streams = trainer.streams()
+    assert list(streams) == ["x_dn", "u_dn", "u_d", "s_dn", "s_d"]
+    assert len({stream.image for stream in streams.values()}) == 3
+    assert trainer.unlabeled_views().strong == 1
+
+
 def test_loss_weights_follow_the_ramp(planned_3d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_3d, monkeypatch, tmp_path)
     start, end = trainer.loss_weights(0.0), trainer.loss_weights(0.3)
