@@ -17,6 +17,7 @@ from nnunet_ssl.methods.mcnet import MCNetTrainer
 from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
+from nnunet_ssl.methods.unimatch import UniMatchTrainer
 from nnunet_ssl.networks.streams import StreamOutput
 from nnunet_ssl.testing import initialized
 from nnunet_ssl.testing import make_batches as make_batches
@@ -81,6 +82,15 @@ METHODS = (
     ),
     # The same decoders. Fused: consistency.
     Method(MeanTeacherTrainer, halves={"noise": 0.0}, split_graphs=(2 + 3,), fused=(1, 1)),
+    # Decoders: of labeled and of strong images, of unlabeled ones without gradient and with dropout. Fused: as those of
+    # CrossMatch.
+    Method(
+        UniMatchTrainer,
+        {"confidence_threshold": 0.4},
+        others=({"strong_views": 1, "feature_weight": 0.0}, {"adaptive_threshold": True}),
+        split_graphs=(1 + 4,),
+        fused=(3, 3),
+    ),
     # Copy-paste from the first step on, its weight ramped up as that of the others. Boxes of the patch's size are not
     # drawn, so halves have those of the whole. Decoder: of mixed images; nnU-Net's Dice has no gradient, so it is one
     # graph less. Fused: the loss; and the teacher's encoder and decoder, which run before the step's passes.
