@@ -12,6 +12,7 @@ import torch
 
 from nnunet_ssl.data.signed_distance import signed_distance_map
 from nnunet_ssl.methods.bcp import BCPTrainer
+from nnunet_ssl.methods.cps import CPSTrainer
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mcnet import MCNetTrainer
 from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
@@ -102,6 +103,9 @@ METHODS = (
         split_graphs=(2 - 1,),
         fused=(3, 3),
     ),
+    # Each network of labeled and of unlabeled images, and the second one's decoder once more without gradient.
+    # Fused: pseudo-labels, cross-entropy.
+    Method(CPSTrainer, split_graphs=(2 + 6,), fused=(2, 4)),
 )
 TRAINERS = tuple(method.trainer for method in METHODS)
 BY_NAME = {method.name: method for method in METHODS}
