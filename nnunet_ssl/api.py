@@ -12,6 +12,7 @@ from nnunet_ssl.data.noise import clipped_noise
 from nnunet_ssl.data.signed_distance import SignedDistanceMaps, of_all_structures, signed_distance_map
 from nnunet_ssl.distributed import gather_over_ranks, num_processes, sum_over_ranks
 from nnunet_ssl.errors import MethodError, UserError
+from nnunet_ssl.losses.adaptive_threshold import AdaptiveThreshold
 from nnunet_ssl.losses.components import largest_components
 from nnunet_ssl.losses.contrastive import info_nce
 from nnunet_ssl.losses.dice import masked_dice_loss
@@ -45,6 +46,7 @@ from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
 from nnunet_ssl.trainer.variants import training_length_variants
 
 __all__ = [
+    "AdaptiveThreshold",
     "BoundaryHead",
     "CutMix",
     "CutMixSettings",

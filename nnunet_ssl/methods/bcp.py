@@ -184,16 +184,13 @@ class BCPTrainer(SemiSupervisedTrainer):
 def mixed_loss(
     logits: Tensor, label: Tensor, labeled: Tensor, pseudo: Tensor, unlabeled: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[D + CE] / 2 of the labeled and of the unlabeled part of mixed images.
+    """[D + CE] / 2 of the labeled and of the unlabeled part of mixed images (N, C, *spatial).
 
     Args:
-        logits: (N, C, *spatial).
+        logits: of the mixed images.
         label: of the labeled patches: classes (N, 1, *spatial), integer, or regions (N, C, *spatial), bool.
         labeled: where it counts, (N, 1, *spatial), bool.
         pseudo: like ``label``, of the unlabeled patches.
         unlabeled: where it counts, like ``labeled``.
-
-    Returns:
-        Two scalars, float32.
     """
     return dice_and_cross_entropy(logits, label, labeled), dice_and_cross_entropy(logits, pseudo, unlabeled)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nnunet_ssl.api import (
+    AdaptiveThreshold,
     CutMix,
     CutMixSettings,
     LabeledBatch,
@@ -32,12 +32,9 @@ from nnunet_ssl.api import (
     coverage,
     dice_of_logits,
     gaussian_ramp_up,
-    num_processes,
     paste,
-    probabilities,
     pseudo_label,
     setting,
-    sum_over_ranks,
 )
 
 
@@ -62,48 +59,19 @@ class UniMatchSettings(CutMixSettings):
     threshold_decay: float = setting(0.999, "λ: decay of these moving averages", minimum=0.0, maximum=1.0)
 
 
-class ThresholdNetwork(TrainingNetwork):
-    """nnU-Net's network with FreeMatch's moving averages, which checkpoints keep.
-
-    Args:
-        network: that nnU-Net built.
-        channels: C classes, background included, or R regions.
-        regions: whether they are regions. **[choice]** Each is a problem of two classes: its complement and itself.
-
-    Attributes:
-        confidence: τ_t, the mean confidence; a scalar.
-        frequency: p̃_t, the mean probability of each class: (1, C), or of each region's two classes: (R, 2).
-    """
-
-    confidence: Tensor
-    frequency: Tensor
-
-    def __init__(self, network: UNet, channels: int, *, regions: bool) -> None:
-        super().__init__(network)
-        groups, classes = (channels, 2) if regions else (1, channels)
-        self.register_buffer("confidence", torch.tensor(1 / classes))
-        self.register_buffer("frequency", torch.full((groups, classes), 1 / classes))
-
-    @torch.no_grad()
-    def follow(self, confidence: Tensor, frequency: Tensor, decay: float) -> None:
-        """τ_t = λ τ_t-1 + (1 - λ) mean c, and p̃_t = λ p̃_t-1 + (1 - λ) mean p."""
-        self.confidence.lerp_(confidence, 1 - decay)
-        self.frequency.lerp_(frequency, 1 - decay)
-
-
 class UniMatchTrainer(SemiSupervisedTrainer):
     """Train nnU-Net's network with UniMatch on labeled and unlabeled scans."""
 
     settings_class = UniMatchSettings
     settings: UniMatchSettings
-    _batch_means: tuple[Tensor, Tensor]
 
     def build_training_network(self, network: UNet) -> TrainingNetwork:
-        """nnU-Net's network, with FreeMatch's moving averages if they are wanted."""
-        if not self.settings.adaptive_threshold:
-            return TrainingNetwork(network)
-        labels = self.label_manager
-        return ThresholdNetwork(network, labels.num_segmentation_heads, regions=labels.has_regions)
+        """nnU-Net's network, and FreeMatch's threshold if it is wanted."""
+        training_network, labels = TrainingNetwork(network), self.label_manager
+        if self.settings.adaptive_threshold:
+            threshold = AdaptiveThreshold(labels.num_segmentation_heads, regions=labels.has_regions)
+            training_network.training_only["threshold"] = threshold
+        return training_network
 
     def unlabeled_views(self) -> Views:
         """A weak view u and the strong views s1 and s2, each with its own CutMix box."""
@@ -166,51 +134,21 @@ class UniMatchTrainer(SemiSupervisedTrainer):
 
     def after_optimizer_step(self) -> None:
         """Move FreeMatch's averages. **[choice]** After the step: a batch is not judged by what it has itself moved."""
-        network = self.training_network
-        if isinstance(network, ThresholdNetwork):
-            network.follow(*self._batch_means, self.settings.threshold_decay)
+        if self._adaptive is not None:
+            self._adaptive.follow(self.settings.threshold_decay)
+
+    @property
+    def _adaptive(self) -> AdaptiveThreshold | None:
+        threshold = self.training_network.training_only["threshold"] if self.settings.adaptive_threshold else None
+        assert threshold is None or isinstance(threshold, AdaptiveThreshold)
+        return threshold
 
     @property
     def _strong(self) -> list[str]:
         return [f"s{number + 1}" for number in range(self.settings.strong_views)]
 
     def _threshold(self, logits: Tensor, label: PseudoLabel) -> float | Tensor:
-        network = self.training_network
-        if not isinstance(network, ThresholdNetwork):
+        if self._adaptive is None:
             return self.settings.confidence_threshold
-        self._batch_means = batch_means(logits, label.confidence, regions=self.label_manager.has_regions)
-        return class_thresholds(label.target, network.confidence, network.frequency)
-
-
-def class_thresholds(target: Tensor, confidence: Tensor, frequency: Tensor) -> Tensor:
-    """τ_t(k) = τ_t p̃_t(k) / max p̃_t for the class k that a voxel is predicted as.
-
-    Args:
-        target: of a pseudo-label: classes (U, 1, *spatial), or regions (U, R, *spatial), bool.
-        confidence: τ_t, a scalar.
-        frequency: p̃_t, (1, C) or (R, 2).
-
-    Returns:
-        Like ``target``, float32.
-    """
-    table = confidence * frequency / frequency.amax(1, keepdim=True)
-    if target.dtype != torch.bool:
-        return table[0][target.long()]
-    of_complement, of_region = table.view(-1, 2, *[1] * (target.ndim - 2)).unbind(1)
-    return torch.where(target, of_region, of_complement)
-
-
-@torch.no_grad()
-def batch_means(logits: Tensor, confidence: Tensor, *, regions: bool) -> tuple[Tensor, Tensor]:
-    """Mean confidence, and mean probability of each class, over all voxels of the batch and all ranks.
-
-    Args:
-        logits: (U, C, *spatial).
-        confidence: of their pseudo-label.
-
-    Returns:
-        A scalar, and (1, C); of regions (R, 2).
-    """
-    mean = probabilities(logits, regions=regions).mean([0, *range(2, logits.ndim)])
-    frequency = torch.stack((1 - mean, mean), 1) if regions else mean[None]
-    return sum_over_ranks(confidence.mean()) / num_processes(), sum_over_ranks(frequency) / num_processes()
+        self._adaptive.see(logits, label)
+        return self._adaptive(label.target)

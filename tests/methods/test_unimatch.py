@@ -97,9 +97,12 @@ def test_the_adaptive_threshold_is_freematchs(make, planned_2d, regions):
     trainer = make(planned_2d, regions=regions, adaptive_threshold=True, confidence_threshold=1.0)
     labeled, unlabeled, _ = make_batches(trainer)
     logits = random_logits(trainer, labeled, unlabeled)
-    network, frequency = trainer.training_network, [[0.2, 0.8], [0.6, 0.4]] if regions else [[0.9, 0.6, 0.3]]
-    network.confidence.fill_(0.8)
-    network.frequency.copy_(torch.tensor(frequency))
+    adaptive, frequency = (
+        trainer.training_network.training_only["threshold"],
+        [[0.2, 0.8], [0.6, 0.4]] if regions else [[0.9, 0.6, 0.3]],
+    )
+    adaptive.confidence.fill_(0.8)
+    adaptive.frequency.copy_(torch.tensor(frequency))
     terms = summed_terms(trainer, given(logits), labeled, unlabeled)
 
     target, confidence = naive_label(logits["u"].double().numpy(), regions)
@@ -118,8 +121,8 @@ def test_the_adaptive_threshold_is_freematchs(make, planned_2d, regions):
 @pytest.mark.parametrize("regions", [False, True])
 def test_the_averages_follow_the_predictions(make, planned_2d, regions):
     trainer = make(planned_2d, regions=regions, adaptive_threshold=True, threshold_decay=0.9)
-    network = trainer.training_network
-    averages = network.confidence.double().numpy().copy(), network.frequency.double().numpy().copy()
+    adaptive = trainer.training_network.training_only["threshold"]
+    averages = adaptive.confidence.double().numpy().copy(), adaptive.frequency.double().numpy().copy()
     assert np.allclose(averages[0], 1 / 2 if regions else 1 / 3) and np.allclose(averages[1], averages[0])
     _, unlabeled, batch = make_batches(trainer)
     for _ in range(3):
@@ -129,9 +132,10 @@ def test_the_averages_follow_the_predictions(make, planned_2d, regions):
         means = np.stack([1 - means, means], 1) if regions else means[None]
         averages = 0.9 * averages[0] + 0.1 * confidence.mean(), 0.9 * averages[1] + 0.1 * means
         trainer.train_step(batch)
-    np.testing.assert_allclose(network.confidence.numpy(), averages[0], rtol=1e-5)
-    np.testing.assert_allclose(network.frequency.numpy(), averages[1], rtol=1e-5)
-    assert {"confidence", "frequency"} <= set(network.training_state())
+    np.testing.assert_allclose(adaptive.confidence.numpy(), averages[0], rtol=1e-5)
+    np.testing.assert_allclose(adaptive.frequency.numpy(), averages[1], rtol=1e-5)
+    kept = trainer.training_network.training_state()
+    assert {f"training_only.threshold.{name}" for name in ("confidence", "frequency")} <= set(kept)
 
 
 def test_strong_images_are_mixed_as_their_labels(make, planned_3d):
@@ -177,7 +181,7 @@ def test_streams_and_weights_are_the_papers(make, planned_2d):
     # The authors' 1/2 L_sup + 1/8 D(s1) + 1/8 D(s2) + 1/4 D(u dropped), times 2; strong is the mean of two.
     assert trainer.loss_weights(0.3) == {"supervised": 1.0, "strong": 0.5, "features": 0.5}
     assert trainer.loss_weights(0.0)["strong"] == pytest.approx(0.5 * np.exp(-5))
-    assert not hasattr(trainer.training_network, "confidence"), "without the adaptive threshold, nothing to keep"
+    assert "threshold" not in trainer.training_network.training_only
     fixmatch = make(planned_2d, strong_views=1, feature_weight=0.0)
     assert set(fixmatch.streams()) == {"x", "u", "s1"}
     assert fixmatch.loss_weights(0.3) == {"supervised": 1.0, "strong": 1.0}
