@@ -1,8 +1,12 @@
 """What several processes of one training tell each other; in a training of one process, nothing.
 
-DistributedDataParallel averages the gradients of all ranks. So that this is the gradient of the joined batch, the mean
-of a loss over the ranks has to be the loss on the joined batch: a mean over samples is that by itself, a ratio of sums
-over the batch needs the sums of all ranks.
+After each backward pass the gradients of all ranks are averaged. So that this is the gradient of the joined batch, the
+mean of a loss over the ranks has to be the loss on the joined batch: a mean over samples is that by itself, a ratio of
+sums over the batch needs the sums of all ranks.
+
+PyTorch's DistributedDataParallel is not used. It has to see every backward pass, and wants to know before it which
+parameters get a gradient; here encoder and decoders run apart in memory mode split, and a step's streams may leave out
+a network, a decoder or the heads of lower resolutions.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 _alone = False
@@ -99,15 +103,35 @@ def gather_over_ranks(tensor: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts), dist.get_rank() * len(tensor)
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace the gradients by their means over all ranks, as DistributedDataParallel does in a backward pass.
+def joined(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with the weights of the first rank on all; on GPUs, batch normalization then sees all ranks.
 
-    The same parameters have a gradient on all ranks, since all run the same streams.
+    Args:
+        network: on the device.
+        device: that trains.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for handle in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        handle.wait()
-    torch._foreach_div_(gradients, dist.get_world_size())
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if device.type == "cuda" else network
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            dist.broadcast(tensor, 0)
+    return network
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients by their means over all ranks; nothing with one process, or within :func:`alone`.
+
+    A parameter without a gradient stays without. The same ones have a gradient on all ranks, since all run the same
+    streams.
+    """
+    if num_processes() == 1:
+        return
+    learned = [parameter for parameter in parameters if parameter.grad is not None]
+    # One collective for all: each costs time of its own.
+    means = torch.cat([parameter.grad.flatten() for parameter in learned if parameter.grad is not None])
+    dist.all_reduce(means)
+    means /= num_processes()
+    for parameter, mean in zip(learned, means.split([parameter.numel() for parameter in learned]), strict=True):
+        parameter.grad = mean.view_as(parameter)
 
 
 def on_all_ranks(here: bool, device: torch.device) -> bool:

@@ -61,7 +61,7 @@ class StackedOutputs(Outputs):
     """All streams in one pass: the fastest on a GPU.
 
     Args:
-        network: the training network, or a compiled or DDP-wrapped one.
+        network: the training network, or a compiled one.
         images: by name, (N, C, *spatial).
         streams: by name.
         masks: of :func:`~nnunet_ssl.networks.streams.draw_dropout_masks`.

@@ -21,8 +21,8 @@ class TrainingNetwork(Branch):
     """nnU-Net's own encoder and decoder, under their own names, and in addition what only training needs.
 
     Its state dict is the stock network's. Called with one tensor it is the network that predicts, for nnU-Net's
-    validation. Called with images and streams it runs all streams of a training step at once, so that a DDP wrapper and
-    ``torch.compile`` see one forward.
+    validation. Called with images and streams it runs all streams of a training step at once, so that
+    ``torch.compile`` sees one forward.
 
     Args:
         network: the network that nnU-Net built from the plans.

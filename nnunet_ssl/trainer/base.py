@@ -22,7 +22,6 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import nnunet_ssl
 from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
@@ -32,7 +31,7 @@ from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.records import folder_name
 from nnunet_ssl.data.views import WithWeakView, flat
-from nnunet_ssl.distributed import Ranks, alone, device_of_this_process, on_all_ranks
+from nnunet_ssl.distributed import Ranks, alone, device_of_this_process, joined, on_all_ranks
 from nnunet_ssl.errors import MethodError
 from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet, check_network
@@ -59,7 +58,7 @@ from nnunet_ssl.trainer.gradients import (
     MemoryMode,
     StepGradients,
     check_teacher_moved,
-    without_wrappers,
+    without_wrapper,
 )
 from nnunet_ssl.trainer.loaders import Loaders, augmented, restart, unlabeled_loader
 from nnunet_ssl.trainer.memory import log_memory
@@ -288,13 +287,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """As nnU-Net; of several processes, each with its share of the batch and with the device it was given."""
         if self.settings.seed is not None:
             seed_this_process(derived_seed(self.settings.seed))
+        # nnU-Net would wrap the network in DistributedDataParallel.
         distributed, self.is_ddp = self.is_ddp, False
         try:
             super().initialize()
         finally:
             self.is_ddp = distributed
+        self._loss_of_this_process = self.loss
         if distributed:
-            self._distribute()
+            self.ranks = Ranks.of_this_training()
+            self._set_batch_size_and_oversample()
+            self.loss = self._build_loss()
+            self.network = joined(self.network, self.device)
         self.prepare_steps()
 
     def prepare_steps(self) -> None:
@@ -315,20 +319,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         self.guarded_optimizer = GuardedOptimizer(self.optimizer, self.network.parameters(), self.grad_scaler)
 
-    def _distribute(self) -> None:
-        self.ranks = Ranks.of_this_training()
-        self._set_batch_size_and_oversample()
-        self.loss = self._build_loss()
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network) if self.device.type == "cuda" else self.network
-        # Buffers are the same on all ranks by what they are made of. Broadcast in every forward, they would make ranks
-        # wait for each other that validate unlike numbers of patches.
-        devices = [self.device] if self.device.type == "cuda" else None
-        # A stage may leave a network or a decoder out, and streams without deep supervision leave heads of lower
-        # resolutions out. DDP has to look for them then.
-        all_used = len(self.stages()) == 1 and any(stream.deep_supervision for stream in self.streams().values())
-        self.network = DistributedDataParallel(
-            network, device_ids=devices, broadcast_buffers=False, find_unused_parameters=not all_used
-        )
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """As nnU-Net, which with several processes expects a network that is wrapped."""
+        self.training_network.decoder.deep_supervision = enabled
 
     def build_network_for_training(
         self,
@@ -356,8 +349,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @property
     def training_network(self) -> TrainingNetwork:
-        """The network without the wrappers of DDP and ``torch.compile``."""
-        return without_wrappers(self.network)
+        """The network without the wrapper of ``torch.compile``."""
+        return without_wrapper(self.network)
 
     # ---- unlabeled data ---------------------------------------------------------------------------------------------
 
@@ -582,17 +575,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @contextmanager
     def _without_other_ranks(self) -> Iterator[None]:
         """Within, steps have no collective: a rank that runs out of memory would leave the others waiting in it."""
-        if not self.is_ddp:
-            yield
-            return
-        loss, self.is_ddp = self.loss, False
+        loss, self.loss = self.loss, self._loss_of_this_process
         try:
-            self.loss = self._build_loss()
-            self.is_ddp = True
-            with alone(), self.network.no_sync():
+            with alone():
                 yield
         finally:
-            self.is_ddp, self.loss = True, loss
+            self.loss = loss
 
     # ---- log --------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl.compiled import fusing
 from nnunet_ssl.distributed import average_gradients, on_all_ranks
@@ -67,7 +66,7 @@ class StepGradients:
 
     Args:
         method: its hooks.
-        network: the network, as DDP or ``torch.compile`` has wrapped it.
+        network: the network, as ``torch.compile`` may have wrapped it.
         device: that trains.
         memory_mode: to begin with.
         grad_scaler: nnU-Net's, or None without mixed precision.
@@ -98,8 +97,8 @@ class StepGradients:
         )
         self._method = method
         self._network = network
-        self._training_network = without_wrappers(network)
-        self._compiled = is_compiled(network)
+        self._training_network = without_wrapper(network)
+        self._compiled = isinstance(network, OptimizedModule)
         self._device = device
         self._grad_scaler = grad_scaler
         self._distributed = distributed
@@ -140,7 +139,7 @@ class StepGradients:
 
         def attempt() -> dict[str, Tensor]:
             allocate_momentum(fall_back.optimizer)
-            with fall_back.without_other_ranks():
+            with fall_back.without_other_ranks() if self._distributed else nullcontext():
                 return self._compute(labeled, unlabeled, prepared, weights)
 
         terms = unless_out_of_memory(attempt)
@@ -186,9 +185,7 @@ class StepGradients:
                 f"training learns from the labeled images, and nnU-Net's log shows that term."
             )
         outputs.finish()
-        if self._distributed and self.memory_mode == "split":
-            # Encoder and decoders are called apart, and no wrapper sees it.
-            average_gradients(self._training_network.parameters())
+        average_gradients(self._training_network.parameters())
         return terms
 
     @torch.no_grad()
@@ -207,21 +204,11 @@ class StepGradients:
         return SplitOutputs(self._training_network, images, streams, masks, compile_passes=self._compiled)
 
 
-def without_wrappers(network: nn.Module) -> TrainingNetwork:
-    """The network without the wrappers of DDP and ``torch.compile``."""
-    network = _without_ddp(network)
+def without_wrapper(network: nn.Module) -> TrainingNetwork:
+    """The network without the wrapper of ``torch.compile``."""
     network = network._orig_mod if isinstance(network, OptimizedModule) else network
     assert isinstance(network, TrainingNetwork)
     return network
-
-
-def is_compiled(network: nn.Module) -> bool:
-    """Whether ``torch.compile`` has wrapped it."""
-    return isinstance(_without_ddp(network), OptimizedModule)
-
-
-def _without_ddp(network: nn.Module) -> nn.Module:
-    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> None:

@@ -10,14 +10,26 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from method_steps import BY_NAME, gradients_step, make_batches, make_of_table
+from method_steps import BY_NAME, gradients_step, make_batches, make_of_table, make_trainer
+from torch import Tensor
 from torch import distributed as dist
 
+from nnunet_ssl.api import (
+    Outputs,
+    SemiSupervisedTrainer,
+    Stream,
+    UNet,
+    another_network,
+    masked_cross_entropy,
+    pseudo_label,
+)
 from nnunet_ssl.data.labeled_targets import AddTargets
 from nnunet_ssl.distributed import alone
 from nnunet_ssl.networks import passes as passes_module
@@ -31,7 +43,39 @@ OUT_OF_MEMORY = "out of memory"
 UNLABELED = 4
 
 
+class CrossTeaching(SemiSupervisedTrainer):
+    """Two networks; the second has no loss at lower resolutions, and no stream in every other step."""
+
+    def build_training_network(self, network: UNet) -> TrainingNetwork:
+        return TrainingNetwork(network, networks={"b": another_network(network)})
+
+    def streams(self) -> dict[str, Stream]:
+        alone = {"x_a": Stream("x", deep_supervision=self.enable_deep_supervision)}
+        together = {"x_b": Stream("x", network="b"), "u_a": Stream("u"), "u_b": Stream("u", network="b")}
+        return alone if self._steps_in_epoch % 2 else alone | together
+
+    def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any) -> dict[str, Tensor]:
+        return {"x": labeled.image, "u": unlabeled.weak}
+
+    def loss_terms(
+        self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        yield {"supervised": self.supervised_loss(outputs["x_a"].logits, labeled.target)}
+        if "x_b" in outputs:
+            yield {"of_b": masked_cross_entropy(outputs["x_b"].logits, self.label_of(labeled))}
+            of_a = pseudo_label(outputs.peek("u_a").logits, regions=False)
+            yield {"mutual": masked_cross_entropy(outputs["u_b"].logits, of_a.target)}
+
+    def loss_weights(self, progress: float) -> dict[str, float]:
+        return {"supervised": 1.0, "of_b": 1.0, "mutual": 1.0}
+
+
+METHODS = {name: row.trainer for name, row in BY_NAME.items()} | {"CrossTeaching": CrossTeaching}
+
+
 def make(method, kind: str, planned, patch, results: Path):
+    if method is CrossTeaching:
+        return make_trainer(method, planned, patch, results, **KINDS[kind])
     options = BY_NAME[method.__name__].halves | KINDS[kind]
     return make_of_table(method, planned, patch, results, ramp_length=0.0, **options)
 
@@ -116,10 +160,10 @@ def main(planned_folders: dict[str, Path], results: Path) -> None:
     }
     report: dict[tuple, dict] = {}
     for name, kind, mode in json.loads((results / "cases.json").read_text()):
-        trainer = make(BY_NAME[name].trainer, kind, planned[kind[:2]], patch, results)
+        trainer = make(METHODS[name], kind, planned[kind[:2]], patch, results)
         report[name, kind, mode] = out_of_memory(trainer, rank) if mode == OUT_OF_MEMORY else steps(trainer, rank, mode)
         if mode == OUT_OF_MEMORY:
-            what_is_not_finite_stops_both(make(BY_NAME[name].trainer, kind, planned[kind[:2]], patch, results), rank)
+            what_is_not_finite_stops_both(make(METHODS[name], kind, planned[kind[:2]], patch, results), rank)
     torch.save(report, results / f"rank_{rank}.pt")
     dist.destroy_process_group()
 
@@ -127,7 +171,7 @@ def main(planned_folders: dict[str, Path], results: Path) -> None:
 def steps(trainer, rank: int, mode: str) -> dict:
     """Gradients of a rank's half, alone and of both, and two steps."""
     labeled, unlabeled, batch = half_batches(trainer, rank)
-    with alone(), trainer.network.no_sync():
+    with alone():
         _, own = gradients(trainer, labeled, unlabeled, "stacked")
     terms, found = gradients(trainer, labeled, unlabeled, mode)
     values = [trainer.train_step(batch) for _ in range(2)]

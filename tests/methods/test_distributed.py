@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_steps import KINDS, MODES, joined_batches, joined_masks, make, tensors_of
-from method_steps import gradients_step, of_methods
+from distributed_steps import KINDS, MODES, CrossTeaching, joined_batches, joined_masks, make, tensors_of
+from method_steps import gradients_step, method_cases, of_methods
 
 from nnunet_ssl.networks.training_network import TrainingNetwork
 
 OUT_OF_MEMORY = "out of memory"
-CASES = of_methods("method, kind, mode", itertools.product(KINDS, MODES))
+CASES = pytest.mark.parametrize(
+    ("method", "kind", "mode"),
+    [*method_cases(itertools.product(KINDS, MODES)), *itertools.product([CrossTeaching], ["2d"], MODES)],
+)
 
 
 @pytest.fixture(scope="module")
