@@ -12,7 +12,7 @@ a network, a decoder or the heads of lower resolutions.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,6 +115,23 @@ def joined(network: nn.Module, device: torch.device) -> nn.Module:
         for tensor in (*network.parameters(), *network.buffers()):
             dist.broadcast(tensor, 0)
     return network
+
+
+class LossOfRanks:
+    """nnU-Net's loss where several processes train, with terms that are sums over all ranks.
+
+    Args:
+        together: of the joined batch.
+        own: of this process's batch, within :func:`alone`.
+    """
+
+    def __init__(self, *, together: Callable[[Any, Any], Tensor], own: Callable[[Any, Any], Tensor]) -> None:
+        self.together = together
+        self.own = own
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        """As nnU-Net's loss."""
+        return (self.own if num_processes() == 1 else self.together)(output, target)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import MethodError, UserError
 
 PLANS_KEY = "semi_supervised"
 
@@ -204,6 +204,19 @@ class CutMixSettings(SemiSupervisedSettings):
                 f"The setting 'cutmix_min_volume' in the plans' 'semi_supervised' is {self.cutmix_min_volume!r}; it "
                 f"must not be above 'cutmix_max_volume', which is {self.cutmix_max_volume!r}."
             )
+
+
+def teacher_settings(settings: SemiSupervisedSettings) -> TeacherSettings:
+    """The settings of a method with a teacher.
+
+    Raises:
+        MethodError: they do not say how it moves.
+    """
+    if isinstance(settings, TeacherSettings):
+        return settings
+    raise MethodError(
+        f"The network has a teacher: derive {type(settings).__name__} from TeacherSettings, which say how it moves."
+    )
 
 
 def _check(option: dataclasses.Field[Any], value: Any) -> None:

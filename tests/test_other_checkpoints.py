@@ -161,7 +161,7 @@ def test_a_previous_stage_of_another_network(make, planned_2d, tmp_path, damaged
     cases = [*planned_2d.phantoms.labeled, *planned_2d.phantoms.validation]
     for case in cases:
         (segmented / f"{case}.b2nd").touch()
-    stage = PreviousStage(segmented, "tiny", "cascade", "CrossMatchTrainer")
+    stage = PreviousStage(segmented, "tiny")
     with pytest.raises(UserError, match=r"^Train all folds of the previous stage: ") as refused:
         segmented_by_previous_stage(
             [],

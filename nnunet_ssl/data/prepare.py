@@ -27,7 +27,7 @@ from nnunet_ssl.errors import UserError
 
 @dataclass(frozen=True)
 class UnlabeledSource:
-    """Where the unlabeled cases of a fold come from.
+    """Where the unlabeled cases of a training come from.
 
     Attributes:
         raw: the dataset in nnUNet_raw; None on a machine that has the preprocessed data alone.
@@ -35,6 +35,8 @@ class UnlabeledSource:
         plans_manager: nnU-Net's plans.
         dataset_json: nnU-Net's description of the dataset.
         fold: a number or ``all``.
+        configuration: that is trained.
+        trainer_name: of its class.
     """
 
     raw: Path | None
@@ -42,24 +44,31 @@ class UnlabeledSource:
     plans_manager: PlansManager
     dataset_json: dict[str, Any]
     fold: int | str
+    configuration: str
+    trainer_name: str
 
-    def check_fold(self, configuration: str, trainer_name: str, log: Callable[..., None]) -> None:
+    def check_fold(self, log: Callable[..., None]) -> None:
         """Check the fold before any work; what does not stop a training is logged.
 
         Raises:
             UserError: see :func:`~nnunet_ssl.data.fold_check.check_fold`.
         """
         plans = self.plans_manager
-        labeled = self.preprocessed / plans.get_configuration(configuration).data_identifier
+        labeled = self.labeled_folder
         notes = check_fold(
             self.preprocessed / SPLITS_FILE,
             self.fold,
             labeled,
             preprocessed_cases(labeled),
-            train_all=train_all(plans.dataset_name, configuration, plans.plans_name, trainer_name),
+            train_all=train_all(plans.dataset_name, self.configuration, plans.plans_name, self.trainer_name),
         )
         for note in notes:
             log(f"WARNING: {note}")
+
+    @property
+    def labeled_folder(self) -> Path:
+        """Of the preprocessed labeled cases."""
+        return self.preprocessed / self.plans_manager.get_configuration(self.configuration).data_identifier
 
     def preprocess(self, configuration: str, log: Callable[..., None]) -> None:
         """Bring the cases of imagesUn up to date for a configuration; ``log`` is nnU-Net's print_to_log_file."""
@@ -83,9 +92,8 @@ class UnlabeledSource:
 
 def prepare_unlabeled_cases(
     source: UnlabeledSource,
-    configuration: str,
-    *,
     split: Callable[[], tuple[list[str], list[str]]],
+    *,
     allow_transductive: bool,
     ranks: Ranks,
     log: Callable[..., None],
@@ -94,7 +102,6 @@ def prepare_unlabeled_cases(
 
     Args:
         source: where they come from.
-        configuration: that is trained.
         split: returns the fold's labeled cases for training and for validation.
         allow_transductive: see :func:`~nnunet_ssl.data.leak_guard.check_leaks`.
         ranks: this process among those that train together.
@@ -104,17 +111,16 @@ def prepare_unlabeled_cases(
         UserError: there is no unlabeled case, or one is a validation case.
     """
     if ranks.first:
-        source.preprocess(configuration, log)
-        cases = source.collect(configuration)
+        source.preprocess(source.configuration, log)
+        cases = source.collect(source.configuration)
         if not cases:
             raise UserError(
                 no_unlabeled_cases_message(source.raw or Path("nnUNet_raw"), source.preprocessed, source.fold)
             )
         train, val = split()
-        manager = source.plans_manager.get_configuration(configuration)
         check_leaks(
             unlabeled=cases,
-            labeled_folder=source.preprocessed / manager.data_identifier,
+            labeled_folder=source.labeled_folder,
             train=train,
             val=val,
             allow_transductive=allow_transductive,
@@ -123,4 +129,4 @@ def prepare_unlabeled_cases(
         log(f"{len(cases)} unlabeled cases, {len(train)} labeled cases")
     ranks.wait()
     # A file is read for every case: not twice by the same process.
-    return cases if ranks.first else source.collect(configuration)
+    return cases if ranks.first else source.collect(source.configuration)

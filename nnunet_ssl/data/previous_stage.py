@@ -73,14 +73,10 @@ class PreviousStage:
     Attributes:
         labeled: where nnU-Net keeps its segmentations of labeled cases, for the stage that uses them.
         configuration: its own.
-        used_by: the configuration of the stage that uses them.
-        trainer_name: of both stages.
     """
 
     labeled: Path
     configuration: str
-    used_by: str
-    trainer_name: str
 
     @property
     def results(self) -> Path:
@@ -91,7 +87,7 @@ class PreviousStage:
         """What to do where it is not trained."""
         return (
             f"Train all folds of the previous stage: nnUNetv2_train {source.plans_manager.dataset_name} "
-            f"{self.configuration} FOLD -tr {self.trainer_name}"
+            f"{self.configuration} FOLD -tr {source.trainer_name}"
         )
 
     def checkpoint(self, source: UnlabeledSource, labeled_cases: Sequence[str]) -> Path:
@@ -103,7 +99,7 @@ class PreviousStage:
         to_do = self.to_do(source)
         file = self.results / f"fold_{source.fold}" / "checkpoint_final.pth"
         if not file.is_file():
-            raise UserError(f"{self.used_by} needs {file}, which does not exist. {to_do}")
+            raise UserError(f"{source.configuration} needs {file}, which does not exist. {to_do}")
         check_labeled_cases(self.labeled, labeled_cases, to_do=to_do)
         return file
 
@@ -127,7 +123,7 @@ class PreviousStage:
             mirroring_axes: for test-time mirroring, as the checkpoint has them.
             log: takes lines of progress.
         """
-        folder = previous_stage_folder(self.results, self.used_by, source.fold)
+        folder = previous_stage_folder(self.results, source.configuration, source.fold)
         segment_by_previous_stage(
             cases,
             source.collect(self.configuration),

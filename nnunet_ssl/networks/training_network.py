@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl.errors import MethodError
 from nnunet_ssl.networks.branch import Branch
 from nnunet_ssl.networks.streams import Logits, Masks, Stream, StreamMasks, StreamOutput, draw_dropout_masks
 from nnunet_ssl.networks.teacher import Teacher
@@ -136,6 +137,19 @@ class TrainingNetwork(Branch):
     def update_teacher(self, max_decay: float) -> None:
         """Move the teacher towards the student: see :meth:`~nnunet_ssl.networks.teacher.Teacher.follow`."""
         self.teacher.follow(self, max_decay)
+
+    def check_teacher_moved(self) -> None:
+        """Whether the teacher, if there is one, follows the student; called after steps that moved the student.
+
+        Raises:
+            MethodError: it was never moved.
+        """
+        if self.has_teacher and self.teacher.updates == 0:
+            raise MethodError(
+                "The network has a teacher, which after_optimizer_step() did not move. Call "
+                "self.training_network.update_teacher(decay) there, or do not override it: by default the teacher "
+                "moves with the setting ema_decay."
+            )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The weights of the network that predicts, under nnU-Net's names, and nothing else."""

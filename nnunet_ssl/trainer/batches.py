@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from nnunet_ssl.data.cutmix import CutMix
@@ -137,6 +138,31 @@ class Views:
     def __post_init__(self) -> None:
         if self.cutmix is not None and self.strong == 0:
             raise ValueError("Views(cutmix=...) draws boxes of strong views: ask for some with strong=1 or more.")
+
+
+def label_of(target: Tensor, labels: LabelManager) -> Tensor:
+    """The label as losses and pseudo-labels have it, with background where it is the ignore label.
+
+    Args:
+        target: nnU-Net's, of full resolution; with regions, its last channel is the ignore label, if there is one.
+        labels: nnU-Net's label manager.
+
+    Returns:
+        Classes (B, 1, *patch size), integer, or regions (B, R, *patch size), bool.
+    """
+    if labels.has_regions:
+        return target[:, : labels.num_segmentation_heads] > 0
+    return target.masked_fill(target == labels.ignore_label, 0) if labels.has_ignore_label else target
+
+
+def known_voxels(target: Tensor, labels: LabelManager) -> Tensor | None:
+    """Where the label is not the ignore label: (B, 1, *patch size), bool; None for a dataset without one.
+
+    Arguments as for :func:`label_of`.
+    """
+    if not labels.has_ignore_label:
+        return None
+    return target[:, -1:] == 0 if labels.has_regions else target != labels.ignore_label
 
 
 def _moved(tensors: Any, device: torch.device) -> Any:

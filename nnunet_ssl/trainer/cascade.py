@@ -23,10 +23,10 @@ def segmented_by_previous_stage(
     cases: Sequence[UnlabeledCase],
     source: UnlabeledSource,
     stage: PreviousStage,
-    *,
     labeled_cases: Sequence[str],
     build: Callable[..., nn.Module],
     device: torch.device,
+    *,
     ranks: Ranks,
     log: Callable[..., None],
 ) -> Path:

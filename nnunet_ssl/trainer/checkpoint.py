@@ -26,9 +26,33 @@ _START_FROM_WEIGHTS = (
 )
 
 
-def own_entry(network: TrainingNetwork, settings: SemiSupervisedSettings) -> dict[str, Any]:
-    """The entry :data:`CHECKPOINT_KEY`: plain values and tensors."""
-    return {"version": nnunet_ssl.__version__, "settings": settings.as_dict(), "network": network.training_state()}
+def learned(
+    network: TrainingNetwork, optimizer: torch.optim.Optimizer, grad_scaler: Any, settings: SemiSupervisedSettings
+) -> dict[str, Any]:
+    """The entries of a checkpoint that hold what was learned; the package's own one is :data:`CHECKPOINT_KEY`.
+
+    ``network_weights`` are those of nnU-Net's own network under its own names, so that stock nnU-Net predicts with the
+    file once its trainer name is changed. All is tensors and plain values.
+    """
+    return {
+        "network_weights": network.state_dict(),
+        "optimizer_state": optimizer.state_dict(),
+        "grad_scaler_state": grad_scaler.state_dict() if grad_scaler is not None else None,
+        CHECKPOINT_KEY: {
+            "version": nnunet_ssl.__version__,
+            "settings": settings.as_dict(),
+            "network": network.training_state(),
+        },
+    }
+
+
+def logged(logger: Any, next_epoch: int) -> dict[str, Any]:
+    """The entries of a checkpoint that hold the log of the epochs before ``next_epoch``; ``logger`` is nnU-Net's."""
+    return {
+        "logging": {key: _plain(values[:next_epoch]) for key, values in logger.get_checkpoint().items()},
+        "_best_ema": _best_so_far(logger.get_value("ema_fg_dice", step=None)),
+        "current_epoch": next_epoch,
+    }
 
 
 def write_durably(checkpoint: Mapping[str, Any], file: Path) -> None:
@@ -48,7 +72,7 @@ def write_durably(checkpoint: Mapping[str, Any], file: Path) -> None:
         ) from error
 
 
-def best_so_far(values: Sequence[float]) -> float | None:
+def _best_so_far(values: Sequence[float]) -> float | None:
     """nnU-Net's best value, of the epochs' values.
 
     nnU-Net writes checkpoint_latest before it compares the epoch's value with the best one. Continued from there, it
@@ -57,32 +81,69 @@ def best_so_far(values: Sequence[float]) -> float | None:
     return max((float(value) for value in values if np.isfinite(value)), default=None)
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """The value without NumPy's scalars, which make a checkpoint unreadable with weights_only."""
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
+        return [_plain(entry) for entry in value]
     return value.item() if isinstance(value, np.generic) else value
 
 
-def read_to_continue(checkpoint: dict[str, Any] | str, device: torch.device) -> tuple[dict[str, Any], str]:
-    """A checkpoint to go on from, and what to call it in a message.
+def continue_from(
+    checkpoint: dict[str, Any] | str,
+    network: TrainingNetwork,
+    optimizer: torch.optim.Optimizer,
+    grad_scaler: Any,
+    settings: SemiSupervisedSettings,
+    *,
+    trainer_name: str,
+    here: Mapping[str, Any],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Restore :func:`learned` of a checkpoint of a training like this one; changed settings are logged.
 
     Args:
         checkpoint: read already, or its file.
-        device: for its tensors.
+        network: of this training, like all that follow.
+        optimizer: nnU-Net's.
+        grad_scaler: nnU-Net's, or None.
+        settings: of the method.
+        trainer_name: of its class.
+        here: nnU-Net's plans, and ``configuration`` and ``num_epochs`` of this training.
+        log: writes a line to nnU-Net's log file.
+
+    Returns:
+        The checkpoint.
 
     Raises:
-        UserError: it holds more than tensors and plain values, is damaged, or is of no semi-supervised trainer.
+        UserError: it holds more than tensors and plain values, is damaged, is of no semi-supervised trainer, or is of
+            another network, trainer or settings; the text names what differs and what to do.
     """
     named = "The checkpoint"
     if not isinstance(checkpoint, dict):
         named = f"The checkpoint {checkpoint}"
-        checkpoint = _read(Path(checkpoint), device)
+        checkpoint = _read(Path(checkpoint), next(network.parameters()).device)
     if CHECKPOINT_KEY not in checkpoint:
         raise UserError(f"{_START_FROM_WEIGHTS} {named} was written by {checkpoint.get('trainer_name')}.")
-    return checkpoint, named
+    if unlike := differences(checkpoint["network_weights"], network.state_dict()):
+        raise UserError(
+            "Continue with the plans and the dataset.json of the checkpoint; or train without --c, with "
+            f"-pretrained_weights if only the outputs differ. {named} is of another network: "
+            f"{'; '.join([*unlike, *_other_plans(checkpoint['init_args'], here)])}."
+        )
+    writer, before = checkpoint["trainer_name"], checkpoint[CHECKPOINT_KEY]["settings"]
+    changed = {name: value for name, value in settings.as_dict().items() if before.get(name) != value}
+    for setting, value in changed.items():
+        log(f"Setting {setting} was {before.get(setting)!r} in the checkpoint, is {value!r} now")
+    _load_networks(network, checkpoint, named, trainer_name, changed)
+    if writer != trainer_name:
+        done = checkpoint["current_epoch"]
+        log(f"The checkpoint is one of {writer}, after {done} epochs; {trainer_name} has {here['num_epochs']}")
+    optimizer.load_state_dict(checkpoint["optimizer_state"])
+    if grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+        grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+    return checkpoint
 
 
 def _read(file: Path, device: torch.device) -> dict[str, Any]:
@@ -97,45 +158,16 @@ def _read(file: Path, device: torch.device) -> dict[str, Any]:
         ) from None
 
 
-def load_networks(
-    network: TrainingNetwork,
-    checkpoint: Mapping[str, Any],
-    named: str,
-    *,
-    trainer_name: str,
-    settings: SemiSupervisedSettings,
-    trained_with: Mapping[str, str],
-    log: Callable[[str], None],
+def _load_networks(
+    network: TrainingNetwork, checkpoint: Mapping[str, Any], named: str, trainer_name: str, changed: Mapping[str, Any]
 ) -> None:
-    """Load a checkpoint's networks, if they are those of this training; changed settings are logged.
-
-    Args:
-        network: to load them into.
-        checkpoint: of :func:`read_to_continue`.
-        named: what it is called in a message.
-        trainer_name: of this training.
-        settings: of this training.
-        trained_with: ``dataset_name``, ``plans_name`` and ``configuration`` of this training.
-        log: writes a line to nnU-Net's log file.
-
-    Raises:
-        UserError: they are of another network, trainer or settings; the text names what differs and what to do.
-    """
+    """Load a checkpoint's networks; ``changed`` are the settings of this training that were others there."""
     writer, ours = checkpoint["trainer_name"], checkpoint[CHECKPOINT_KEY]
-    if unlike := differences(checkpoint["network_weights"], network.state_dict()):
-        raise UserError(
-            "Continue with the plans and the dataset.json of the checkpoint; or train without --c, with "
-            f"-pretrained_weights if only the outputs differ. {named} is of another network: "
-            f"{'; '.join([*unlike, *_other_plans(checkpoint['init_args'], trained_with)])}."
-        )
-    before = ours["settings"]
-    changed = {name: value for name, value in settings.as_dict().items() if before.get(name) != value}
-    for setting, value in changed.items():
-        log(f"Setting {setting} was {before.get(setting)!r} in the checkpoint, is {value!r} now")
     network.load_state_dict(checkpoint["network_weights"])
     try:
         network.load_training_state(ours.get("network", {}))
     except (KeyError, ValueError) as error:
+        before = ours["settings"]
         again = ", ".join(f'"{setting}": {json.dumps(before[setting])}' for setting in changed if setting in before)
         if writer != trainer_name:
             advice = f"Continue with -tr {writer}, or start from its weights with -pretrained_weights and not --c."
@@ -149,9 +181,11 @@ def load_networks(
         ) from None
 
 
-def _other_plans(init_args: Mapping[str, Any], trained_with: Mapping[str, str]) -> list[str]:
+def _other_plans(init_args: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Where a checkpoint was trained, if elsewhere."""
     there = {**init_args.get("plans", {}), "configuration": init_args.get("configuration")}
     return [
-        f"{name} {there.get(name)} there, {here} here" for name, here in trained_with.items() if there.get(name) != here
+        f"{name} {there.get(name)} there, {here.get(name)} here"
+        for name in ("dataset_name", "plans_name", "configuration")
+        if there.get(name) != here.get(name)
     ]

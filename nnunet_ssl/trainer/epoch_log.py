@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,7 @@ class EpochLog:
     """Collects while an epoch runs and writes when it ends.
 
     Args:
-        lists: nnU-Net's logged lists by name, one value per epoch in each; read and, for new names, extended.
-        write_value: nnU-Net's ``logger.log``, called as (name, value, epoch).
+        logger: nnU-Net's, which has a list of the epochs' values for each name.
         write_line: writes a line to nnU-Net's log file.
         counts_skipped_steps: whether there is a gradient scaler, which may skip steps.
 
@@ -28,25 +29,29 @@ class EpochLog:
         skipped_steps: how many steps the gradient scaler has skipped.
     """
 
-    def __init__(
-        self,
-        lists: Callable[[], dict[str, list[Any]]],
-        write_value: Callable[[str, Any, int], None],
-        write_line: Callable[[str], None],
-        *,
-        counts_skipped_steps: bool,
-    ) -> None:
-        self._lists = lists
-        self._write_value = write_value
+    def __init__(self, logger: Any, write_line: Callable[[str], None], *, counts_skipped_steps: bool) -> None:
+        self._logger = logger
         self._write_line = write_line
         self._counts_skipped_steps = counts_skipped_steps
         self.start()
+
+    @property
+    def lists(self) -> dict[str, list[Any]]:
+        """What nnU-Net's logger has, by name."""
+        return self._logger.local_logger.my_fantastic_logging
 
     def start(self) -> None:
         """Begin an epoch: all counters are zero."""
         self.seconds_waiting = 0.0
         self.skipped_steps = 0
         self._counts: dict[str, Tensor] = {}
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, the training waits for an unlabeled batch."""
+        start = perf_counter()
+        yield
+        self.seconds_waiting += perf_counter() - start
 
     @property
     def counts(self) -> Mapping[str, Tensor]:
@@ -100,7 +105,7 @@ class EpochLog:
 
     def history(self, name: str) -> list[list[float]]:
         """The epochs' lists of a name that has one value per class; epochs without it are left out."""
-        return [epoch for epoch in self._lists().get(LOG_PREFIX + name, []) if isinstance(epoch, list)]
+        return [epoch for epoch in self.lists.get(LOG_PREFIX + name, []) if isinstance(epoch, list)]
 
     def _collapse_warnings(self, values: dict[str, Any]) -> list[str]:
         """Add to the epoch's values which classes have collapsed; returns a warning for each that newly has."""
@@ -121,12 +126,12 @@ class EpochLog:
         Its logger wants known names, and its picture is as long as the shortest list. A name that is new since the
         checkpoint is filled up with nan, and so is one that this epoch has no value of.
         """
-        lists = self._lists()
+        lists = self.lists
         named = {LOG_PREFIX + name: value for name, value in values.items()}
         for name in [*named, *(name for name in lists if name.startswith(LOG_PREFIX) and name not in named)]:
             known = lists.setdefault(name, [])
             known.extend([float("nan")] * (epoch - len(known)))
-            self._write_value(name, named.get(name, float("nan")), epoch)
+            self._logger.log(name, named.get(name, float("nan")), epoch)
 
     def _write_lines(self, values: Mapping[str, Any]) -> None:
         weights = {name[len("weight/") :]: value for name, value in values.items() if name.startswith("weight/")}

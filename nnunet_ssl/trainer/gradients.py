@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from nnunet_ssl.compiled import fusing
-from nnunet_ssl.distributed import average_gradients, on_all_ranks
+from nnunet_ssl.distributed import alone, average_gradients, num_processes, on_all_ranks
 from nnunet_ssl.errors import MethodError
 from nnunet_ssl.networks.passes import Outputs, SplitOutputs, StackedOutputs
 from nnunet_ssl.networks.streams import Stream, StreamOutput
@@ -20,12 +20,10 @@ from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.out_of_memory import allocate_momentum, free_memory, random_state, unless_out_of_memory
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 from nnunet_ssl.trainer.epoch_log import EpochLog
+from nnunet_ssl.trainer.step_numbers import SUPERVISED
 
 MemoryMode: TypeAlias = Literal["stacked", "split"]
 """All streams of a step in one pass, or one after the other."""
-
-SUPERVISED = "supervised"
-"""The term that every method has."""
 
 
 class StepHooks(Protocol):
@@ -50,14 +48,11 @@ class FallBack:
     Attributes:
         optimizer: nnU-Net's, whose momentum counts in the attempt.
         epoch_log: whose counts are those of before, when a step is repeated.
-        without_other_ranks: makes a context in which a step has no collective: a rank that runs out of memory would
-            leave the others waiting in it.
         log: writes a line to nnU-Net's log file.
     """
 
     optimizer: torch.optim.Optimizer
     epoch_log: EpochLog
-    without_other_ranks: Callable[[], AbstractContextManager[None]]
     log: Callable[[str], None]
 
 
@@ -68,14 +63,13 @@ class StepGradients:
         method: its hooks.
         network: the network, as ``torch.compile`` may have wrapped it.
         device: that trains.
-        memory_mode: to begin with.
+        memory_mode: ``stacked``, ``split`` or ``auto``, which begins with split on a CPU and else with stacked.
         grad_scaler: nnU-Net's, or None without mixed precision.
-        distributed: whether several processes train.
         image_dtype: of the images, where the network is not of float32.
-        fall_back: from stacked to split; None to stay in the memory mode.
+        fall_back: how ``auto`` goes from stacked to split.
 
     Attributes:
-        memory_mode: the present one.
+        memory_mode: the present one, stacked or split.
         autocast: makes the context in which passes and terms are computed; mixed precision on CUDA alone, as nnU-Net.
     """
 
@@ -85,13 +79,13 @@ class StepGradients:
         network: nn.Module,
         *,
         device: torch.device,
-        memory_mode: MemoryMode,
+        memory_mode: str,
         grad_scaler: Any = None,
-        distributed: bool = False,
         image_dtype: torch.dtype = torch.float32,
         fall_back: FallBack | None = None,
     ) -> None:
-        self.memory_mode: MemoryMode = memory_mode
+        first: MemoryMode = "split" if device.type == "cpu" else "stacked"
+        self.memory_mode: MemoryMode = first if memory_mode == "auto" else cast(MemoryMode, memory_mode)
         self.autocast: Callable[[], AbstractContextManager[Any]] = (
             (lambda: torch.autocast("cuda")) if device.type == "cuda" else nullcontext
         )
@@ -101,10 +95,15 @@ class StepGradients:
         self._compiled = isinstance(network, OptimizedModule)
         self._device = device
         self._grad_scaler = grad_scaler
-        self._distributed = distributed
+        self._distributed = num_processes() > 1
         self._image_dtype = image_dtype
-        self._fall_back = fall_back
+        self._fall_back = fall_back if memory_mode == "auto" else None
         self._tried = False
+
+    def settle_mode(self, *, start_split: bool) -> None:
+        """Begin in split on all ranks, if one of them has no use in trying stacked."""
+        if self.memory_mode == "stacked" and not on_all_ranks(not start_split, self._device):
+            self.memory_mode = "split"
 
     def begin_stage(self) -> None:
         """Of several processes, which try stacked in the first step alone, try it again: the streams are others now."""
@@ -139,7 +138,8 @@ class StepGradients:
 
         def attempt() -> dict[str, Tensor]:
             allocate_momentum(fall_back.optimizer)
-            with fall_back.without_other_ranks() if self._distributed else nullcontext():
+            # A rank that runs out of memory would leave the others waiting in a collective.
+            with alone():
                 return self._compute(labeled, unlabeled, prepared, weights)
 
         terms = unless_out_of_memory(attempt)
@@ -229,20 +229,6 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) ->
         raise MethodError(
             f"The images of a step have unequal sizes, channels first: {listed}. All are encoded in one pass, so they "
             f"may differ in the number of samples alone."
-        )
-
-
-def check_teacher_moved(network: TrainingNetwork) -> None:
-    """Whether the teacher, if there is one, follows the student; called after steps that moved the student.
-
-    Raises:
-        MethodError: it was never moved.
-    """
-    if network.has_teacher and network.teacher.updates == 0:
-        raise MethodError(
-            "The network has a teacher, which after_optimizer_step() did not move. Call "
-            "self.training_network.update_teacher(decay) there, or do not override it: by default the teacher moves "
-            "with the setting ema_decay."
         )
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_ssl.data.labeled_targets import AddTargets, LabeledTarget
 from nnunet_ssl.data.loader import UnlabeledDataLoader, UnlabeledDataset, unlabeled_workers
 from nnunet_ssl.data.predicted_foreground import PredictedForeground
-from nnunet_ssl.data.views import UnlabeledViews
+from nnunet_ssl.data.views import UnlabeledViews, WithWeakView, flat
 from nnunet_ssl.processes import derived_seed, killed_workers, seed_this_process
 from nnunet_ssl.trainer.batches import Views
 
@@ -25,7 +28,6 @@ def unlabeled_loader(
     training: Any,
     dataset: UnlabeledDataset,
     batch_size: int,
-    *,
     views: Views,
     configuration: ConfigurationManager,
     plans: PlansManager,
@@ -70,29 +72,6 @@ def loader_of(augmenter: Any) -> nnUNetDataLoader:
     return loader
 
 
-def augmented(loader: Any, *, ranks: int, pin_memory: bool) -> Iterator[Any]:
-    """Batches of the unlabeled loader, from worker processes or, if nnU-Net has none, from this process.
-
-    Args:
-        loader: makes batches.
-        ranks: how many processes train on this machine's cores.
-        pin_memory: whether batches go to a GPU.
-    """
-    workers = unlabeled_workers(get_allowed_n_proc_DA(), (os.cpu_count() or 1) // ranks)
-    if workers == 0:
-        return SingleThreadedAugmenter(loader, None)
-    return NonDetMultiThreadedAugmenter(
-        loader, None, workers, num_cached=max(6, workers // 2), pin_memory=pin_memory, wait_time=0.002
-    )
-
-
-def restart(augmenter: Any) -> None:
-    """Start the workers again, so that they see what has changed since they were started; nothing without workers."""
-    if isinstance(augmenter, NonDetMultiThreadedAugmenter):
-        augmenter._finish()
-        next(augmenter)
-
-
 @dataclass
 class Loaders:
     """Loaders by what they make: ``training``, ``validation`` and ``unlabeled`` batches.
@@ -100,7 +79,7 @@ class Loaders:
     Those without workers need nothing of this class but the seed.
     """
 
-    augmenters: Mapping[str, Any] = field(default_factory=dict)
+    augmenters: dict[str, Any] = field(default_factory=dict)
     _processes: dict[str, list[BaseProcess]] = field(default_factory=dict)
 
     @property
@@ -108,8 +87,56 @@ class Loaders:
         """Those that have worker processes."""
         return {name: one for name, one in self.augmenters.items() if isinstance(one, NonDetMultiThreadedAugmenter)}
 
-    def seed(self, seed: int, *, rank: int, epoch: int) -> None:
-        """Seed this process and the workers: unlike on each rank, and after a checkpoint unlike before it."""
+    def extend_training(self, targets: Mapping[str, LabeledTarget], *, weak: bool) -> None:
+        """Let the loader of labeled training batches make more than nnU-Net's; nothing where nothing is wanted.
+
+        Args:
+            targets: by name.
+            weak: whether it makes the weak view.
+        """
+        train = self.augmenters["training"]
+        if weak:
+            loader_of(train).transforms = WithWeakView(flat(loader_of(train).transforms))
+        if targets:
+            train.transform = AddTargets(targets)
+        # nnU-Net has started the workers without.
+        if (weak or targets) and isinstance(train, NonDetMultiThreadedAugmenter):
+            train._finish()
+            next(train)
+
+    def add_unlabeled(self, loader: UnlabeledDataLoader, *, ranks: int, device: torch.device) -> Iterator[Any]:
+        """Batches of the unlabeled loader, from worker processes or, if nnU-Net has none, from this process.
+
+        Args:
+            loader: makes batches.
+            ranks: how many processes train on this machine's cores.
+            device: that batches go to.
+        """
+        workers = unlabeled_workers(get_allowed_n_proc_DA(), (os.cpu_count() or 1) // ranks)
+        unlabeled: Any = SingleThreadedAugmenter(loader, None)
+        if workers > 0:
+            cached, pinned = max(6, workers // 2), device.type == "cuda"
+            unlabeled = NonDetMultiThreadedAugmenter(
+                loader, None, workers, num_cached=cached, pin_memory=pinned, wait_time=0.002
+            )
+        self.augmenters["unlabeled"] = unlabeled
+        return unlabeled
+
+    def begin(self, seed: int | None, *, rank: int, epoch: int) -> None:
+        """Start all workers that do not run yet, seeded where there is a seed, and watch them.
+
+        Args:
+            seed: of the training; the workers get others on each rank, and after a checkpoint others than before it.
+            rank: of this process.
+            epoch: that the training begins with.
+        """
+        if seed is not None:
+            self._seed(seed, rank=rank, epoch=epoch)
+        next(self.augmenters["unlabeled"])
+        # batchgenerators forgets those that have ended.
+        self._processes = {f"{name} batches": list(one._processes) for name, one in self.with_workers.items()}
+
+    def _seed(self, seed: int, *, rank: int, epoch: int) -> None:
         for number, loader in enumerate(self.with_workers.values(), start=1):
             running = loader.initialized
             loader._finish()
@@ -118,20 +145,25 @@ class Loaders:
                 next(loader)
         seed_this_process(derived_seed(seed, rank, epoch, 0))
 
-    def watch(self) -> None:
-        """Remember the worker processes that run now: batchgenerators forgets those that have ended."""
-        self._processes = {f"{name} batches": list(one._processes) for name, one in self.with_workers.items()}
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Within, a training runs; afterwards all worker processes are ended, whatever happened.
 
-    def explain(self, epoch: int) -> RuntimeError | None:
-        """What to raise if watched workers were killed; None if none was."""
-        killed = killed_workers(self._processes)
-        if not killed:
-            return None
-        return RuntimeError(
-            f"Training stops in epoch {epoch}: {'; '.join(killed)}. The system does that when memory runs out. Use "
-            f"fewer workers (environment variable nnUNet_n_proc_DA, {get_allowed_n_proc_DA()} now) and go on with --c; "
-            f"the last checkpoint is untouched."
-        )
+        Raises:
+            RuntimeError: there was one, and workers were killed; the text names them.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if killed := killed_workers(self._processes):
+                raise RuntimeError(
+                    f"Training stops: {'; '.join(killed)}. The system does that when memory runs out. Use fewer "
+                    f"workers (environment variable nnUNet_n_proc_DA, {get_allowed_n_proc_DA()} now) and go on with "
+                    f"--c; the last checkpoint is untouched."
+                ) from error
+            raise
+        finally:
+            self.finish()
 
     def finish(self) -> None:
         """End all worker processes."""

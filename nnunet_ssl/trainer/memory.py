@@ -137,10 +137,8 @@ def _rehearsal(trainer: Any, stage: str, activation_checkpointing: bool | None) 
     rehearsal.is_ddp = False
     rehearsal.grad_scaler = None
     rehearsal.current_stage = stage
-    rehearsal.epoch_log = EpochLog(dict, lambda *_: None, lambda _: None, counts_skipped_steps=False)
-    labels = trainer.label_manager
-    classes = () if labels.has_regions else labels.foreground_labels
-    rehearsal.predictions = Predictions(rehearsal.epoch_log.record, classes)
+    rehearsal.epoch_log = EpochLog(None, lambda _: None, counts_skipped_steps=False)
+    rehearsal.predictions = Predictions(rehearsal.epoch_log, trainer.label_manager, lambda _: None)
     rehearsal._do_i_compile = lambda: False
     if activation_checkpointing is not None:
         rehearsal.settings = dataclasses.replace(trainer.settings, activation_checkpointing=activation_checkpointing)

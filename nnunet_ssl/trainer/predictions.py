@@ -6,68 +6,63 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunet_ssl.data.predicted_foreground import PredictedForeground, draw_voxels
 from nnunet_ssl.evaluation.class_shares import class_counts, mean_share
 from nnunet_ssl.trainer.batches import UnlabeledBatch
+from nnunet_ssl.trainer.epoch_log import EpochLog
 
 
 class Predictions:
     """Of one step after the other.
 
     Args:
-        record: takes a name, a count and a total: see :meth:`~nnunet_ssl.trainer.epoch_log.EpochLog.record`.
-        classes: the foreground classes; empty for regions.
+        epoch_log: where shares are recorded, and read of all epochs so far.
+        labels: nnU-Net's label manager.
+        log: writes a line to nnU-Net's log file.
 
     Attributes:
         foreground: where foreground has been predicted; None where all patches are cropped at random.
     """
 
-    def __init__(self, record: Callable[[str, Tensor, Tensor], None], classes: Sequence[int]) -> None:
+    def __init__(self, epoch_log: EpochLog, labels: LabelManager, log: Callable[[str], None]) -> None:
         self.foreground: PredictedForeground | None = None
         self._share = 0.0
-        self._log: Callable[[str], None] = print
-        self._record = record
-        self._classes = tuple(classes)
+        self._log = log
+        self._epoch_log = epoch_log
+        self._structures = labels.num_segmentation_heads if labels.has_regions else len(labels.foreground_labels)
+        # Of regions none: they are counted by their masks.
+        self._classes = () if labels.has_regions else tuple(labels.foreground_labels)
         self._batch: UnlabeledBatch | None = None
         self._label: Tensor | None = None
 
-    def follow_foreground(
-        self,
-        keys: Sequence[str],
-        structures: int,
-        share: float,
-        *,
-        unpredictable: bool,
-        log: Callable[[str], None],
-    ) -> PredictedForeground | None:
+    def follow_foreground(self, keys: Sequence[str], share: float, *, seeded: bool) -> PredictedForeground | None:
         """From now on, remember where foreground is predicted; None if patches are cropped anywhere.
 
         Args:
             keys: the unlabeled cases.
-            structures: number of classes or regions.
             share: of the unlabeled patches are centered on foreground, where a class is rare; 0 for none.
-            unpredictable: whether it would make a seeded training depend on the time.
-            log: writes a line to nnU-Net's log file.
+            seeded: whether the training has a seed. What a worker has seen of it when it crops a patch must then not
+                depend on the time.
         """
-        self.foreground, self._share, self._log = None, share, log
-        if share > 0 and unpredictable:
-            log(
+        self.foreground, self._share = None, share
+        if share > 0 and seeded and get_allowed_n_proc_DA() > 0:
+            self._log(
                 "With a seed and workers (nnUNet_n_proc_DA), unlabeled patches are cropped at random, also where a "
                 "class is rare: foreground_crops has no effect."
             )
         elif share > 0:
-            self.foreground = PredictedForeground(keys, structures)
+            self.foreground = PredictedForeground(keys, self._structures)
+        self.choose_rare()
         return self.foreground
 
-    def choose_rare(self, history: Sequence[Sequence[float]]) -> None:
-        """Choose which classes are rare, by all epochs so far; a change is logged.
-
-        Args:
-            history: for each epoch, the share of labeled patches cropped anywhere that hold each class.
-        """
+    def choose_rare(self) -> None:
+        """Choose which classes are rare, by the labeled patches of all epochs so far; a change is logged."""
+        history = self._epoch_log.history("patches/labeled_per_class")
         if self.foreground is not None and history and self.foreground.choose_rare(mean_share(history).tolist()):
             named = ", ".join(str(number + 1) for number in self.foreground.rare) or "none"
             self._log(
@@ -79,14 +74,16 @@ class Predictions:
         """Begin a step with its unlabeled batch."""
         self._batch, self._label = unlabeled, None
 
-    def count_labeled(self, label: Tensor, known: Tensor | None) -> None:
-        """Count the labels of patches that were cropped at random.
+    def count_labeled(self, label: Tensor, known: Tensor | None, *, cropped_anywhere: float) -> None:
+        """Count the labels of the patches that were cropped at random, as unlabeled ones are.
 
         Args:
             label: classes (B, 1, *spatial), integer, or regions (B, R, *spatial), bool.
-            known: (B, *spatial), bool: voxels whose label is known; None for all.
+            known: (B, 1, *spatial), bool: voxels whose label is known; None for all.
+            cropped_anywhere: the share of these patches; nnU-Net centers the last ones of a batch on foreground.
         """
-        self._count("labeled", label, known)
+        patches = round(len(label) * cropped_anywhere)
+        self._count("labeled", label[:patches], None if known is None else known[:patches, 0])
 
     def count(self, logits: Tensor) -> None:
         """Count what is predicted, (U, C, *spatial), and keep it for :meth:`draw`."""
@@ -101,7 +98,7 @@ class Predictions:
 
     def _count(self, of: str, label: Tensor, known: Tensor | None) -> None:
         for name, (count, total) in class_counts(label, known, self._classes).items():
-            self._record(f"{name}/{of}", count, total)
+            self._epoch_log.record(f"{name}/{of}", count, total)
 
     def draw(self) -> Tensor | None:
         """For each patch and class or region a voxel that is predicted as it, or -1: (U, K), int32; None if not wanted.
@@ -115,8 +112,10 @@ class Predictions:
             return draw_voxels(label.flatten(0, 1).flatten(1), 2)[:, 1].view(label.shape[:2])
         return draw_voxels(label.flatten(1), self.foreground.structures + 1)[:, 1:]
 
-    def remember(self, voxels: NDArray[np.int32], patch_size: Sequence[int]) -> None:
+    def remember(self, voxels: NDArray[np.int32] | None, patch_size: Sequence[int]) -> None:
         """Keep what :meth:`draw` drew, for later patches."""
+        if voxels is None:
+            return
         batch = self._batch
         assert self.foreground is not None and batch is not None and batch.coordinates is not None
         for key, aim, drawn, coordinates in zip(batch.keys, batch.aims, voxels, batch.coordinates, strict=True):

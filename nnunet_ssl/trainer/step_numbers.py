@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 
+SUPERVISED = "supervised"
+"""The term that every method has."""
+
 
 class StepNumbers(NamedTuple):
     """Of one step.
@@ -55,3 +58,16 @@ def read_step(
         stop or bool(values[len(terms) + 1 :].any()),
         None if voxels is None else found[len(numbers) :].reshape(voxels.shape),
     )
+
+
+def step_values(terms: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    """What a step returns for the log: all terms and weights by name, their sum, and the supervised term as ``loss``.
+
+    nnU-Net draws ``loss`` with the validation loss.
+    """
+    return {
+        "loss": terms[SUPERVISED],
+        "loss/total": sum(weights[name] * value for name, value in terms.items()),
+        **{f"loss/{name}": value for name, value in terms.items()},
+        **{f"weight/{name}": weights[name] for name in terms},
+    }

@@ -177,7 +177,7 @@ def steps(trainer, rank: int, mode: str) -> dict:
     values = [trainer.train_step(batch) for _ in range(2)]
     return {
         "sizes": (int(trainer.batch_size), trainer.unlabeled_patches),
-        "loss_weights": [float(weight) for weight in trainer.loss.weight_factors],
+        "loss_weights": [float(weight) for weight in trainer.loss.together.weight_factors],
         "own": own,
         "terms": terms,
         "gradients": found,

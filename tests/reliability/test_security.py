@@ -108,8 +108,7 @@ def use_previous_stage(home: Home, file: Path) -> None:
     for case in CASES[:3]:
         (segmented / f"{case}.b2nd").touch()
     trainer = home.trainer("3d_cascade")
-    previous = trainer.configuration_manager.previous_stage_name
-    stage = PreviousStage(segmented, previous, "3d_cascade", type(trainer).__name__)
+    stage = PreviousStage(segmented, trainer.configuration_manager.previous_stage_name)
     segmented_by_previous_stage(
         [],
         trainer.unlabeled_source,
