@@ -1,4 +1,4 @@
-"""The arms of a campaign: trainers, or trainers with settings."""
+"""The arms of a campaign: trainers, also with settings, also after a start by nnUNetTrainer."""
 
 from __future__ import annotations
 
@@ -17,36 +17,81 @@ from nnunet_ssl.text import unwrap
 
 BASELINE = "nnUNetTrainer"
 
+RECOMMENDED = "CrossMatchTrainer"
+"""What ``nnunet-ssl pilot`` compares with nnUNetTrainer unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class Arm:
     """One way to train.
 
     Attributes:
-        name: as the user gave it: a trainer, or ``TRAINER:NAME=VALUE,NAME=VALUE``.
+        name: as the user gave it: a trainer, ``TRAINER:NAME=VALUE,NAME=VALUE``, ``TRAINER@warm=SHARE``, or with both.
         trainer: its class name.
         settings: added to the configuration as ``semi_supervised``.
+        warm: share of the length that nnUNetTrainer trains first; 0: none.
     """
 
     name: str
     trainer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    warm: float = 0.0
+
+
+def short_name(arm: str) -> str:
+    """An arm's name for a figure: CrossMatch for CrossMatchTrainer; nnU-Net's own trainers keep theirs."""
+    return arm if arm.startswith(BASELINE) else re.sub(r"^(\w+?)Trainer(?![a-zA-Z0-9])", r"\1", arm)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training; each starts from the weights of the one before, and ends as a training of its own.
+
+    Attributes:
+        arm: what trains.
+        epochs: its length.
+        plans: added to the plans' name, so that nnU-Net gives the stage a folder of its own.
+    """
+
+    arm: Arm
+    epochs: int
+    plans: str = ""
+
+
+def stages(arm: Arm, epochs: int) -> list[Stage]:
+    """The one stage of an arm, or the two of a warm start.
+
+    Raises:
+        UserError: the length leaves no epoch for one of the two.
+    """
+    if not arm.warm:
+        return [Stage(arm, epochs)]
+    first = round(epochs * arm.warm)
+    if not 0 < first < epochs:
+        raise UserError(
+            f"-tr {arm.name}: of {epochs} epochs, {first} would be {BASELINE}'s and {epochs - first} {arm.trainer}'s. "
+            "Give a longer --epochs, or another share."
+        )
+    name = re.sub(r"[^\w.-]+", "_", arm.name)
+    return [Stage(Arm(BASELINE, BASELINE), first, f"_before_{name}"), Stage(arm, epochs - first, f"_warm_{arm.warm:g}")]
 
 
 def parse_arms(texts: Sequence[str], common: Sequence[str]) -> list[Arm]:
     """Arms from the command line.
 
     Args:
-        texts: each a trainer, or ``TRAINER:NAME=VALUE,NAME=VALUE``.
+        texts: each as :attr:`Arm.name`.
         common: ``NAME=VALUE``, settings of every arm with a semi-supervised trainer.
 
     Raises:
-        UserError: nnU-Net finds no such trainer, an arm is named twice, or a setting is unknown or out of range.
+        UserError: nnU-Net finds no such trainer, or a setting or share is unknown or out of range.
     """
     shared = _parse_settings(common, "--settings")
     arms: dict[str, Arm] = {}
     for text in dict.fromkeys(texts):
-        trainer, colon, rest = text.partition(":")
+        start, colon, rest = text.partition(":")
+        trainer, at, share = start.partition("@")
+        warm = _parse_warm(share, f"-tr {text}") if at else 0.0
         own = _parse_settings(rest.split(","), f"-tr {text}") if colon else {}
         settings_class = getattr(find_trainer(trainer), "settings_class", None)
         if own and settings_class is None:
@@ -57,10 +102,21 @@ def parse_arms(texts: Sequence[str], common: Sequence[str]) -> list[Arm]:
                 settings_class.from_plans({PLANS_KEY: settings})
         except UserError as error:
             raise UserError(f"-tr {text}: {error}") from None
-        name = trainer + (":" + ",".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-                          if settings else "")  # fmt: skip
-        arms[name] = Arm(name, trainer, settings)
+        written = ",".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+        name = trainer + (f"@warm={warm:g}" if warm else "") + (f":{written}" if written else "")
+        arms[name] = Arm(name, trainer, settings, warm)
     return list(arms.values())
+
+
+def _parse_warm(text: str, option: str) -> float:
+    name, _, share = text.partition("=")
+    try:
+        warm = float(share) if name == "warm" else 0.0
+    except ValueError:
+        warm = 0.0
+    if not 0 < warm < 1:
+        raise UserError(f"{option}: after @ comes warm= and {BASELINE}'s share of the length, such as @warm=0.5.")
+    return warm
 
 
 def _parse_settings(texts: Sequence[str], option: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import statistics
 import subprocess
@@ -17,8 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nnunet_ssl.benchmark.campaign import Campaign, Training
+from nnunet_ssl.benchmark.progress import Progress, progress_file
 from nnunet_ssl.benchmark.results import Run, read_runs
-from nnunet_ssl.benchmark.training import HELD, WITH_PARENT, Progress, Task, lock_file, progress_file
+from nnunet_ssl.benchmark.training import HELD, WITH_PARENT, Task, lock_file
 from nnunet_ssl.files import lock
 
 _LOOK_SECONDS = 1.0
@@ -63,14 +65,22 @@ class _Running:
     started: float
 
 
-def run_trainings(campaign: Campaign, trainings: Sequence[Training], machine: Machine) -> dict[str, str]:
+def run_trainings(
+    campaign: Campaign, trainings: Sequence[Training], machine: Machine, *, until: float = math.inf
+) -> dict[str, str]:
     """Train what the table of results lacks; one that another process trains is waited for.
+
+    Args:
+        campaign: of the trainings.
+        trainings: in the order that they begin in.
+        machine: see :class:`Machine`.
+        until: ``time.monotonic()`` at which what is not ready is stopped; it can go on later.
 
     Returns:
         by key, why a training ended without a result.
     """
     problems: dict[str, str] = {}
-    waiting = [training for training in trainings if training.key not in _done(campaign)]
+    waiting = [training for training in trainings if training.key not in results_of(campaign)]
     names = {training.key: f"{number}/{len(trainings)} {training.key}" for number, training in enumerate(trainings, 1)}
     if len(waiting) < len(trainings):
         print(f"{len(trainings) - len(waiting)} of {len(trainings)} trainings are in {campaign.results}", flush=True)
@@ -80,8 +90,8 @@ def run_trainings(campaign: Campaign, trainings: Sequence[Training], machine: Ma
         tqdm(total=total, unit="epoch", desc="train", disable=None, leave=False) as bar,
         _all_ended(running),
     ):
-        while waiting or running:
-            waiting = [training for training in waiting if training.key not in _done(campaign)]
+        while (waiting or running) and time.monotonic() < until:
+            waiting = [training for training in waiting if training.key not in results_of(campaign)]
             free = [place for place in range(machine.jobs) if place not in running]
             for training in [one for one in waiting if free and not _is_held(campaign, one)][: len(free)]:
                 waiting.remove(training)
@@ -96,7 +106,7 @@ def run_trainings(campaign: Campaign, trainings: Sequence[Training], machine: Ma
                 minutes = (time.monotonic() - one.started) / 60
                 if code == HELD:
                     waiting.append(one.training)
-                elif code or one.training.key not in _done(campaign):
+                elif code or one.training.key not in results_of(campaign):
                     problems[one.training.key] = _why(campaign, one.training, code)
                     tqdm.write(f"{names[one.training.key]}: {problems[one.training.key]}", file=sys.stdout)
                 else:
@@ -104,7 +114,7 @@ def run_trainings(campaign: Campaign, trainings: Sequence[Training], machine: Ma
                     text = f"{names[one.training.key]}: {_summary(campaign, one.training)}, {minutes:.1f} min"
                     tqdm.write(f"{text}{'; ' + _end(rest) if rest else ''}", file=sys.stdout)
                 sys.stdout.flush()
-            bar.n = sum(_epochs(campaign, training) for training in trainings)
+            bar.n = sum(epochs_done(campaign, training) for training in trainings)
             bar.set_postfix_str(_end(expected_seconds(campaign, trainings, machine.jobs)), refresh=True)
     return problems
 
@@ -120,7 +130,7 @@ def expected_seconds(campaign: Campaign, trainings: Sequence[Training], jobs: in
         name = training.arm.name
         progress = Progress.read(progress_file(campaign.task(training)))
         seconds.setdefault(name, []).extend(progress.epochs)
-        left[name] = left.get(name, 0) + campaign.epochs - _epochs(campaign, training)
+        left[name] = left.get(name, 0) + campaign.epochs - epochs_done(campaign, training)
     known = {name: statistics.fmean(values) for name, values in seconds.items() if values}
     if not known:
         return 0.0
@@ -128,9 +138,9 @@ def expected_seconds(campaign: Campaign, trainings: Sequence[Training], jobs: in
     return sum(count * known.get(name, unknown) for name, count in left.items()) / jobs
 
 
-def _epochs(campaign: Campaign, training: Training) -> int:
+def epochs_done(campaign: Campaign, training: Training) -> int:
     """That a training has done; all where its result is known, even if its folder has gone."""
-    if training.key in _done(campaign):
+    if training.key in results_of(campaign):
         return campaign.epochs
     return min(campaign.epochs, len(Progress.read(progress_file(campaign.task(training))).epochs))
 
@@ -142,7 +152,8 @@ def _end(seconds: float) -> str:
     return f"all done about {end:%H:%M}" + (f" on {end:%d %b}" if end.date() != datetime.now().date() else "")
 
 
-def _done(campaign: Campaign) -> Mapping[str, Run]:
+def results_of(campaign: Campaign) -> Mapping[str, Run]:
+    """The table of results, by training; empty where there is none yet."""
     file = campaign.results
     return _read(file, file.stat().st_mtime_ns) if file.is_file() else {}
 
@@ -168,6 +179,7 @@ def _start(campaign: Campaign, training: Training, machine: Machine, place: int)
         arm=training.arm.name,
         trainer=training.arm.trainer,
         settings=training.arm.settings,
+        warm=training.arm.warm,
         setting=training.setting.name,
         labeled=training.setting.labeled,
         fold=training.setting.fold,
@@ -211,7 +223,7 @@ def _why(campaign: Campaign, training: Training, code: int) -> str:
 
 
 def _summary(campaign: Campaign, training: Training) -> str:
-    run = _done(campaign)[training.key]
+    run = results_of(campaign)[training.key]
     dice = [metrics.dice for case in run.result.cases for metrics in case.metrics.values()]
     known = [value for value in dice if value == value]
     return f"Dice {statistics.fmean(known):.3f}" if known else "no Dice"

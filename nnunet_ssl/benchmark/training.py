@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -26,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import nnunet_ssl
-from nnunet_ssl.benchmark.arms import Arm, plans_of_arm
+from nnunet_ssl.benchmark.arms import Arm, Stage, plans_of_arm, stages
 from nnunet_ssl.benchmark.campaign import Campaign
+from nnunet_ssl.benchmark.progress import Progress, costs, measure, progress_file
 from nnunet_ssl.benchmark.results import add_run
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_json, read_plans
 from nnunet_ssl.errors import UserError
@@ -53,6 +53,7 @@ class Task:
         arm: its name.
         trainer: class name.
         settings: see :class:`~nnunet_ssl.benchmark.arms.Arm`.
+        warm: see :class:`~nnunet_ssl.benchmark.arms.Arm`.
         setting: name of the setting.
         labeled: number of labeled cases.
         fold: number of the fold.
@@ -68,6 +69,7 @@ class Task:
     arm: str
     trainer: str
     settings: Mapping[str, Any]
+    warm: float
     setting: str
     labeled: int
     fold: int
@@ -76,6 +78,10 @@ class Task:
     threads: int
     compiled: bool
     jobs: int
+
+    def stages(self, campaign: Campaign) -> list[Stage]:
+        """See :func:`~nnunet_ssl.benchmark.arms.stages`."""
+        return stages(Arm(self.arm, self.trainer, self.settings, self.warm), campaign.epochs)
 
     def write(self, file: Path) -> None:
         """Write it to a file."""
@@ -88,36 +94,6 @@ class Task:
             return cls(**read_json(file, otherwise=_REMEDY))
         except TypeError as error:
             raise UserError(f"{file} is of another version ({error}). {_REMEDY}") from None
-
-
-@dataclass
-class Progress:
-    """What a training has done so far, kept next to its task, so that one that goes on later knows it.
-
-    Attributes:
-        epochs: seconds of each epoch.
-        steps: median seconds of a step, per epoch.
-        cpu_steps: median processor seconds of a step, per epoch, of the training process alone.
-        peak_memory: in MB; see :func:`peak_memory`.
-    """
-
-    epochs: list[float]
-    steps: list[float]
-    cpu_steps: list[float]
-    peak_memory: float
-
-    @classmethod
-    def read(cls, file: Path) -> Progress:
-        """Read it; where there is none or it is broken, nothing has been measured."""
-        try:
-            return cls(**json.loads(file.read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return cls([], [], [], 0.0)
-
-
-def progress_file(task_file: Path) -> Path:
-    """Where a training writes its :class:`Progress`."""
-    return task_file.with_suffix(".progress")
 
 
 def lock_file(task_file: Path) -> Path:
@@ -139,6 +115,9 @@ def main(task_file: Path, *, with_parent: bool) -> int:
 def train(task: Task, task_file: Path) -> None:
     """Train from the last checkpoint, or from the start, and add the result to the campaign's table.
 
+    With a warm start nnUNetTrainer trains first, to the end of a shorter training, and the trainer then starts from its
+    weights as with ``-pretrained_weights``.
+
     The seed sets Python, NumPy and PyTorch of this process and of the workers of nnU-Net's loaders. What goes on from a
     checkpoint is seeded by the epoch too.
     """
@@ -150,27 +129,18 @@ def train(task: Task, task_file: Path) -> None:
     # As nnUNetv2_train has them.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
     campaign = read_campaign(Path(task.folder))
-    trainer = make_trainer(task, campaign)
-    folder = Path(trainer.output_folder)
     progress = Progress.read(progress_file(task_file))
-    if not (folder / "checkpoint_final.pth").is_file():
-        begun = (folder / "checkpoint_latest.pth").is_file()
-        if not begun:
-            progress = Progress([], [], [], 0.0)
-        _measure(trainer, progress, progress_file(task_file))
-        seed_this_process(derived_seed(task.seed))
-        trainer.initialize()
-        if begun:
-            trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
-            # nnU-Net writes checkpoint_latest before it compares the epoch with the best one.
-            trainer._best_ema = max(trainer.logger.get_value("ema_fg_dice", step=None))
-        _seed_workers(task.seed, trainer.current_epoch)
-        seed_this_process(derived_seed(task.seed, trainer.current_epoch))
-        trainer.run_training()
+    parts = task.stages(campaign)
+    start, before = None, 0
+    for stage in parts:
+        trainer = make_trainer(task, campaign, stage)
+        _train_stage(trainer, task.seed, progress, progress_file(task_file), start=start, before=before)
+        folder = Path(trainer.output_folder)
+        start, before = folder / "checkpoint_final.pth", before + stage.epochs
 
     started = time.monotonic()
     # Not compiled: validation has other shapes, for which it would be compiled again.
-    validating = make_trainer(task, campaign, compiled=False)
+    validating = make_trainer(task, campaign, parts[-1], compiled=False)
     validating.initialize()
     validating.load_checkpoint(str(folder / "checkpoint_final.pth"))
     validating.perform_actual_validation(False)
@@ -185,12 +155,36 @@ def train(task: Task, task_file: Path) -> None:
     _, expected = trainer.do_split()
     if result.failed or {case.case for case in result.cases} != set(expected):
         raise UserError(f"Not all validation cases could be evaluated in {folder / 'validation'}: {result.failed}")
-    about = {**describe(task, campaign), **costs(progress, trainer), "validation_seconds": round(seconds, 1)}
-    add_run(campaign.results, about, result)
+    measured = costs(progress, [stage.epochs for stage in parts], trainer.num_iterations_per_epoch)
+    add_run(campaign.results, {**describe(task, campaign), **measured, "validation_seconds": round(seconds, 1)}, result)
 
 
-def make_trainer(task: Task, campaign: Campaign, *, compiled: bool | None = None) -> Any:
-    """nnU-Net's trainer of a task, with a checkpoint after each epoch; ``compiled`` is for another choice."""
+def _train_stage(trainer: Any, seed: int, progress: Progress, file: Path, *, start: Path | None, before: int) -> None:
+    """Train one stage to its end, unless that is done; ``before`` is the number of epochs of the stages before it."""
+    folder = Path(trainer.output_folder)
+    if (folder / "checkpoint_final.pth").is_file():
+        return
+    begun = (folder / "checkpoint_latest.pth").is_file()
+    if not begun:
+        progress.forget(before)
+    measure(trainer, progress, file)
+    seed_this_process(derived_seed(seed, *([before] if before else [])))
+    trainer.initialize()
+    if begun:
+        trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+        # nnU-Net writes checkpoint_latest before it compares the epoch with the best one.
+        trainer._best_ema = max(trainer.logger.get_value("ema_fg_dice", step=None))
+    elif start is not None:
+        from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+        load_pretrained_weights(trainer.network, str(start))
+    _seed_workers(seed, before + trainer.current_epoch)
+    seed_this_process(derived_seed(seed, before + trainer.current_epoch))
+    trainer.run_training()
+
+
+def make_trainer(task: Task, campaign: Campaign, stage: Stage, *, compiled: bool | None = None) -> Any:
+    """nnU-Net's trainer of a stage, with a checkpoint after each epoch; ``compiled`` is for another choice."""
     import torch
     from nnunetv2.paths import nnUNet_preprocessed
 
@@ -198,15 +192,16 @@ def make_trainer(task: Task, campaign: Campaign, *, compiled: bool | None = None
 
     dataset = Path(str(nnUNet_preprocessed)) / campaign.dataset
     plans = read_plans(campaign.plans_file, otherwise=_REMEDY)
-    plans, configuration = plans_of_arm(plans, campaign.configuration, Arm(task.arm, task.trainer, task.settings))
+    plans, configuration = plans_of_arm(plans, campaign.configuration, stage.arm)
     plans["continue_training"] = False
+    plans["plans_name"] += stage.plans
     dataset_json = read_dataset_json(dataset / "dataset.json", otherwise="Plan the dataset again.")
-    trainer_class = find_trainer(task.trainer)
+    trainer_class = find_trainer(stage.arm.trainer)
     device = torch.device(task.device)
     trainer = trainer_class(
         plans=plans, configuration=configuration, fold=task.fold, dataset_json=dataset_json, device=device
     )
-    trainer.num_epochs = campaign.epochs
+    trainer.num_epochs = stage.epochs
     trainer.save_every = 1
     wanted = task.compiled if compiled is None else compiled
     if compiled is not None or task.device == "cpu":
@@ -221,38 +216,6 @@ def make_trainer(task: Task, campaign: Campaign, *, compiled: bool | None = None
 
     trainer.save_checkpoint = save_whole
     return trainer
-
-
-def _measure(trainer: Any, progress: Progress, file: Path) -> None:
-    """Note what epochs and steps take, and write it after each epoch."""
-    step, epoch_start, epoch_end = trainer.train_step, trainer.on_epoch_start, trainer.on_epoch_end
-    walls: list[float] = []
-    cpus: list[float] = []
-    started = 0.0
-
-    def begun() -> None:
-        nonlocal started
-        started = time.monotonic()
-        epoch_start()
-
-    def timed(batch: dict) -> dict:
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = step(batch)
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-        return result
-
-    def noted() -> None:
-        epoch_end()
-        progress.epochs.append(time.monotonic() - started)
-        progress.steps.append(statistics.median(walls))
-        progress.cpu_steps.append(statistics.median(cpus))
-        progress.peak_memory = max(progress.peak_memory, peak_memory(trainer.device.type))
-        walls.clear()
-        cpus.clear()
-        write_text(file, json.dumps(asdict(progress)) + "\n")
-
-    trainer.train_step, trainer.on_epoch_start, trainer.on_epoch_end = timed, begun, noted
 
 
 def _seed_workers(seed: int, epoch: int) -> None:
@@ -270,33 +233,6 @@ def _seed_workers(seed: int, epoch: int) -> None:
         start(self)
 
     NonDetMultiThreadedAugmenter._start = seeded
-
-
-def peak_memory(device: str) -> float:
-    """In MB: allocated on a GPU; else what the training process held of the machine's memory; nan where unknown."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    # In KiB, but on macOS in bytes.
-    unit = 1.0 if sys.platform == "darwin" else 1024.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def costs(progress: Progress, trainer: Any) -> dict[str, object]:
-    """The columns on time and memory; an epoch that was not measured, because a kill came, counts as the others."""
-    measured = progress.epochs or [float("nan")]
-    return {
-        "iterations": trainer.num_epochs * trainer.num_iterations_per_epoch,
-        "training_seconds": round(statistics.fmean(measured) * trainer.num_epochs, 1),
-        "seconds_per_step": f"{statistics.median(progress.steps or [float('nan')]):.6f}",
-        "cpu_seconds_per_step": f"{statistics.median(progress.cpu_steps or [float('nan')]):.6f}",
-        "peak_memory_mb": round(progress.peak_memory, 1),
-    }
 
 
 def describe(task: Task, campaign: Campaign) -> dict[str, object]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from nnunet_ssl.cli.lookup import dataset_name, nnunet_folder, trainers_folder
+from nnunet_ssl.cli.campaigns import add_machine_arguments, check_numbers, choose_machine, find_dataset
 from nnunet_ssl.errors import UserError
 
 HELP = "train several trainers on equal terms and several times, and report gains, intervals and costs"
@@ -23,6 +22,8 @@ final checkpoint counts. Run again after a stop, it goes on; with more arms, lab
 commands share the work, also from two machines on one file system. The second command only reports.
 
 An arm is a trainer, or a trainer with settings: MutualReliableTrainer:mutual_weight=0.0,ramp_length=0.1.
+CrossMatchTrainer@warm=0.5 trains nnUNetTrainer for half of the epochs, then CrossMatchTrainer from its weights for the
+others.
 
 --labeled draws cases of fold 0 (or --draw-fold) as 'nnunet-ssl split' does, with seed 0; --folds takes folds of
 splits_final.json as they are. A fold that splits_final.json lacks is appended to it; nothing else of the dataset is
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", metavar="DATASET", help="dataset's number or name, planned and preprocessed")
     parser.add_argument("-c", metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
-    parser.add_argument("-tr", nargs="+", default=[], metavar="ARM", help="trainers, also TRAINER:NAME=VALUE,...")
+    parser.add_argument(
+        "-tr", nargs="+", default=[], metavar="ARM", help="trainers, also with settings or a warm start"
+    )
     parser.add_argument("--labeled", nargs="+", default=[], metavar="N", help="labeled cases, such as 8 or 10%%")
     parser.add_argument("--draw-fold", type=int, default=0, metavar="FOLD", help="fold they are drawn from (default 0)")
     parser.add_argument("--folds", type=int, nargs="+", default=[], metavar="FOLD", help="folds to take as they are")
@@ -55,11 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--configurations", type=Path, metavar="FILE", help="JSON with more configurations, written as in the plans"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once (default 1)")
-    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile on a CPU too, where nnU-Net itself never does"
-    )
+    add_machine_arguments(parser)
     parser.add_argument(
         "--table",
         nargs="?",
@@ -94,27 +93,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     _check_numbers(args)
-    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
-    raw = Path(os.environ["nnUNet_raw"]) if os.environ.get("nnUNet_raw") else None
-    ours, theirs = str(trainers_folder()), os.environ.get("nnUNet_extTrainer", "")
-    folders = [one for one in theirs.split(os.pathsep) if one.strip()]
-    # Nothing is written there; nnU-Net asks for it when it is imported, and each training gets its own.
-    os.environ.setdefault("nnUNet_results", str(folder / "nnUNet_results"))
-    os.environ["nnUNet_extTrainer"] = os.pathsep.join([*folders, *([] if ours in folders else [ours])])
+    dataset = find_dataset(args.d, folder)
 
-    import torch
-
-    from nnunet_ssl.benchmark.arms import parse_arms
+    from nnunet_ssl.benchmark.arms import parse_arms, stages
     from nnunet_ssl.benchmark.campaign import open_campaign, plan_settings, plan_trainings
-    from nnunet_ssl.benchmark.schedule import find_machine, run_trainings
+    from nnunet_ssl.benchmark.schedule import run_trainings
 
-    name = dataset_name(args.d)
-    if not (preprocessed / name / "dataset.json").is_file():
-        raise UserError(f"{preprocessed / name} is no planned dataset. Run nnUNetv2_plan_and_preprocess -d {args.d}.")
     arms = parse_arms(args.tr, args.settings)
+    for arm in arms:
+        stages(arm, args.epochs)
     campaign = open_campaign(
         folder,
-        preprocessed_folder=preprocessed / name,
+        preprocessed_folder=dataset.preprocessed,
         plans=args.p,
         configuration=args.c,
         epochs=args.epochs,
@@ -123,17 +113,14 @@ def _train(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     )
     settings = plan_settings(
         campaign,
-        preprocessed_folder=preprocessed / name,
-        raw_folder=raw / name if raw else None,
+        preprocessed_folder=dataset.preprocessed,
+        raw_folder=dataset.raw,
         labeled=args.labeled,
         folds=args.folds,
         draw_fold=args.draw_fold,
     )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: PyTorch finds no GPU. Use -device cpu.")
-    machine = find_machine(device, args.jobs, compiled=args.compile)
-    return run_trainings(campaign, plan_trainings(arms, settings, list(dict.fromkeys(args.seeds))), machine)
+    trainings = plan_trainings(arms, settings, list(dict.fromkeys(args.seeds)))
+    return run_trainings(campaign, trainings, choose_machine(args))
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -142,8 +129,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"{', '.join(missing)} missing: which dataset, configuration and trainers? Or give --table.")
     if not args.labeled and not args.folds:
         raise UserError("Which labeled cases? Give numbers with --labeled, or folds of splits_final.json with --folds.")
-    for option, value in (("--epochs", args.epochs), ("--jobs", args.jobs), ("--validate", args.validate)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}; give 1 or more.")
+    check_numbers(epochs=args.epochs, jobs=args.jobs, validate=args.validate)
     if min(args.seeds) < 0:
         raise UserError(f"--seeds holds {min(args.seeds)}; give 0 or more.")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nnunet_ssl.benchmark.arms import Arm, parse_arms, plans_of_arm
+from nnunet_ssl.benchmark.arms import Arm, Stage, parse_arms, plans_of_arm, stages
 from nnunet_ssl.benchmark.campaign import (
     Setting,
     configured,
@@ -68,9 +68,27 @@ def test_arms_with_settings(monkeypatch):
         ("CrossMatchTrainer:ramp=0", "does not know"),
         ("CrossMatchTrainer:ramp_length=7", "0 to 1"),
         ("CrossMatchTrainer:ramp_length", "give NAME=VALUE"),
+        ("CrossMatchTrainer@warm=1", "such as @warm=0.5"),
+        ("CrossMatchTrainer@warm=half", "such as @warm=0.5"),
+        ("CrossMatchTrainer@cold=0.5", "such as @warm=0.5"),
     ):
         with pytest.raises(UserError, match=message):
             parse_arms([wrong], [])
+
+
+def test_a_warm_start_has_two_stages_in_folders_of_their_own(monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    warm, plain = parse_arms(["CrossMatchTrainer@warm=0.50:ramp_length=0.2", "CrossMatchTrainer"], [])
+    assert warm == Arm("CrossMatchTrainer@warm=0.5:ramp_length=0.2", "CrossMatchTrainer", {"ramp_length": 0.2}, 0.5)
+    first, second = stages(warm, 5)
+    assert first.arm == Arm("nnUNetTrainer", "nnUNetTrainer") and second.arm == warm
+    assert first.epochs + second.epochs == 5 and 2 <= first.epochs <= 3
+    assert stages(plain, 5) == [Stage(plain, 5)]
+    assert len({one.plans for one in (first, second, *stages(plain, 5))}) == 3
+    other, _ = stages(parse_arms(["CrossMatchTrainer@warm=0.5"], [])[0], 5)
+    assert other.plans != first.plans, "arms share no start, so that their trainings vary each by itself"
+    with pytest.raises(UserError, match="of 1 epochs, 0 would be nnUNetTrainer's and 1 CrossMatchTrainer's"):
+        stages(warm, 1)
 
 
 def test_settings_are_added_to_those_that_a_configuration_inherits():

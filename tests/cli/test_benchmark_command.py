@@ -24,6 +24,7 @@ CALL = {
         ({"-p": ["others"]}, "others.json"),
         ({"-tr": ["NoTrainer"]}, "nnU-Net does not find the trainer NoTrainer"),
         ({"-tr": ["CrossMatchTrainer:x=1"]}, "does not know"),
+        ({"-tr": ["CrossMatchTrainer@warm=0.5"], "--epochs": ["1"]}, "Give a longer --epochs, or another share"),
         ({"--labeled": ["9"]}, "Asked for 9"),
         ({"--labeled": ["few"]}, "'few'"),
         ({"--labeled": []}, "Which labeled cases?"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -99,3 +102,55 @@ def test_the_same_seed_makes_the_same_training(planned_2d, tmp_path):
     count = len(digits) // 3
     first, other, again = ([row[1] for row in digits[part * count : (part + 1) * count]] for part in range(3))
     assert first == again and first != other
+
+
+STILL = """
+import os
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class nnUNetTrainer_still(nnUNetTrainer):
+    # Its steps have no length: what it ends with is what it started from.
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 0.0, 3, 2
+
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if str(self.current_epoch) == os.environ.get("STOP_AFTER_EPOCHS"):
+            raise SystemExit("stopped for the test")
+"""
+
+
+def test_warm_start(planned_2d, tmp_path):
+    """Interrupted in its second stage, it goes on there; it began there with the weights of the first one's end."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "still.py").write_text(STILL)
+    folders = os.pathsep.join([planned_2d.environment["nnUNet_extTrainer"], str(tmp_path / "more")])
+    planned = dataclasses.replace(planned_2d, environment={**planned_2d.environment, "nnUNet_extTrainer": folders})
+    folder = tmp_path / "bench"
+    arms = ["-tr", "nnUNetTrainer_still@warm=0.3", "--seeds", "0"]
+    stopped = dataclasses.replace(planned, environment={**planned.environment, "STOP_AFTER_EPOCHS": "1"})
+    (first := start(stopped, folder, *arms)).communicate(timeout=900)
+    assert first.returncode == 2
+    finish(start(planned, folder, *arms))
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert {row["training"] for row in rows} == {"nnUNetTrainer_still@warm=0.3; 2 labeled; seed 0"}
+    log = (folder / "logs" / "nnUNetTrainer_still_warm_0.3_2_labeled_seed_0.log").read_text()
+    assert log.count("stopped for the test") == 1
+    assert log.count("Epoch 0") == 2 and log.count("Loading pretrained weights") == 1
+    progress = json.loads((folder / "tasks" / "nnUNetTrainer_still_warm_0.3_2_labeled_seed_0.progress").read_text())
+    assert len(progress["epochs"]) == 2, "the first stage's is kept; one that a stop comes into is not measured"
+    before, after = (
+        torch.load(file, weights_only=False)["network_weights"]
+        for file in (
+            *folder.glob("nnUNet_results/*/*/nnUNetTrainer__nnUNetPlans_before_*/*/checkpoint_final.pth"),
+            *folder.glob("nnUNet_results/*/*/nnUNetTrainer_still__nnUNetPlans_warm_0.3__*/*/checkpoint_final.pth"),
+        )
+    )
+    assert before.keys() == after.keys()
+    kept = [name for name in after if ".seg_layers." not in name]
+    assert kept and all(torch.equal(after[name], before[name]) for name in kept)
+    last = max(name for name in after if ".seg_layers." in name and name.endswith("weight"))
+    assert not torch.equal(after[last], before[last]), "drawn anew, as with -pretrained_weights"

@@ -1,0 +1,89 @@
+"""What ``nnunet-ssl benchmark`` and ``pilot`` have in common: where a campaign's dataset is, and the machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunet_ssl.cli.lookup import dataset_name, nnunet_folder, trainers_folder
+from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.benchmark.schedule import Machine
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A planned dataset.
+
+    Attributes:
+        name: its full one.
+        preprocessed: ``nnUNet_preprocessed/DatasetXXX_Name``.
+        raw: ``nnUNet_raw/DatasetXXX_Name``, which may not exist, or None where nnUNet_raw is not set.
+    """
+
+    name: str
+    preprocessed: Path
+    raw: Path | None
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`choose_machine` reads."""
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once (default 1)")
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile on a CPU too, where nnU-Net itself never does"
+    )
+
+
+def check_numbers(**options: int | None) -> None:
+    """Each option, by its name, must be 1 or more where it is given.
+
+    Raises:
+        UserError: one is not.
+    """
+    for option, value in options.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{option} is {value}; give 1 or more.")
+
+
+def find_dataset(dataset: str, folder: Path) -> Dataset:
+    """The dataset that the user named; also sets what trainings inherit from this process's environment.
+
+    Args:
+        dataset: number or name.
+        folder: of the campaign.
+
+    Raises:
+        UserError: a folder of nnU-Net's is not set, or the dataset is not planned.
+    """
+    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
+    raw = Path(os.environ["nnUNet_raw"]) if os.environ.get("nnUNet_raw") else None
+    ours, theirs = str(trainers_folder()), os.environ.get("nnUNet_extTrainer", "")
+    folders = [one for one in theirs.split(os.pathsep) if one.strip()]
+    # Nothing is written there; nnU-Net asks for it when it is imported, and each training gets its own.
+    os.environ.setdefault("nnUNet_results", str(folder / "nnUNet_results"))
+    os.environ["nnUNet_extTrainer"] = os.pathsep.join([*folders, *([] if ours in folders else [ours])])
+    name = dataset_name(dataset)
+    if not (preprocessed / name / "dataset.json").is_file():
+        raise UserError(f"{preprocessed / name} is no planned dataset. Run nnUNetv2_plan_and_preprocess -d {dataset}.")
+    return Dataset(name, preprocessed / name, raw / name if raw else None)
+
+
+def choose_machine(args: argparse.Namespace) -> Machine:
+    """The machine by the options of :func:`add_machine_arguments`.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    from nnunet_ssl.benchmark.schedule import find_machine
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda: PyTorch finds no GPU. Use -device cpu.")
+    return find_machine(device, args.jobs, compiled=args.compile)
