@@ -256,7 +256,7 @@ Dice is better the larger, HD95 the smaller it is. Of time and memory, × is rel
 def _gain_table(gains: Sequence[Gain], metric: str) -> tuple[list[str], list[list[object]]]:
     header = [metric, "arm", "trainings", "mean", "spread of trainings", "difference", "95 % interval", "pairs"]
     rows: list[list[object]] = []
-    for gain in gains:
+    for gain in sorted(gains, key=lambda gain: gain.structure != MEAN):
         interval = "-" if math.isnan(gain.low) else f"{gain.low:+.3f} to {gain.high:+.3f}"
         compared = [f"{gain.difference:+.3f}", interval, gain.pairs] if gain.pairs else ["", "", None]
         rows.append([gain.structure, gain.arm, gain.runs, gain.mean, gain.spread, *compared])

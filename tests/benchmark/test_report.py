@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy import stats
 
+from nnunet_ssl.benchmark.arms import short_name
+from nnunet_ssl.benchmark.figure import _number_points
+from nnunet_ssl.benchmark.progress import Progress, costs
 from nnunet_ssl.benchmark.report import MEAN, Report, difference, standard_error, write_report
 from nnunet_ssl.benchmark.results import ABOUT, Run, add_run, read_runs, write_runs
 from nnunet_ssl.errors import UserError
@@ -105,6 +110,16 @@ def test_costs_are_relative_to_the_baseline_of_the_campaign():
     assert Report(on_gpu).costs("2 labeled")[1].step == 9
 
 
+def test_a_warm_start_costs_what_its_stages_cost():
+    done = Progress([10, 10, 10, 40], [1, 1, 1, 5], [0.1, 0.3, 0.2, 0.6], 7)
+    about = costs(done, [3, 1], 250)
+    assert (about["iterations"], about["training_seconds"]) == (1000, 70)
+    assert float(about["seconds_per_step"]) == 2 and float(about["cpu_seconds_per_step"]) == pytest.approx(0.3)
+    assert float(costs(done, [4], 250)["seconds_per_step"]) == 1, "without one, the median"
+    done.forget(3)
+    assert done == Progress([10, 10, 10], [1, 1, 1], [0.1, 0.3, 0.2], 7)
+
+
 def test_campaigns_are_not_mixed():
     with pytest.raises(UserError, match="2 campaigns"):
         Report([run("nnUNetTrainer", 0, [(0.5,)]), run("Ours", 0, [(0.5,)], campaign="another")])
@@ -137,6 +152,25 @@ def test_report_files(tmp_path):
     rows = files["csv"].read_text().splitlines()
     assert rows[0].startswith("setting,arm,structure,metric,runs,mean") and len(rows) == 1 + 2 * 2 * 3 * 3
     assert imread(files["png"]).std() > 0
+
+
+def test_names_for_figures():
+    assert short_name("CrossMatchTrainer_5epochs") == "CrossMatch_5epochs"
+    assert short_name("nnUNetTrainer@warm=0.5") == "nnUNetTrainer@warm=0.5"
+    assert short_name("CrossMatchTrainer@warm=0.5:ramp_length=0.1") == "CrossMatch@warm=0.5:ramp_length=0.1"
+
+
+def test_numbers_of_points_do_not_touch():
+    figure = Figure(figsize=(4, 3))
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for number, (cost, gain) in enumerate([(2, 0.01), (2.01, 0.0101), (2.02, 0.011), (2, 0.0099), (5, 0.03)] * 2):
+        axis.plot(cost, gain, "o", label=f"[{number}]")
+    figure.draw_without_rendering()
+    _number_points(axis)
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert [text.get_text() for text in axis.texts] == [f"[{number}]" for number in range(10)]
+    assert not any(one.overlaps(other) for number, one in enumerate(boxes) for other in boxes[:number])
 
 
 def test_table_keeps_everything(tmp_path):
