@@ -214,7 +214,7 @@ def _limits(reports: Sequence[tuple[Campaign, Report]], columns: Sequence[Column
         "- What tuning brings: each arm has the settings that it names, and else its paper's.",
         "- Which of two methods is the better one: each is compared with nnUNetTrainer alone.",
         "- Other organs, scanners, numbers of labels and lengths than these. On your own data:"
-        " [compare trainers](how-to/benchmark.md).",
+        " [pilot](how-to/pilot.md).",
     ]
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "compare",
     "overlay",
+    "pilot",
     "benchmark",
     "demo",
 )
