@@ -19,6 +19,7 @@ from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.methods.unimatch import UniMatchTrainer
+from nnunet_ssl.methods.urpc import URPCTrainer
 from nnunet_ssl.networks.streams import StreamOutput
 from nnunet_ssl.testing import initialized
 from nnunet_ssl.testing import make_batches as make_batches
@@ -106,6 +107,8 @@ METHODS = (
     # Each network of labeled and of unlabeled images, and the second one's decoder once more without gradient.
     # Fused: pseudo-labels, cross-entropy.
     Method(CPSTrainer, split_graphs=(2 + 6,), fused=(2, 4)),
+    # Labeled and unlabeled images are decoded alike. Fused: the pyramid's consistency.
+    Method(URPCTrainer, split_graphs=(1 + 1,), fused=(1, 1)),
 )
 TRAINERS = tuple(method.trainer for method in METHODS)
 BY_NAME = {method.name: method for method in METHODS}

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from nnunet_ssl import api
 from nnunet_ssl.compiled import compiled, fused, fusing
-from nnunet_ssl.methods import mcnet, mutual_reliable, simcvd
+from nnunet_ssl.methods import mcnet, mutual_reliable, simcvd, urpc
 
 COMPILE = torch.compile
 SHAPE = (2, 3, 8, 6)
@@ -57,6 +57,8 @@ CASES: dict[str, Case] = {
     "consistency of regions, masked": (partial(api.consistency, regions=True), (LOGITS, OTHERS), (MASKS,), 1),
     "sharpened": (partial(sharpened, regions=False, label_gradient=False), (LOGITS,), (OTHERS, FEATURES), 1),
     "sharpened, labels too": (partial(sharpened, regions=True, label_gradient=True), (LOGITS,), (OTHERS, FEATURES), 1),
+    "pyramid": (partial(urpc.pyramid_consistency, regions=False), (torch.stack((LOGITS, OTHERS)),), (), 1),
+    "pyramid of regions": (partial(urpc.pyramid_consistency, regions=True), (torch.stack((LOGITS, OTHERS)),), (), 1),
     "consistency, masked": (api.consistency_mse, (LOGITS, OTHERS), (MASK,), 1),
     "distance": (simcvd.distance_error, (LOGITS,), (OTHERS, None), 1),
     "distance, ignore label": (simcvd.distance_error, (LOGITS,), (OTHERS, MASK), 1),
