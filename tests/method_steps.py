@@ -14,6 +14,7 @@ from nnunet_ssl.data.signed_distance import signed_distance_map
 from nnunet_ssl.methods.bcp import BCPTrainer
 from nnunet_ssl.methods.cps import CPSTrainer
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.methods.dtc import DTCTrainer
 from nnunet_ssl.methods.mcnet import MCNetTrainer
 from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
@@ -68,6 +69,9 @@ METHODS = (
         fused=(3, 3),
         representative=True,
     ),
+    # Decoders: of labeled and of unlabeled images. Fused: distances, tasks. The paper's steepness multiplies a rounding
+    # of the distances by 1500, and two ways to compute a step then differ visibly.
+    Method(DTCTrainer, {"steepness": 20.0}, split_graphs=(1 + 2,), fused=(2, 3)),
     # Decoders: as the next method's, with three and with two. Fused: what a decoder learns.
     Method(MCNetTrainer, others=({"decoders": 2},), split_graphs=(1 + 10, 1 + 6), fused=(1, 2)),
     # Each decoder of labeled and of unlabeled images, and all but the one that learns first once more without gradient.

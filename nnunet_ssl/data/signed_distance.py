@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import edt
 import numpy as np
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.ndimage import binary_erosion, find_objects
 from torch import Tensor
 
@@ -88,6 +89,18 @@ class SignedDistanceMaps(LabeledTarget):
         self.spacing = tuple(spacing)
         self.labels = None if labels is None else tuple(labels)
         self.structures = regions if labels is None else len(labels)
+
+    @classmethod
+    def of_dataset(cls, labels: LabelManager, spacing: Sequence[float]) -> SignedDistanceMaps:
+        """Of all foreground classes or regions of a dataset.
+
+        Args:
+            labels: nnU-Net's label manager of the dataset.
+            spacing: of the voxels along each axis of a patch, in mm.
+        """
+        if labels.has_regions:
+            return cls(spacing, labels=None, regions=labels.num_segmentation_heads)
+        return cls(spacing, labels=labels.foreground_labels)
 
     def __call__(self, segmentation: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (P, *spatial), float16, and (P,) int64, the place of each among the B x K of all structures."""

@@ -99,13 +99,7 @@ class SimCVDTrainer(SemiSupervisedTrainer):
 
     def labeled_targets(self) -> dict[str, SignedDistanceMaps]:
         """Signed distance maps, made by the workers that augment."""
-        labels = self.label_manager
-        maps = SignedDistanceMaps(
-            self.configuration_manager.spacing,
-            labels=None if labels.has_regions else labels.foreground_labels,
-            regions=self.num_structures,
-        )
-        return {"distance": maps}
+        return {"distance": SignedDistanceMaps.of_dataset(self.label_manager, self.configuration_manager.spacing)}
 
     def streams(self) -> dict[str, Stream]:
         """The student on labeled and noisy unlabeled images, the teacher on the unlabeled ones as they are."""

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from nnunet_ssl import api
 from nnunet_ssl.compiled import compiled, fused, fusing
-from nnunet_ssl.methods import mcnet, mutual_reliable, simcvd, urpc
+from nnunet_ssl.methods import dtc, mcnet, mutual_reliable, simcvd, urpc
 
 COMPILE = torch.compile
 SHAPE = (2, 3, 8, 6)
@@ -36,6 +36,8 @@ def coverage(target: Tensor, confidence: Tensor) -> Any:
 def sharpened(logits: Tensor, first: Tensor, second: Tensor, **options: Any) -> Tensor:
     return mcnet.mutual_loss(logits, [first, second], temperature=0.5, **options)
 
+
+tasks = partial(dtc.dual_task_consistency, steepness=3.0)
 
 # A function, what carries a gradient, other arguments, graphs.
 Case = tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Any, ...], int]
@@ -62,6 +64,8 @@ CASES: dict[str, Case] = {
     "consistency, masked": (api.consistency_mse, (LOGITS, OTHERS), (MASK,), 1),
     "distance": (simcvd.distance_error, (LOGITS,), (OTHERS, None), 1),
     "distance, ignore label": (simcvd.distance_error, (LOGITS,), (OTHERS, MASK), 1),
+    "tasks": (partial(tasks, regions=False), (LOGITS, OTHERS[:, 1:]), (), 1),
+    "tasks of regions": (partial(tasks, regions=True), (LOGITS, OTHERS), (), 1),
     "coverage": (coverage, (), (CLASSES, MASK.float()), 1),
     "coverage of regions": (coverage, (), (REGIONS, MASKS.float()), 1),
 }
