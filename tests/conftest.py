@@ -7,15 +7,22 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# nnU-Net reads it when it is imported. It would start eight processes for each of its pools.
+os.environ.setdefault("nnUNet_def_n_proc", "1")
+
 from method_steps import TRAINERS
+from warm_commands import CAN_FORK, WarmCommands
 
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
 
+WARM = WarmCommands()
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 # Trainers of a few steps, found by nnU-Net in a folder of their own beside this package's.
@@ -82,6 +89,18 @@ class Planned:
         return done
 
 
+def run_warm(command: str, arguments: Sequence[object], *, environment: dict[str, str], folder: Path) -> None:
+    """Run a command of nnU-Net where PyTorch is imported already, or where that cannot be, as a user would."""
+    log = folder / "log.txt"
+    if CAN_FORK:
+        code = WARM(command, arguments, environment=environment, folder=folder, log=log)
+    else:
+        with log.open("w") as output:
+            run = [str(Path(sysconfig.get_path("scripts")) / command), *map(str, arguments)]
+            code = subprocess.call(run, env=environment, cwd=folder, stdout=output, stderr=output)
+    assert code == 0, f"{command} {arguments}:\n{log.read_text()[-6000:]}"
+
+
 def nnunet_environment(root: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
     environment |= {name: str(root / name.removeprefix("nnUNet_")) for name in NNUNET_FOLDERS}
@@ -109,7 +128,8 @@ def plan(planned: Planned, *, two_d: bool, patch_size: list[int]) -> Planned:
     (planned.root / "trainers").mkdir()
     (planned.root / "trainers" / "short.py").write_text(SHORT_TRAINERS)
     parent = "2d" if two_d else "3d_fullres"
-    planned.run("nnUNetv2_plan_and_preprocess", "-d", planned.dataset_id, "-c", parent, "-np", 1, "-npfp", 1)
+    arguments = ("-d", planned.dataset_id, "-c", parent, "-np", 1, "-npfp", 1)
+    run_warm("nnUNetv2_plan_and_preprocess", arguments, environment=planned.environment, folder=planned.root)
     plans_file = planned.preprocessed / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
     architecture = plans["configurations"][parent]["architecture"]
@@ -130,6 +150,13 @@ def plan(planned: Planned, *, two_d: bool, patch_size: list[int]) -> Planned:
     }
     plans_file.write_text(json.dumps(plans))
     return planned
+
+
+@pytest.fixture(scope="session", autouse=True)
+def end_of_warm_commands() -> Iterator[None]:
+    """End the server of commands with the session."""
+    yield
+    WARM.close()
 
 
 @pytest.fixture

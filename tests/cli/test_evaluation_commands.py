@@ -122,7 +122,7 @@ def test_an_interrupted_validation_is_not_compared(base, tmp_path, capsys, monke
     results = tmp_path / "results"
     shutil.copytree(base / "nnUNet_results", results)
     monkeypatch.setenv("nnUNet_results", str(results))
-    arguments = ["compare", "-d", "42", "-c", "2d", "-tr", "Off0Trainer", "Off1Trainer"]
+    arguments = ["compare", "-d", "42", "-c", "2d", "-tr", "Off0Trainer", "Off1Trainer", "-np", "1"]
     assert main(arguments) == 0
     (results / predictions(base, 1).relative_to(base / "nnUNet_results") / "summary.json").unlink()
     assert main(arguments) == 2
@@ -139,7 +139,17 @@ def test_a_folder_can_have_an_equals_sign_in_its_name(base, tmp_path, capsys):
 
 def test_compare_folders_and_their_runs(base, capsys):
     folders = [f"ours={predictions(base, 1)}", f"ours={predictions(base, 0)}"]
-    arguments = ["compare", f"base={predictions(base, 2)}", *folders, "-g", str(references(base)), "-d", "42"]
+    arguments = [
+        "compare",
+        f"base={predictions(base, 2)}",
+        *folders,
+        "-g",
+        str(references(base)),
+        "-d",
+        "42",
+        "-np",
+        "1",
+    ]
     assert main(arguments) == 0
     header, *lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()][1:]
     ours = next(line for line in lines if " ours " in line)
@@ -156,7 +166,7 @@ def copied(base, folder, model, cases):
 
 def test_folders_that_are_joined_miss_what_none_of_them_has(base, tmp_path, capsys):
     folds = [f"ours={copied(base, tmp_path / 'f0', 1, [0, 1])}", f"ours={copied(base, tmp_path / 'f1', 1, [2, 3])}"]
-    options = ["-g", str(references(base)), "-d", "42"]
+    options = ["-g", str(references(base)), "-d", "42", "-np", "1"]
     assert main(["compare", f"base={predictions(base, 2)}", *folds, *options]) == 1
     printed = capsys.readouterr().out
     assert printed.count("has no prediction") == 1 and "Not all have the same cases" in printed
@@ -185,7 +195,7 @@ def test_a_picture_that_cannot_be_written(base, tmp_path, capsys):
 
 
 def test_overlay_draws_the_worst_cases(base, tmp_path, capsys):
-    arguments = ["overlay", "-d", "42", f"off by 2={predictions(base, 2)}", f"exact={predictions(base, 0)}"]
+    arguments = ["overlay", "-d", "42", f"off by 2={predictions(base, 2)}", f"exact={predictions(base, 0)}", "-np", "1"]
     assert main([*arguments, "-o", str(tmp_path), "--worst", "2"]) == 0
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 2 and str(pictures[0]) in capsys.readouterr().out

@@ -13,6 +13,7 @@ import blosc2
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import run_warm
 
 from nnunet_ssl.cli.main import main
 
@@ -50,21 +51,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (raw / "dataset.json").write_text(json.dumps(description))
     (root / "preprocessed").mkdir()
-    code = (
-        "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry as main\n"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        f"{code}if __name__ == '__main__': main()",
-        "-d",
-        "7",
-        "-c",
-        "3d_fullres",
-        "-np",
-        "1",
-    ]
-    subprocess.run([*command, "-npfp", "1"], env=environment(root), check=True, capture_output=True)
+    arguments = ("-d", 7, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    run_warm("nnUNetv2_plan_and_preprocess", arguments, environment=environment(root), folder=root)
     return root
 
 

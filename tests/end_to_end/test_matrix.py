@@ -8,9 +8,6 @@ every configuration, with three trainers, on regions with an ignore label. Print
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +16,8 @@ import method_steps
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import SHORT_TRAINERS, nnunet_environment
+from conftest import SHORT_TRAINERS, WARM, nnunet_environment
+from warm_commands import CAN_FORK
 
 from nnunet_ssl.data.phantoms import write_phantom_dataset
 from nnunet_ssl.evaluation.tables import format_table
@@ -29,7 +27,7 @@ CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 LABELS = ("standard", "regions", "ignore", "regions_ignore")
 FOLDS = (0, 1)
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forked processes")
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="commands run in forked processes")
 
 
 class Commands:
@@ -37,31 +35,15 @@ class Commands:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._warm = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("warm_commands.py"))],
-            env=nnunet_environment(root), cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        self.environment = nnunet_environment(root)
 
     def __call__(self, command: str, *arguments: object, check: bool = True, **environment: str) -> str:
         """The command's output; with ``check`` it must have ended well."""
         log = self.root / "log.txt"
-        request = {
-            "command": command,
-            "arguments": list(map(str, arguments)),
-            "environment": environment,
-            "log": str(log),
-        }
-        assert self._warm.stdin is not None and self._warm.stdout is not None
-        print(json.dumps(request), file=self._warm.stdin, flush=True)
-        code = int(self._warm.stdout.readline())
+        code = WARM(command, arguments, environment=self.environment | environment, folder=self.root, log=log)
         output = log.read_text()
         assert (code == 0) == check, f"{command} {arguments} ended with {code}:\n{output[-5000:]}"
         return output
-
-    def close(self) -> None:
-        assert self._warm.stdin is not None
-        self._warm.stdin.close()
-        self._warm.wait()
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +51,7 @@ def commands(tmp_path_factory):
     root = tmp_path_factory.mktemp("matrix")
     (root / "trainers").mkdir()
     (root / "trainers" / "short.py").write_text(SHORT_TRAINERS)
-    commands = Commands(root)
-    yield commands
-    commands.close()
+    return Commands(root)
 
 
 class Dataset:
