@@ -1,4 +1,4 @@
-"""What the benchmarks share: plans without a dataset, trainers without loaders, batches, bare passes, versions."""
+"""What the benchmarks share: plans without a dataset, trainers without loaders, batches, versions, saved costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -24,8 +24,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunet_ssl
 from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
+from nnunet_ssl.cli.methods import COSTS, measured_costs
 from nnunet_ssl.data.labeled_targets import AddTargets
-from nnunet_ssl.networks.streams import Stream, StreamOutput
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 
 # The large plan that needs no dataset: nnU-Net's own for patches of 128x128x128, and two structures.
@@ -101,7 +101,7 @@ def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, help="dataset id or name, planned and preprocessed")
     parser.add_argument("-c", default="3d_fullres", help="configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="plans")
-    parser.add_argument("-tr", default="CrossMatchTrainer", help="trainer")
+    parser.add_argument("-tr", nargs="+", default=method_names(), metavar="TRAINER", help="trainers (default: all)")
     parser.add_argument("-device", default="cpu", choices=["cpu", "cuda"])
 
 
@@ -147,6 +147,8 @@ def labeled_batch(trainer: nnUNetTrainer) -> dict[str, Any]:
     batch = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
     if isinstance(trainer, SemiSupervisedTrainer):
         batch = AddTargets(trainer.labeled_targets())(**batch)
+        if trainer.unlabeled_views().weak_labeled:
+            batch["target"] = [*batch["target"], torch.randn_like(image)]
     return _on_device(batch, trainer.device)
 
 
@@ -164,6 +166,7 @@ def give_unlabeled_batches(trainer: SemiSupervisedTrainer, count: int = 1) -> No
             "boxes": boxes,
             "partner": (torch.arange(u) + 1) % u,
             "keys": ["unlabeled"] * u,
+            **({"augmented": torch.randn(shape)} if views.augmented else {}),
         }
 
     loader: Any = itertools.cycle([_on_device(batch(), trainer.device) for _ in range(count)])
@@ -179,55 +182,29 @@ def _on_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def bare_passes(trainer: SemiSupervisedTrainer, *, stacked: bool) -> tuple[str, Callable[[], None]]:
-    """The encoder and decoder passes of a method's streams, without its loss terms, dropout and heads."""
-    network, device = trainer.training_network, trainer.device
-    shape = (trainer.batch_size, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
-    streams = {
-        name: Stream(s.image, gradient=s.gradient, decoder=s.decoder, teacher=s.teacher)
-        for name, s in trainer.streams().items()
-    }
-    images = {stream.image: torch.randn(shape, device=device) for stream in streams.values()}
-    student = {name: stream for name, stream in streams.items() if not stream.teacher}
-    encoded = list(dict.fromkeys(stream.image for stream in student.values()))
-    taught = {name: stream for name, stream in streams.items() if stream.teacher}
+def in_largest_stage(trainer: SemiSupervisedTrainer) -> SemiSupervisedTrainer:
+    """Put the trainer into the stage with the most streams, of several the last."""
+    counts: dict[str, int] = {}
+    for stage in trainer.stages():
+        trainer.current_stage = stage
+        counts[stage] = len(trainer.streams())
+    trainer.current_stage = max(reversed(counts), key=lambda stage: counts[stage])
+    trainer.step_gradients.begin_stage()
+    return trainer
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, enabled=device.type == "cuda")
 
-    def loss_of(output: StreamOutput) -> torch.Tensor:
-        return output.logits.float().square().mean()
+def save_costs(kind: str, ratios: Mapping[str, Mapping[str, float]], measured: str) -> None:
+    """Write the ratios that ``nnunet-ssl methods`` shows: of one run, so that they can be compared.
 
-    def run_stacked() -> None:
-        network.zero_grad(set_to_none=True)
-        with autocast():
-            outputs = network(images, streams, {})
-            losses = [loss_of(outputs[name]) for name, stream in streams.items() if stream.gradient]
-        torch.stack(losses).sum().backward()
-
-    def run_separate() -> None:
-        network.zero_grad(set_to_none=True)
-        with torch.no_grad(), autocast():
-            for name, stream in taught.items():
-                skips = {stream.image: network.teacher.encoder(images[stream.image])}
-                network.decode({name: stream}, images, skips, {})
-        for image in encoded:
-            with autocast():
-                skips = network.encoder(images[image])
-            leaves = {image: [skip.detach().requires_grad_() for skip in skips]}
-            for name, stream in student.items():
-                if stream.image == image:
-                    with torch.set_grad_enabled(stream.gradient), autocast():
-                        loss = loss_of(network.decode({name: stream}, images, leaves, {})[name])
-                    if stream.gradient:
-                        loss.backward()
-            torch.autograd.backward(skips, [leaf.grad for leaf in leaves[image]])
-
-    counts = f"{len(encoded)} encoder + {len(student)} decoder passes"
-    if taught:
-        counts += f" + {len(taught)} of the teacher"
-    way = "stacked" if stacked else "separate"
-    return f"{counts}, {way}, bare", run_stacked if stacked else run_separate
+    Args:
+        kind: ``step`` or ``memory``.
+        ratios: over nnUNetTrainer's, by trainer and memory mode.
+        measured: how and when.
+    """
+    costs = measured_costs()
+    rounded = {name: {mode: round(ratio, 2) for mode, ratio in of.items()} for name, of in sorted(ratios.items())}
+    costs[kind] = {"measured": measured, "ratios": rounded}
+    COSTS.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
 
 
 def now(device: torch.device) -> float:

@@ -24,8 +24,8 @@ import torch
 from common import (
     FEATURES,
     WITHOUT_DATASET,
-    bare_passes,
     give_unlabeled_batches,
+    in_largest_stage,
     labeled_batch,
     make_trainer,
     now,
@@ -34,6 +34,7 @@ from common import (
     write_plans_without_dataset,
 )
 from gpu_rows import LARGE_PLAN, SMALL_PLAN, SUPERVISED, Arm, Row, read_rows, turn, write_row
+from passes import bare_passes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_ssl.trainer.live_bytes import LiveBytes
@@ -117,7 +118,7 @@ def _step(trainer: Any, batches: int = 1) -> Callable[[], dict]:
     """A call of it is a training step on random images."""
     labeled = itertools.cycle([labeled_batch(trainer) for _ in range(batches)])
     if hasattr(trainer, "unlabeled_views"):
-        give_unlabeled_batches(trainer, batches)
+        give_unlabeled_batches(in_largest_stage(trainer), batches)
     return lambda: trainer.train_step(next(labeled))
 
 
@@ -144,7 +145,8 @@ def _time_and_memory(args: argparse.Namespace, effort: Effort, arm: Arm) -> Iter
             trainer = stack.enter_context(_trainer(args, effort, arm, **_settings(arm)))
             row["patch"] = list(trainer.configuration_manager.patch_size)
             if bare:
-                row["passes"], run = bare_passes(trainer, stacked=arm.mode == "bare stacked")
+                give_unlabeled_batches(in_largest_stage(trainer))
+                row["passes"], run = bare_passes(trainer, labeled_batch(trainer), stacked=arm.mode == "bare stacked")
             else:
                 run = _step(trainer)
             if arm.compiled:

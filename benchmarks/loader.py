@@ -20,21 +20,18 @@ from common import add_trainer_arguments, make_trainer, where
 
 from nnunet_ssl.evaluation.tables import format_table
 
-METHODS = ("CrossMatchTrainer", "MutualReliableTrainer", "SimCVDTrainer")
-
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_trainer_arguments(parser)
-    parser.set_defaults(tr=None)
     parser.add_argument("--repeats", type=int, default=15, help="batches of each loader, after a first one")
     args = parser.parse_args()
     os.environ["nnUNet_n_proc_DA"] = "0"
     torch.set_num_threads(1)
     print(where())
     rows: list[list[object]] = []
-    for name in [args.tr] if args.tr else METHODS:
+    for name in args.tr:
         with tempfile.TemporaryDirectory() as results:
             trainer = make_trainer(args, name, Path(results))
             trainer.on_train_start()

@@ -1,11 +1,12 @@
 """Cost of a training step: nnU-Net's, a method's in both memory modes, and the passes the method needs run bare.
 
-    python benchmarks/step_time.py -d 901 -c 3d_small
+    python benchmarks/step_time.py -d 901 -c 3d_small                        # every trainer
     python benchmarks/step_time.py -d 901 -c 3d_small -tr SimCVDTrainer --profile
 
 All are timed in turn, round by round, on the same plan and batch sizes; the table has medians over the rounds and
-ratios, which is what to compare: absolute times are the machine's. With ``--profile`` a second table has the time of
-each loss term, forward and backward, and its share of a step.
+ratios, which is what to compare: absolute times are the machine's. A method with stages is in the one with the most
+streams. With ``--profile`` another table has the time of each loss term, forward and backward, and its share of a
+step. ``--save`` keeps the ratios for ``nnunet-ssl methods``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,22 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_trainer_arguments, bare_passes, give_unlabeled_batches, labeled_batch, make_trainer, now, where
+from common import (
+    add_trainer_arguments,
+    give_unlabeled_batches,
+    in_largest_stage,
+    labeled_batch,
+    make_trainer,
+    now,
+    save_costs,
+    where,
+)
+from passes import bare_passes
 
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.networks.streams import StreamOutput
@@ -72,6 +84,53 @@ def _leaves(output: StreamOutput) -> StreamOutput:
     return output
 
 
+class Runs:
+    """What is timed for one trainer.
+
+    Attributes:
+        steps: by memory mode.
+        bare: its passes, in words.
+        terms: its loss terms alone, where they are asked for.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str, results: Path) -> None:
+        self.name = name
+        self.steps: dict[str, Callable[[], object]] = {}
+        for checkpointing in (False, True)[: 1 + args.checkpointing]:
+            for mode in ("split", "stacked"):
+                settings: dict[str, Any] = {"memory_mode": mode, "activation_checkpointing": checkpointing}
+                made = make_trainer(args, name, results, **settings)
+                assert isinstance(made, SemiSupervisedTrainer)
+                trainer = in_largest_stage(made)
+                give_unlabeled_batches(trainer)
+                batch = labeled_batch(trainer)
+                step = functools.partial(trainer.train_step, batch)
+                self.steps[f"{mode}, checkpointing" if checkpointing else mode] = step
+                if mode == "split" and not checkpointing:
+                    self.bare = dict(bare_passes(trainer, batch, stacked=stacked) for stacked in (False, True))
+                    self.terms = LossTerms(trainer, batch) if args.profile else None
+
+    @property
+    def all(self) -> dict[str, Callable[[], object]]:
+        """By what the table calls them."""
+        terms = {"loss terms alone": self.terms} if self.terms else {}
+        return {f"{self.name}, {what}": run for what, run in {**self.steps, **self.bare, **terms}.items()}
+
+    def fastest_bare(self, medians: dict[str, float]) -> float:
+        """Seconds of the passes."""
+        return min(medians[f"{self.name}, {what}"] for what in self.bare)
+
+    def profile(self, medians: dict[str, float]) -> str:
+        """The table of loss terms."""
+        assert self.terms is not None
+        step = min(medians[f"{self.name}, {mode}"] for mode in self.steps)
+        seconds = self.terms.seconds
+        profile = {name: statistics.median(run[name] for run in seconds[1:]) for name in seconds[0]}
+        profile["all"] = medians[f"{self.name}, loss terms alone"]
+        rows = [[name, f"{1000 * value:.1f}", f"{value / step:.1%}"] for name, value in profile.items()]
+        return format_table(["terms computed together", "milliseconds", "share of the step"], rows, style="markdown")
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,48 +138,50 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="also the time of each loss term")
     parser.add_argument("--checkpointing", action="store_true", help="also with activation checkpointing")
+    parser.add_argument("--save", action="store_true", help="keep the ratios for nnunet-ssl methods")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder)
         supervised = make_trainer(args, "nnUNetTrainer", results)
-        batch = labeled_batch(supervised)
-        runs: dict[str, Callable[[], object]] = {"nnUNetTrainer": lambda: supervised.train_step(batch)}
-        methods = {mode: make_trainer(args, args.tr, results, memory_mode=mode) for mode in ("split", "stacked")}
-        if args.checkpointing:
-            for mode in ("split", "stacked"):
-                options: dict[str, Any] = {"memory_mode": mode, "activation_checkpointing": True}
-                methods[f"{mode}, checkpointing"] = make_trainer(args, args.tr, results, **options)
-        for mode, method in methods.items():
-            give_unlabeled_batches(method)
-            own = labeled_batch(method)
-            runs[f"{args.tr}, {mode}"] = functools.partial(method.train_step, own)
-        bare = dict(bare_passes(methods["split"], stacked=stacked) for stacked in (False, True))
-        runs |= bare
-        if args.profile:
-            terms = LossTerms(methods["split"], labeled_batch(methods["split"]))
-            runs["loss terms alone"] = terms
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for round_ in range(args.rounds + 1):
-            for name, run in runs.items():
-                start = now(supervised.device)
-                run()
-                if round_:  # the first round warms up
-                    seconds[name].append(now(supervised.device) - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    fastest_bare = min(medians[name] for name in bare)
-    rows = [
-        [name, f"{value:.3f}", f"{value / medians['nnUNetTrainer']:.2f}", f"{value / fastest_bare:.2f}"]
-        for name, value in medians.items()
-    ]
-    print(f"\n{where()}\n{args.c}, batch size {supervised.batch_size}, median of {args.rounds} rounds\n")
+        methods = [Runs(args, name, results) for name in args.tr]
+        runs: dict[str, Callable[[], object]] = {
+            "nnUNetTrainer": functools.partial(supervised.train_step, labeled_batch(supervised))
+        }
+        for method in methods:
+            runs |= method.all
+        medians = in_turn(runs, args.rounds, supervised.device)
+    base = medians["nnUNetTrainer"]
+    rows = [["nnUNetTrainer", f"{base:.3f}", "1.00", ""]]
+    for method in methods:
+        bare = method.fastest_bare(medians)
+        rows += [
+            [name, f"{medians[name]:.3f}", f"{medians[name] / base:.2f}", f"{medians[name] / bare:.2f}"]
+            for name in method.all
+        ]
+    head = f"{args.c}, batch size {supervised.batch_size}, median of {args.rounds} rounds"
+    print(f"\n{where()}\n{head}\n")
     print(format_table(["step", "seconds", "x nnUNetTrainer", "x bare passes"], rows, style="markdown"))
-    if args.profile:
-        step = min(medians[f"{args.tr}, {mode}"] for mode in methods)
-        profile = {name: statistics.median(run[name] for run in terms.seconds[1:]) for name in terms.seconds[0]}
-        profile["all"] = medians["loss terms alone"]
-        shares = [[name, f"{1000 * value:.1f}", f"{value / step:.1%}"] for name, value in profile.items()]
-        print("\nLoss terms, forward and backward, against the faster step\n")
-        print(format_table(["terms computed together", "milliseconds", "share of the step"], shares, style="markdown"))
+    for method in methods if args.profile else []:
+        print(f"\nLoss terms of {method.name}, forward and backward, against the faster step\n")
+        print(method.profile(medians))
+    if args.save:
+        ratios = {
+            method.name: {mode: medians[f"{method.name}, {mode}"] / base for mode in ("split", "stacked")}
+            for method in methods
+        }
+        save_costs("step", ratios, f"{date.today()}, {head}; {where()}")
+
+
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each; all run once in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            start = now(device)
+            run()
+            if round_:  # the first round warms up
+                seconds[name].append(now(device) - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ and ``nnUNetv2_train DatasetXXX 3d_fullres_no_ramp 0 -tr CrossMatchTrainer`` tra
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,6 +74,22 @@ def ramp_length_setting(default: float) -> Any:
         minimum=0.0,
         maximum=1.0,
     )
+
+
+def allowed_values(option: dataclasses.Field[Any]) -> str:
+    """What a setting may be, in words.
+
+    >>> [allowed_values(one) for one in dataclasses.fields(SemiSupervisedSettings)][:2]
+    ['whole number, at least 2, or null', 'number, 0 to 1']
+    """
+    allowed = option.metadata
+    if allowed["choices"] is not None:
+        return ", ".join(map(json.dumps, allowed["choices"]))
+    kind = "whole number" if allowed["integer"] else "number"
+    low, high = allowed["minimum"], allowed["maximum"]
+    if low is not None:
+        kind += f", at least {low:g}" if high is None else f", {low:g} to {high:g}"
+    return kind + (", or null" if allowed["optional"] else "")
 
 
 @dataclass(frozen=True)

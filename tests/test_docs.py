@@ -110,12 +110,6 @@ def test_the_options_are_documented(command: str) -> None:
     assert documented == {option for action in parser._actions for option in action.option_strings}
 
 
-def test_the_readme_lists_the_trainers() -> None:
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^\| `(\w+Trainer)` \|", readme, re.MULTILINE)) - {"nnUNetTrainer"}
-    assert listed == {path.stem for path in (PROJECT / "trainers").glob("*.py")}
-
-
 def test_the_readme_lists_the_lengths_of_training() -> None:
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"^## Trainers\n(.*?)(?=^## )", readme, re.DOTALL | re.MULTILINE)

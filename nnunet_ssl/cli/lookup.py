@@ -116,7 +116,7 @@ def trainers_folder() -> Path:
 def trainer_descriptions(folder: Path) -> dict[str, str]:
     """Trainer names with the first line of their modules' docstrings, read without importing anything."""
     descriptions = {}
-    for module in sorted(folder.glob("[!_]*.py")):
+    for module in sorted(folder.glob("[!_]*.py"), key=lambda file: file.stem):
         docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
         descriptions[module.stem] = docstring.partition("\n")[0]
     return descriptions

@@ -17,6 +17,7 @@ from nnunet_ssl.text import unwrap
 
 COMMANDS = (
     "trainers",
+    "methods",
     "preprocess",
     "split",
     "convert",

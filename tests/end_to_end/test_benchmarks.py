@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_steps import BY_NAME, make_trainer
 
 from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
 
@@ -34,10 +36,10 @@ def test_convolutions_are_chosen_as_in_a_training(planned_2d, monkeypatch, tmp_p
         monkeypatch.setenv(name, planned_2d.environment.get(name, ""))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    from common import make_trainer
+    from common import make_trainer as make_for_benchmark
 
     args = argparse.Namespace(d=str(planned_2d.dataset_id), c="tiny", p="nnUNetPlans", device="cpu")
-    make_trainer(args, "nnUNetTrainer", tmp_path)
+    make_for_benchmark(args, "nnUNetTrainer", tmp_path)
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
 
 
@@ -48,10 +50,44 @@ def test_step_time_of_each_term(planned_2d):
         assert row in printed
 
 
+def test_step_time_of_every_trainer(planned_2d):
+    printed = run(planned_2d, "step_time.py", "-d", planned_2d.dataset_id, "-c", "tiny", "--rounds", 1)
+    for name in BY_NAME:
+        rows = re.findall(rf"^\| {name}, (.*?) +\| +\d+\.\d+ \| +\d+\.\d+ +\| \d+\.\d+ ", printed, re.MULTILINE)
+        assert [row.split(" ")[-1] for row in rows] == ["split", "stacked", "bare", "bare"], printed
+
+
+# As the papers have them: encoder passes, decoder passes, and the teacher's.
+PASSES = {
+    "BCPTrainer": "2 encoder + 2 decoder passes + 1 of the teacher",
+    "CrossMatchTrainer": "4 encoder + 8 decoder passes",
+    "MeanTeacherTrainer": "2 encoder + 2 decoder passes + 1 of the teacher",
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_bare_passes_are_those_of_the_method(name, planned_2d, monkeypatch, tmp_path):
+    """Of the largest stage, with those that are made before the streams'."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from common import give_unlabeled_batches, in_largest_stage, labeled_batch
+    from passes import BarePasses
+
+    trainer = in_largest_stage(make_trainer(BY_NAME[name].trainer, planned_2d, monkeypatch, tmp_path))
+    give_unlabeled_batches(trainer)
+    passes = BarePasses(trainer, labeled_batch(trainer))
+    assert passes.counts == PASSES[name]
+    learns = [parameter for parameter in trainer.network.parameters() if parameter.requires_grad]
+    for run_passes in (passes.stacked, passes.separate):
+        run_passes()
+        reached = sum(parameter.grad is not None for parameter in learns)
+        # All but the heads of lower resolutions.
+        assert reached >= len(learns) - 2 * (len(trainer.training_network.decoder.seg_layers) - 1)
+
+
 def test_loader_and_memory(planned_2d):
     dataset = ["-d", planned_2d.dataset_id, "-c", "tiny"]
     printed = run(planned_2d, "loader.py", *dataset, "--repeats", 2)
-    assert printed.count("| nnU-Net, labeled ") == 3 and "| CrossMatchTrainer, unlabeled " in printed
+    assert printed.count("| nnU-Net, labeled ") == len(BY_NAME) and "| CrossMatchTrainer, unlabeled " in printed
     assert "| SimCVDTrainer, stacked" in run(planned_2d, "memory.py", *dataset, "-tr", "SimCVDTrainer")
 
 
