@@ -108,7 +108,7 @@ def test_result_equals_nnunets_own_and_bad_cases_make_exit_code_1(
     assert "1 ready (0 preprocessed now), 1 removed, 0 failed" in capsys.readouterr().out
 
 
-def test_killed_command_continues_where_it_stopped(root: Path) -> None:
+def test_killed_command_continues_where_it_stopped(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     count = 8
     for number in range(count):
         write_image(images(root) / f"U{number}_0000.nii.gz", 100 + number, size=64)
@@ -129,9 +129,8 @@ def test_killed_command_continues_where_it_stopped(root: Path) -> None:
     time.sleep(1)
     assert {file.name for file in records.glob("*.json")} == set(finished)
 
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f"{count} ready ({count - len(finished)} preprocessed now)" in result.stdout
+    assert main(["preprocess", "-d", "7", "-np", "0"]) == 0
+    assert f"{count} ready ({count - len(finished)} preprocessed now)" in capsys.readouterr().out
     for name, stamp in finished.items():
         assert (records / name).stat().st_mtime_ns == stamp
     assert len(list(folder.iterdir())) == 3 * count

@@ -19,7 +19,7 @@ import torch
 
 TRAINERS = tuple(f"{trainer.__name__}_short" for trainer in method_steps.TRAINERS)
 TRAINER = TRAINERS[0]
-# test_matrix.py trains three of them by default, with fewer checks.
+# test_matrix.py trains another one by default, with fewer checks.
 ONE_BY_DEFAULT = [TRAINER, *(pytest.param(trainer, marks=pytest.mark.slow) for trainer in TRAINERS[1:])]
 
 

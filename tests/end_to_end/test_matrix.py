@@ -2,7 +2,7 @@
 
 Modelled on nnU-Net's integration tests: four label kinds, four configurations, a cascade among them, whose plans are
 added by hand as theirs are. The whole matrix is slow. By default runs a part of it, with fewer commands in each cell:
-every configuration, with three trainers, on regions with an ignore label. Prints a table at the end.
+a cascade, on regions with an ignore label. Prints a table at the end.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def check_training(log: str, data: Dataset, trainer: str, configuration: str, fo
         assert len(list((segmentations / f"fold_{fold}" / "imagesUn").glob("*.b2nd"))) == 3
 
 
-# Standard labels are in test_commands.py. A cascade's trainer trains the previous stage, too.
-PART = {"2d": TRAINERS[0], "3d_fullres": TRAINERS[1], "3d_lowres": TRAINERS[2], "3d_cascade_fullres": TRAINERS[2]}
+# Standard labels in 2D are in test_commands.py. A cascade's trainer trains the previous stage, too.
+PART = {"3d_lowres": TRAINERS[2], "3d_cascade_fullres": TRAINERS[2]}
 
 
 def test_part_of_the_matrix(dataset, table):

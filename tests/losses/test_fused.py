@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import pkgutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,9 +14,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from nnunet_ssl import api
+from nnunet_ssl import api, losses, methods
 from nnunet_ssl.compiled import compiled, fused, fusing
-from nnunet_ssl.methods import dtc, mcnet, mutual_reliable, simcvd, urpc
+from nnunet_ssl.methods import bcp, dtc, mcnet, mutual_reliable, simcvd, urpc
 
 COMPILE = torch.compile
 SHAPE = (2, 3, 8, 6)
@@ -67,6 +70,8 @@ CASES: dict[str, Case] = {
     "tasks": (partial(tasks, regions=False), (LOGITS, OTHERS[:, 1:]), (), 1),
     "tasks of regions": (partial(tasks, regions=True), (LOGITS, OTHERS), (), 1),
     "coverage": (coverage, (), (CLASSES, MASK.float()), 1),
+    "mixed": (bcp.mixed_loss, (LOGITS,), (CLASSES, MASK, CLASSES, ~MASK), 1),
+    "mixed of regions": (bcp.mixed_loss, (LOGITS,), (REGIONS, MASK, REGIONS, ~MASK), 1),
     "coverage of regions": (coverage, (), (REGIONS, MASKS.float()), 1),
 }
 
@@ -106,6 +111,23 @@ def test_values_and_gradients_are_those_of_the_plain_function(backend, name):
         found.append([*(result.detach() for result in results), *gradients])
         assert counters["stats"]["unique_graphs"] == (graphs if on else 0)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_every_compiled_function_has_a_case(monkeypatch):
+    wrapper = fused(torch.relu).__code__
+    paths = [(package.__path__, f"{package.__name__}.") for package in (losses, methods)]
+    modules = [importlib.import_module(one.name) for path in paths for one in pkgutil.iter_modules(*path)]
+    everything = itertools.chain.from_iterable(vars(module).values() for module in modules)
+    found = {one for one in everything if getattr(one, "__code__", None) is wrapper}
+    called = set()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: called.add(function) or function)
+    forget_graphs()
+    with fusing(True):
+        for function, with_gradient, others, _ in CASES.values():
+            function(*with_gradient, *others)
+    forget_graphs()
+    missing = sorted(f"{one.__module__}.{one.__name__}" for one in found if one.__wrapped__ not in called)
+    assert len(found) > 10 and not missing, f"CASES should have {', '.join(missing)}"
 
 
 def test_what_may_change_from_step_to_step_is_no_part_of_a_graph(backend):
