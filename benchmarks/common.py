@@ -144,7 +144,7 @@ def labeled_batch(trainer: nnUNetTrainer) -> dict[str, Any]:
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
     targets = [torch.nn.functional.interpolate(target, scale_factor=list(map(float, scale))) for scale in scales]
     image = torch.randn(trainer.batch_size, trainer.num_input_channels, *patch) + target
-    batch = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
+    batch: dict[str, Any] = {"data": image, "target": targets, "keys": ["labeled"] * trainer.batch_size}
     if isinstance(trainer, SemiSupervisedTrainer):
         batch = AddTargets(trainer.labeled_targets())(**batch)
         if trainer.unlabeled_views().weak_labeled:

@@ -107,14 +107,17 @@ class Runs:
                 step = functools.partial(trainer.train_step, batch)
                 self.steps[f"{mode}, checkpointing" if checkpointing else mode] = step
                 if mode == "split" and not checkpointing:
-                    self.bare = dict(bare_passes(trainer, batch, stacked=stacked) for stacked in (False, True))
+                    bare = [bare_passes(trainer, batch, stacked=stacked) for stacked in (False, True)]
+                    self.bare: dict[str, Callable[[], object]] = dict(bare)
                     self.terms = LossTerms(trainer, batch) if args.profile else None
 
     @property
     def all(self) -> dict[str, Callable[[], object]]:
         """By what the table calls them."""
-        terms = {"loss terms alone": self.terms} if self.terms else {}
-        return {f"{self.name}, {what}": run for what, run in {**self.steps, **self.bare, **terms}.items()}
+        runs = {**self.steps, **self.bare}
+        if self.terms is not None:
+            runs["loss terms alone"] = self.terms
+        return {f"{self.name}, {what}": run for what, run in runs.items()}
 
     def fastest_bare(self, medians: dict[str, float]) -> float:
         """Seconds of the passes."""
