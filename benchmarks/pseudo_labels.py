@@ -133,7 +133,8 @@ def count_mutual(counts: dict[Any, float], trainer: MutualReliableTrainer, image
     for student, teacher in ((i, j) for i in lessons for j in lessons if i != j):
         learner, one = lessons[student], lessons[teacher]
         certain = (learner.entropy > one.entropy)[:, 0]
-        right, differ, reliable = one.label == truth, one.label != learner.label, one.reliability[:, 0].double()
+        label, reliable = one.label[:, 0], one.reliability[:, 0].double()
+        right, differ = label == truth, label != learner.label[:, 0]
         for key, value in {
             "learned": certain,
             "learned wrong": certain & ~right,

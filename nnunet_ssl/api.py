@@ -27,7 +27,12 @@ from nnunet_ssl.losses.probabilities import (
 )
 from nnunet_ssl.losses.pseudo_labels import PseudoLabel, coverage, members, pseudo_label
 from nnunet_ssl.losses.ramps import gaussian_ramp_up
-from nnunet_ssl.losses.supervised import dice_and_cross_entropy, dice_of_logits, masked_cross_entropy
+from nnunet_ssl.losses.supervised import (
+    dice_and_cross_entropy,
+    dice_of_logits,
+    masked_cross_entropy,
+    voxelwise_cross_entropy,
+)
 from nnunet_ssl.networks.architectures import UNet
 from nnunet_ssl.networks.decoders import another_decoder, another_network, interpolating_decoder
 from nnunet_ssl.networks.heads import BoundaryHead, PlainHead, coarse_grid, unit_length
@@ -102,4 +107,5 @@ __all__ = [
     "sum_over_ranks",
     "training_length_variants",
     "unit_length",
+    "voxelwise_cross_entropy",
 ]

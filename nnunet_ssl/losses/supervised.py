@@ -12,6 +12,25 @@ from nnunet_ssl.losses.dice import masked_dice_loss
 from nnunet_ssl.losses.probabilities import foreground_probabilities, one_resolution
 
 
+def voxelwise_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of every voxel; of regions, binary cross-entropy of every voxel and region.
+
+    Args:
+        logits: (B, C, *spatial).
+        label: classes (B, 1, *spatial), integer, or regions (B, C, *spatial), bool.
+
+    Returns:
+        (B, 1, *spatial), or (B, C, *spatial) for regions; float32.
+
+    >>> voxelwise_cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, dtype=torch.int64))
+    tensor([[[0.6931, 0.6931, 0.6931]]])
+    """
+    logits = logits.float()
+    if label.dtype == torch.bool:
+        return functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
+    return functional.cross_entropy(logits, label[:, 0].long(), reduction="none")[:, None]
+
+
 @fused
 def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over the masked voxels; of regions, binary cross-entropy channel by channel.
@@ -27,12 +46,7 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = No
     >>> masked_cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, dtype=torch.int64))
     tensor(0.6931)
     """
-    logits = one_resolution(logits).float()
-    if label.dtype == torch.bool:
-        loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
-    else:
-        loss = functional.cross_entropy(logits, label[:, 0].long(), reduction="none")[:, None]
-    return masked_mean(loss, mask)
+    return masked_mean(voxelwise_cross_entropy(one_resolution(logits), label), mask)
 
 
 @fused

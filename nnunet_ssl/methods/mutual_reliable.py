@@ -37,6 +37,7 @@ from nnunet_ssl.api import (
     ramp_length_setting,
     setting,
     sum_over_ranks,
+    voxelwise_cross_entropy,
 )
 
 
@@ -75,7 +76,7 @@ class Lesson(NamedTuple):
     One channel, K = 1, for classes that exclude each other; K = R channels for regions that may overlap.
 
     Attributes:
-        label: pseudo-label ŷ: (B, *spatial) int64, the class; or (B, R, *spatial) bool.
+        label: pseudo-label ŷ: (B, 1, *spatial) int64, the class; or (B, R, *spatial) bool.
         entropy: H(p), (B, K, *spatial), float32, in nats.
         reliability: λ_hr, (B, K, *spatial), float32, in [0, 1].
     """
@@ -251,10 +252,8 @@ def lesson(logits: Tensor, features: Tensor, *, regions: bool) -> Lesson:
         else:
             log_p = torch.log_softmax(logits, 1)
             p = log_p.exp()
-            label = logits.max(1).indices  # on a CPU many times faster than argmax
-            members = label[:, None] == torch.arange(logits.shape[1], device=logits.device).view(
-                1, -1, *[1] * (logits.ndim - 2)
-            )
+            label = logits.max(1, keepdim=True).indices  # on a CPU many times faster than argmax
+            members = label == torch.arange(logits.shape[1], device=logits.device).view(1, -1, *[1] * (logits.ndim - 2))
             entropy = -(p * log_p).sum(1, keepdim=True)
         agreement = 1 - (cosine_to_prototypes(features, members) - p).square()
         if not regions:
@@ -351,17 +350,13 @@ def mutual_loss(logits: Tensor, label: Tensor, certain: Tensor, reliable: Tensor
 
     Args:
         logits: z_i, (B, C, *spatial).
-        label: ŷ_j: (B, *spatial) int64, or (B, C, *spatial) bool for regions.
+        label: ŷ_j: (B, 1, *spatial) int64, or (B, C, *spatial) bool for regions.
         certain: λ_wr, (B, 1, *spatial), or (B, C, *spatial) for regions; bool.
         reliable: λ_hr, like ``certain``; float.
 
     Returns:
         A scalar, float32; 0 where nothing is certain.
     """
-    logits = logits.float()
-    if label.dtype == torch.bool:
-        loss = functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
-    else:
-        loss = functional.cross_entropy(logits, label, reduction="none")[:, None]
+    loss = voxelwise_cross_entropy(logits, label)
     # Each of several processes has a part of the batch, and the mean over them is the loss.
     return num_processes() * (certain * reliable * loss).sum() / (sum_over_ranks(certain.sum()) + 1e-6)

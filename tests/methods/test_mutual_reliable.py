@@ -309,7 +309,7 @@ def test_features_of_half_precision_are_summed_in_single():
 def test_a_batch_with_nothing_to_learn_has_no_loss():
     logits = torch.randn(1, 2, 3, 3, requires_grad=True)
     nothing = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
-    loss = mutual_loss(logits, torch.zeros(1, 3, 3, dtype=torch.int64), nothing, torch.ones(1, 1, 3, 3))
+    loss = mutual_loss(logits, torch.zeros(1, 1, 3, 3, dtype=torch.int64), nothing, torch.ones(1, 1, 3, 3))
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
@@ -319,5 +319,5 @@ def test_hand_computed():
     logits = torch.tensor([[[0.0, 7.0]], [[0.0, -7.0]]]).permute(1, 0, 2)[..., None]
     certain = torch.tensor([True, False]).view(1, 1, 2, 1)
     reliable = torch.tensor([0.5, 1.0]).view(1, 1, 2, 1)
-    loss = mutual_loss(logits, torch.ones(1, 2, 1, dtype=torch.int64), certain, reliable)
+    loss = mutual_loss(logits, torch.ones(1, 1, 2, 1, dtype=torch.int64), certain, reliable)
     assert loss.item() == pytest.approx(0.5 * np.log(2), rel=1e-5)

@@ -26,7 +26,7 @@ from nnunet_ssl.data.conversion.source_dataset import SourceCase, SourceDataset
 from nnunet_ssl.data.image_checks import BadImageError
 from nnunet_ssl.data.raw_cases import CaseProblem
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import list_names, replacing
+from nnunet_ssl.files import AGAIN, list_names, replacing
 from nnunet_ssl.text import one_line, some_of
 
 RECORD = "conversion.json"
@@ -122,8 +122,7 @@ def convert_dataset(
             _describe(benchmark, dataset_folder, unfinished, len(report.train))
     except OSError as error:
         raise UserError(
-            f"{dataset_folder} cannot be made or written to: {one_line(error)}. Check free space and permissions there "
-            "and run the command again; it goes on where it stopped."
+            f"{dataset_folder} cannot be made or written to: {one_line(error)}. {AGAIN} It goes on where it stopped."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -257,8 +256,8 @@ def _convert_case(
                 ) from error
             if _machine_is_at_fault(error, unfinished):
                 raise UserError(
-                    f"{case.name} could not be written to {unfinished.parent}: {one_line(error)}. Check free space, "
-                    "memory and permissions on this machine and run the command again; it goes on with this case."
+                    f"{case.name} could not be written to {unfinished.parent}: {one_line(error)}. {AGAIN} It goes on "
+                    "with this case. Check free memory too."
                 ) from error
             # Whatever is wrong with one case's files, the others can be converted.
             reason = str(error) if isinstance(error, BadImageError) else one_line(error)
