@@ -46,7 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def findings(args: argparse.Namespace) -> Iterator[Finding]:
-    """All findings, in the order in which a user would fix them."""
+    """All findings, in the order in which a user would fix them; what several checks stumble over is told once."""
+    told: set[Finding] = set()
+    for finding in _checks(args):
+        if finding not in told:
+            told.add(finding)
+            yield finding
+
+
+def _checks(args: argparse.Namespace) -> Iterator[Finding]:
     yield from safely(check_versions())
     yield from safely(check_paths())
     yield from safely(check_trainer(args.tr))

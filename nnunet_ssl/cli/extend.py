@@ -25,6 +25,7 @@ folder stays as it is. Interrupted, the same command goes on, and so does nnUNet
 
 # In the order in which nnUNetv2_train --c looks for them.
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+_UNNAMED_BEST = ".checkpoint_best.pth.copied"
 _LENGTH = r"_\d+epochs?"
 
 
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     folder = _fold_folder(results, args.tr, args)
     begun = next((folder / name for name in _CHECKPOINTS if (folder / name).is_file()), None)
     if begun is not None:
-        print(f"{args.tr} has begun: goes on from {begun}")
+        _name_best(folder)
+        finished = begun.name == _CHECKPOINTS[0]
+        print(f"{args.tr} {'has finished: validates' if finished else 'has begun: goes on from'} {begun}")
     else:
         _prepare(folder, results, args)
     arguments = [results.name, args.c, args.f, "-tr", args.tr, "-p", args.p, "--c"]
@@ -86,20 +89,33 @@ def _prepare(folder: Path, results: Path, args: argparse.Namespace) -> None:
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
+    from nnunet_ssl.trainer.memory import without_a_trace
+
     fold: Any = args.f if args.f == "all" else int(args.f)
-    trainer = get_trainer_from_args(results.name, args.c, fold, args.tr, args.p, True, torch.device("cpu"))
-    finished = _longest(results, trainer.num_epochs, args)
-    # Before anything is copied: whether the longer training can go on from it.
-    trainer.load_checkpoint(str(finished))
+    with without_a_trace():
+        trainer = get_trainer_from_args(results.name, args.c, fold, args.tr, args.p, True, torch.device("cpu"))
+        finished = _longest(results, trainer.num_epochs, args)
+        # Before anything is copied: whether the longer training can go on from it.
+        trainer.load_checkpoint(str(finished))
     try:
-        # In this order, so that a kill in between does not leave the best one alone, which --c would go on from.
-        for source, name in ((finished, "checkpoint_latest.pth"), (finished.with_name(_CHECKPOINTS[2]), "")):
+        folder.mkdir(parents=True, exist_ok=True)
+        # The best one gets its name last: left alone by a kill, --c would go on from it.
+        for source, name in ((finished.with_name(_CHECKPOINTS[2]), _UNNAMED_BEST), (finished, _CHECKPOINTS[1])):
             if source.is_file():
-                with replacing(folder / (name or source.name), durable=True) as unfinished:
+                with replacing(folder / name, durable=True) as unfinished:
                     shutil.copyfile(source, unfinished)
+        _name_best(folder)
     except OSError as error:
         raise cannot_write(folder, error, AGAIN) from error
     print(f"{args.tr} goes on from {finished}, after {trainer.current_epoch} of {trainer.num_epochs} epochs")
+
+
+def _name_best(folder: Path) -> None:
+    """Give the copied best checkpoint its name, if a kill was in between; the training's own is kept."""
+    copied, best = folder / _UNNAMED_BEST, folder / _CHECKPOINTS[2]
+    if copied.is_file() and not best.is_file():
+        copied.replace(best)
+    copied.unlink(missing_ok=True)
 
 
 def _longest(results: Path, epochs: int, args: argparse.Namespace) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from nnunet_ssl.data.splits import LISTS, NNUNETS_FOLDS, Fold, name_folds, read_splits
+from nnunet_ssl.data.splits import LISTS, NNUNETS_FOLDS, Fold, check_unlabeled, name_folds, read_splits
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import some_of
 
@@ -75,6 +75,7 @@ def _notes(lists: Fold, where: str, labeled: Path, cases: Collection[str]) -> li
             f"The lists 'train' and 'val' of {where} name {some_of(missing)}, but {labeled} holds no such case. "
             "Correct the lists, or preprocess the dataset again (nnUNetv2_preprocess)."
         )
+    check_unlabeled(lists, where, labeled, cases)
     notes = []
     if not val:
         notes.append(

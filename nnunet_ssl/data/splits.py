@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,33 @@ def _check_list(fold: Mapping[str, Any], name: str, where: str) -> None:
     if not isinstance(names, list) or not all(isinstance(case, str) for case in names):
         raise UserError(f"The '{name}' list of {where} must be a list of case names, found {shorten(names)}.")
     twice = sorted(case for case, count in Counter(names).items() if count > 1)
-    if twice and name == "unlabeled":
-        raise UserError(f"The 'unlabeled' list of {where} names {some_of(twice)} more than once.")
+    if twice:
+        raise UserError(f"The '{name}' list of {where} names {some_of(twice)} more than once. Name each case once.")
+
+
+def check_unlabeled(lists: Fold, where: str, labeled: Path, cases: Collection[str]) -> None:
+    """Whether a fold's ``unlabeled`` list names preprocessed cases that it does not train on.
+
+    Args:
+        lists: of the fold.
+        where: the fold and the file, for the message.
+        labeled: the folder of the preprocessed labeled cases.
+        cases: those cases.
+
+    Raises:
+        UserError: it does not.
+    """
+    listed = set(lists.get("unlabeled", ()))
+    if both := sorted(listed & set(lists["train"])):
+        raise UserError(
+            f"{where[0].upper()}{where[1:]} lists {some_of(both)} as 'train' and as 'unlabeled', so training would see "
+            "labels that it must not. Keep each case in one of the two lists."
+        )
+    if missing := sorted(listed - set(cases)):
+        raise UserError(
+            f"The 'unlabeled' list of {where} names {some_of(missing)}, but {labeled} holds no such case. Correct the "
+            "list, or preprocess the dataset again (nnUNetv2_preprocess)."
+        )
 
 
 def fold_lists(file: Path, fold: int | str) -> Fold | None:

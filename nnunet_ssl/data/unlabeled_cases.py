@@ -9,10 +9,8 @@ from typing import Any
 
 from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER
 from nnunet_ssl.data.records import has_files, read_record, records_folder, unlabeled_folder
-from nnunet_ssl.data.splits import SPLITS_FILE, fold_lists
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.data.splits import SPLITS_FILE, check_unlabeled, fold_lists
 from nnunet_ssl.files import list_names
-from nnunet_ssl.text import some_of
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,8 @@ def collect_unlabeled_cases(
     if not listed:
         return cases
 
-    both = sorted(set(listed) & set(lists["train"]))
-    if both:
-        raise UserError(
-            f"Fold {fold} in {splits_file} lists {some_of(both)} as 'train' and as 'unlabeled', so training would see "
-            "labels that it must not. Keep each case in one of the two lists."
-        )
     labeled_folder = preprocessed_dataset_folder / data_identifier
-    missing = sorted(set(listed) - preprocessed_cases(labeled_folder))
-    if missing:
-        raise UserError(
-            f"The 'unlabeled' list of fold {fold} in {splits_file} names {some_of(missing)}, but {labeled_folder} "
-            "holds no such case. Correct the list, or preprocess the dataset again (nnUNetv2_preprocess)."
-        )
+    check_unlabeled(lists, f"fold {fold} in {splits_file}", labeled_folder, preprocessed_cases(labeled_folder))
     return cases + [UnlabeledCase(name, labeled_folder, LABELED_IMAGES_FOLDER) for name in sorted(listed)]
 
 

@@ -57,19 +57,25 @@ class StepBytes(NamedTuple):
 def trainer_of_plans(trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]) -> Any:
     """A trainer with what its step depends on, but without network and data, and without a trace on the disk.
 
-    It is constructed as nnU-Net constructs it; its results folder is a temporary one, which is gone afterwards, and no
-    tracking service hears of it.
+    It is constructed as nnU-Net constructs it, :func:`without_a_trace`.
     """
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _environment(nnUNet_results=folder, nnUNet_wandb_enabled="0"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
+    with without_a_trace():
         given = {**plans.plans, "continue_training": False}
         made = trainer(given, configuration, 0, dataset_json, torch.device("cpu"))
     made.batch_size = made.configuration_manager.batch_size
     made.num_input_channels = determine_num_input_channels(plans, made.configuration_manager, dataset_json)
     return made
+
+
+@contextmanager
+def without_a_trace() -> Iterator[None]:
+    """Within, trainers are made that print nothing, keep a log in a temporary folder and tell no tracking service."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _environment(nnUNet_results=folder, nnUNet_wandb_enabled="0"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        yield
 
 
 @contextmanager

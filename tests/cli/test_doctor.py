@@ -252,6 +252,12 @@ def test_what_is_wrong_with_a_dataset_is_found(
     assert not [line for line in lines if "broke off" in line]
 
 
+def test_a_broken_file_that_several_checks_read_is_told_once(dataset: Dataset) -> None:
+    (dataset.preprocessed / "splits_final.json").write_text("[{")
+    failed = [line for line in report("-d", "7", "-c", "2d") if line.startswith("FAIL")]
+    assert len(failed) == 1 and "splits_final.json" in failed[0]
+
+
 def test_a_fold_that_is_not_there_is_refused_where_others_hide_labels(dataset: Dataset) -> None:
     (line,) = [line for line in report("-d", "7", "-c", "2d", "-f", "1") if line.startswith("FAIL")]
     assert "There is no fold 1" in line and "labels that fold(s) 0 hide" in line

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,37 @@ def test_what_has_begun_goes_on_from_its_own_checkpoint(finish, capsys, stopped)
     assert extend("CrossMatchTrainer_5epochs") == 0
     assert contents(own) == before
     file = own / f"checkpoint_{'latest' if stopped else 'final'}.pth"
-    assert f"CrossMatchTrainer_5epochs has begun: goes on from {file}\n" in capsys.readouterr().out
+    said = f"has begun: goes on from {file}" if stopped else f"has finished: validates {file}"
+    assert f"CrossMatchTrainer_5epochs {said}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_killed_between_its_copies_it_goes_on_with_both(finish, copies, tmp_path):
+    finished = finish("CrossMatchTrainer_1epoch")
+    copy, done = shutil.copyfile, []
+
+    def copy_or_die(source, target):
+        if len(done) == copies:
+            raise KeyboardInterrupt
+        done.append(copy(source, target))
+
+    with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(shutil, "copyfile", copy_or_die)
+        extend("CrossMatchTrainer_5epochs")
+    assert extend("CrossMatchTrainer_5epochs") == 0
+    (folder,) = tmp_path.glob("*/CrossMatchTrainer_5epochs*/fold_0")
+    copied = {name: content for name, content in contents(folder).items() if "checkpoint" in name}
+    assert copied == {
+        "checkpoint_latest.pth": (finished / "checkpoint_final.pth").read_bytes(),
+        "checkpoint_best.pth": (finished / "checkpoint_best.pth").read_bytes(),
+    }
 
 
 def test_nothing_is_copied_that_cannot_go_on(finish, capsys, tmp_path):
     finish("CrossMatchTrainer_1epoch", regions=True)
     assert extend("CrossMatchTrainer_5epochs") == 2
     assert "outputs (background and classes, or regions) 2 there, 3 here" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/CrossMatchTrainer_5epochs*/fold_0/*.pth"))
+    assert not list(tmp_path.glob("*/CrossMatchTrainer_5epochs*"))
 
 
 @pytest.mark.parametrize(

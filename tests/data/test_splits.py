@@ -209,6 +209,7 @@ def test_unlabeled_list_without_splits(tmp_path):
         ([{"train": [], "val": [], "unlabeled": ["a", 3]}], "must be a list of case names"),
         ([{"train": [], "val": [], "unlabeled": None}], "must be a list of case names, found None"),
         ([{"train": [], "val": [], "unlabeled": ["a", "b", "a"]}], "names a more than once"),
+        ([{"train": ["a", "b", "a"], "val": []}], "The 'train' list of fold 0 .* names a more than once"),
         ([{"train": [], "val": "LA_001"}], "The 'val' list of fold 0 .* must be a list of case names, found 'LA_001'"),
         ([{"train": [], "val": []}, {"val": []}], "There is no list 'train' in fold 1"),
         ({"0": {}}, "must hold a list of folds"),
@@ -255,6 +256,18 @@ OPEN = [{"train": CASES[:11], "val": CASES[11:], "unlabeled": []}]
         (OPEN, -1, CASES, "no fold -1: .* has fold 0 only"),
         (OPEN, 1, CASES[:1], "no fold 1"),
         ([{"train": [], "val": CASES}], 0, CASES, "no case in the 'train' list of fold 0"),
+        (
+            [{"train": CASES[:2], "val": [], "unlabeled": CASES[1:3]}],
+            0,
+            CASES,
+            "^Fold 0 in .* lists case_01 as 'train'",
+        ),
+        (
+            [{"train": CASES[:2], "val": [], "unlabeled": ["x"]}],
+            0,
+            CASES,
+            "'unlabeled' list of fold 0 in .* names x, but",
+        ),
         ([{"train": ["x"], "val": ["y"]}], 0, CASES, "of fold 0 in .* name x, y, but .*plans_2d holds no such case"),
     ],
 )
