@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,36 @@ def test_a_damaged_checkpoint(make, tmp_path):
     (tmp_path / "c.pth").write_bytes(content[: len(content) // 2])
     said = refusal(trainer, tmp_path / "c.pth")
     assert "it is damaged, or no checkpoint" in said and said.endswith("checkpoint_latest.pth and checkpoint_best.pth.")
+
+
+@pytest.mark.parametrize("part", ["data.pkl", "data/0"])
+def test_a_changed_byte(make, tmp_path, part):
+    """The archive can still be opened, and PyTorch compares no checksums."""
+    trainer, file = make(), tmp_path / "c.pth"
+    trainer.save_checkpoint(str(file))
+    with zipfile.ZipFile(file) as archive:
+        (entry,) = (one for one in archive.infolist() if one.filename.endswith(f"/{part}"))
+    content = bytearray(file.read_bytes())
+    middle = content.index(b"/" + part.encode(), entry.header_offset) + entry.file_size // 2
+    content[middle] ^= 1
+    file.write_bytes(content)
+    said = refusal(trainer, file)
+    assert f"its part {entry.filename} has changed since it was written" in said and "it is damaged" in said
+
+
+def test_other_plans_of_the_same_network_are_told(make, tmp_path, monkeypatch):
+    make().save_checkpoint(str(tmp_path / "c.pth"))
+    trainer = make()
+    lines: list[str] = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lines.append)
+    trainer.load_checkpoint(str(tmp_path / "c.pth"))
+    assert not [line for line in lines if line.startswith("WARNING")]
+    trainer.plans_manager.plans["plans_name"] = "otherPlans"
+    trainer.plans_manager.plans["configurations"]["tiny"]["spacing"] = [3.0, 3.0]
+    trainer.load_checkpoint(str(tmp_path / "c.pth"))
+    (line,) = [line for line in lines if line.startswith("WARNING")]
+    assert "plans_name nnUNetPlans there, otherPlans here; spacing [" in line
+    assert line.endswith("] there, [3.0, 3.0] here")
 
 
 def test_another_method(make, tmp_path):

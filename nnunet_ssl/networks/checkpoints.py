@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +59,11 @@ def _load(opened: BinaryIO, device: torch.device | str) -> dict[str, Any]:
     # PyTorch before 2.6 runs code in files of its older formats, weights_only or not (CVE-2025-32434).
     if opened.read(len(_ZIP)) != _ZIP:
         raise ValueError("it is not in the format that PyTorch writes since version 1.6")
+    # PyTorch does not compare what it reads with the file's checksums.
+    with zipfile.ZipFile(opened) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"its part {broken} has changed since it was written")
     opened.seek(0)
     checkpoint = torch.load(opened, map_location=device, weights_only=True)
     if not isinstance(checkpoint, dict):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 import nnunet_ssl
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks.checkpoints import NotPlainError, differences, read_checkpoint, write_checkpoint
 from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.settings import PLANS_KEY, SemiSupervisedSettings
+from nnunet_ssl.text import unwrap
 
 CHECKPOINT_KEY = "ssl"
 """The entry of this package in nnU-Net's checkpoint."""
@@ -137,6 +140,8 @@ def continue_from(
     for setting, value in changed.items():
         log(f"Setting {setting} was {before.get(setting)!r} in the checkpoint, is {value!r} now")
     _load_networks(network, checkpoint, named, trainer_name, changed)
+    if other := _other_plans(checkpoint["init_args"], here):
+        log(f"WARNING: The checkpoint was trained with other plans: {'; '.join(other)}")
     if writer != trainer_name:
         done = checkpoint["current_epoch"]
         log(f"The checkpoint is one of {writer}, after {done} epochs; {trainer_name} has {here['num_epochs']}")
@@ -182,10 +187,20 @@ def _load_networks(
 
 
 def _other_plans(init_args: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Where a checkpoint was trained, if elsewhere."""
+    """In what a checkpoint's plans are unlike these, but for the settings, which are compared by themselves."""
     there = {**init_args.get("plans", {}), "configuration": init_args.get("configuration")}
+    theirs, ours = _described(there), _described(here)
     return [
-        f"{name} {there.get(name)} there, {here.get(name)} here"
-        for name in ("dataset_name", "plans_name", "configuration")
-        if there.get(name) != here.get(name)
+        f"{name} {unwrap(theirs.get(name), 80)} there, {unwrap(value, 80)} here"
+        for name, value in ours.items()
+        if theirs.get(name) != value
     ]
+
+
+def _described(plans: Mapping[str, Any]) -> dict[str, Any]:
+    """Names, and what images and patches are made with; the names alone of plans that cannot be read."""
+    described = {name: plans.get(name) for name in ("dataset_name", "plans_name", "configuration")}
+    with suppress(Exception):
+        described |= PlansManager(dict(plans)).get_configuration(described["configuration"]).configuration
+    ignored = (PLANS_KEY, "inherits_from", "architecture")
+    return {name: value for name, value in described.items() if name not in ignored}

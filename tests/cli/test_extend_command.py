@@ -90,9 +90,9 @@ def test_killed_between_its_copies_it_goes_on_with_both(finish, copies, tmp_path
             raise KeyboardInterrupt
         done.append(copy(source, target))
 
-    with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as killed:
         killed.setattr(shutil, "copyfile", copy_or_die)
-        extend("CrossMatchTrainer_5epochs")
+        assert extend("CrossMatchTrainer_5epochs") != 0
     assert extend("CrossMatchTrainer_5epochs") == 0
     (folder,) = tmp_path.glob("*/CrossMatchTrainer_5epochs*/fold_0")
     copied = {name: content for name, content in contents(folder).items() if "checkpoint" in name}
