@@ -230,7 +230,7 @@ def check_nifti(file: Path) -> None:
         raise BadImageError(f"{file.name} has {bad} voxels that are NaN or infinite")
 
 
-def check_image(image: np.ndarray, spacing: Sequence[float], *, labeled: LabeledImages) -> list[str]:
+def check_image(image: np.ndarray, spacing: Sequence[float], *, labeled: LabeledImages) -> list[tuple[float, float]]:
     """Compare an image with the labeled ones, which also tell how many channels it must have.
 
     Args:
@@ -239,7 +239,7 @@ def check_image(image: np.ndarray, spacing: Sequence[float], *, labeled: Labeled
         labeled: how the labeled images look.
 
     Returns:
-        warnings about an image that can be used.
+        lowest and highest value of each channel, for :func:`image_warnings`.
 
     Raises:
         BadImageError: it cannot be used.
@@ -263,26 +263,40 @@ def check_image(image: np.ndarray, spacing: Sequence[float], *, labeled: Labeled
         raise BadImageError(f"{np.count_nonzero(~np.isfinite(image))} of {image.size} voxels are NaN or infinite")
     if lowest == highest:
         raise BadImageError(f"all voxels have the same value ({', '.join(f'{value:g}' for value in lowest)})")
-    return _spacing_warnings(image, spacing, labeled) + _intensity_warnings(lowest, highest, labeled)
+    for warning in _spacing_warnings(spacing, labeled):
+        assert labeled.spacing is not None
+        voxels = image.size * math.prod(size / low for size, (low, _) in zip(spacing, labeled.spacing, strict=True))
+        if voxels > _MOST_VOXELS:
+            raise BadImageError(f"{warning}; resampled it has {voxels:.2g} voxels; correct the spacing in its header")
+    return list(zip(lowest, highest, strict=True))
 
 
-def _spacing_warnings(image: np.ndarray, spacing: Sequence[float], labeled: LabeledImages) -> list[str]:
+def image_warnings(
+    spacing: Sequence[float], intensities: Sequence[tuple[float, float]], labeled: LabeledImages
+) -> list[str]:
+    """In what an image that can be used is unlike the labeled ones.
+
+    Args:
+        spacing: of the three axes.
+        intensities: lowest and highest value of each channel.
+        labeled: how the labeled images look, which changes with them and their plans.
+    """
+    return _spacing_warnings(spacing, labeled) + _intensity_warnings(intensities, labeled)
+
+
+def _spacing_warnings(spacing: Sequence[float], labeled: LabeledImages) -> list[str]:
     if labeled.spacing is None or all(
         low / _SPACING_FACTOR <= size <= high * _SPACING_FACTOR
         for size, (low, high) in zip(spacing, labeled.spacing, strict=True)
     ):
         return []
     ranges = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in labeled.spacing)
-    warning = f"spacing {by_axis(spacing)} is far from the labeled images' ({ranges})"
-    voxels = image.size * math.prod(size / low for size, (low, _) in zip(spacing, labeled.spacing, strict=True))
-    if voxels > _MOST_VOXELS:
-        raise BadImageError(f"{warning}; resampled it has {voxels:.2g} voxels; correct the spacing in its header")
-    return [warning]
+    return [f"spacing {by_axis(spacing)} is far from the labeled images' ({ranges})"]
 
 
-def _intensity_warnings(lowest: list[float], highest: list[float], labeled: LabeledImages) -> list[str]:
+def _intensity_warnings(intensities: Sequence[tuple[float, float]], labeled: LabeledImages) -> list[str]:
     warnings = []
-    for channel, (low, high, usual) in enumerate(zip(lowest, highest, labeled.intensities, strict=True)):
+    for channel, ((low, high), usual) in enumerate(zip(intensities, labeled.intensities, strict=False)):
         if low == high:
             warnings.append(f"all voxels of channel {channel} have the same value ({low:g})")
         elif usual is not None and (high < usual[0] or low > usual[1]):

@@ -116,7 +116,8 @@ def make_case(job: CaseJob, case: RawCase, folder: Path) -> dict[str, Any]:
         image, properties = read_image(reader, case.images)
         lines = printed.getvalue().splitlines()
         warnings = [line.removeprefix("WARNING").lstrip("! ") for line in lines if line.startswith("WARNING")]
-        warnings += check_image(image, properties["spacing"], labeled=job.labeled)
+        spacing = [float(size) for size in properties["spacing"]]
+        intensities = check_image(image, spacing, labeled=job.labeled)
         warnings += direction_warnings(direction_of(reader, case.images[0]), job.labeled)
         try:
             image, segmentation, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
@@ -130,7 +131,13 @@ def make_case(job: CaseJob, case: RawCase, folder: Path) -> dict[str, Any]:
     if not np.isfinite(image).all():
         raise BadImageError("the preprocessed image has NaN or infinite voxels")
     _save(folder / case.identifier, image, segmentation.astype(np.int16, copy=False), properties, configuration)
-    return {"status": "ok", "warnings": warnings, "signature": image_signature(image)}
+    return {
+        "status": "ok",
+        "warnings": warnings,
+        "spacing": spacing,
+        "intensities": intensities,
+        "signature": image_signature(image),
+    }
 
 
 def _save(

@@ -17,7 +17,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_ssl.data.image_checks import describe_labeled_images, directions_of
+from nnunet_ssl.data.image_checks import LabeledImages, describe_labeled_images, directions_of, image_warnings
 from nnunet_ssl.data.preprocess_case import CaseJob, failed_record, preprocess_case
 from nnunet_ssl.data.raw_cases import (
     IMAGES_FOLDER,
@@ -49,6 +49,7 @@ class PreprocessingReport:
 
     Attributes:
         folder: where the preprocessed cases are.
+        labeled: what the labeled images are like now.
         done: preprocessed now.
         up_to_date: preprocessed earlier, nothing to do.
         removed: preprocessed earlier, but their images are gone.
@@ -57,6 +58,7 @@ class PreprocessingReport:
     """
 
     folder: Path
+    labeled: LabeledImages
     done: list[str] = field(default_factory=list)
     up_to_date: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
@@ -69,7 +71,10 @@ class PreprocessingReport:
             self.failed.append(CaseProblem(identifier, record["reason"]))
         else:
             (self.done if new else self.up_to_date).append(identifier)
-            self.warnings.extend(CaseProblem(identifier, warning) for warning in record["warnings"])
+            # Labeled images and plans may have changed since, where that leaves the case's voxels as they are.
+            seen = (record["spacing"], record["intensities"]) if "intensities" in record else None
+            unlike = image_warnings(*seen, self.labeled) if seen is not None else []
+            self.warnings.extend(CaseProblem(identifier, warning) for warning in [*record["warnings"], *unlike])
 
     def table(self) -> str:
         """For the terminal: one line of counts, then one line per failure and warning."""
@@ -127,7 +132,7 @@ def preprocess_unlabeled(
     _check_arguments(num_processes, num_parts, part_id)
     place = PreprocessedFolder.of_plans(preprocessed_dataset_folder, plans_manager, configuration)
     labeled = describe_labeled_images(preprocessed_dataset_folder, plans_manager, len(channel_names(dataset_json)))
-    report = PreprocessingReport(place.folder)
+    report = PreprocessingReport(place.folder, labeled)
     images_folder = None if raw_dataset_folder is None else raw_dataset_folder / IMAGES_FOLDER
     if raw_dataset_folder is None or images_folder is None or not images_folder.is_dir():
         identifier = plans_manager.get_configuration(configuration).data_identifier

@@ -183,6 +183,19 @@ def test_odd_images_are_used_with_a_warning(dataset: TinyDataset) -> None:
     assert dataset.run().warnings == report.warnings
 
 
+def test_warnings_are_about_the_labeled_images_of_today(dataset: TinyDataset) -> None:
+    """Z-score reads no intensities of the labeled images, so the cases are not done again when these change."""
+    dataset.add("bright", voxels(1) + 1000)
+    dataset.add("usual", voxels(2))
+    assert reasons(dataset.run().warnings).keys() == {"bright"}
+    for properties in dataset.plans["foreground_intensity_properties_per_channel"].values():
+        properties["percentile_00_5"], properties["percentile_99_5"] = 1000.0, 1200.0
+    report = dataset.run()
+    assert report.up_to_date == ["bright", "usual"]
+    assert "outside the labeled foreground's (1000 to 1200)" in reasons(report.warnings)["usual"]
+    assert reasons(report.warnings).keys() == {"usual"}
+
+
 def test_color_in_other_formats_and_readers(dataset: TinyDataset) -> None:
     color = np.random.default_rng(0).integers(0, 255, (20, 24, 24, 3), np.uint8)
     dataset.dataset_json["file_ending"] = ".nrrd"
