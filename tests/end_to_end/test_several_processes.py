@@ -31,8 +31,8 @@ class SimCVDTrainer_recording(Short, SimCVDTrainer):
         super().on_train_start()
         self.seen = []
 
-    def images(self, labeled, unlabeled):
-        images = super().images(labeled, unlabeled)
+    def images(self, labeled, unlabeled, prepared):
+        images = super().images(labeled, unlabeled, prepared)
         noise = (images["u_noisy"] - images["u"]).flatten()[:20].tolist()
         self.seen.append({"labeled": len(labeled.image), "unlabeled": unlabeled.keys, "noise": noise})
         return images
