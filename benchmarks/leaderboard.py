@@ -205,7 +205,7 @@ def _limits(reports: Sequence[tuple[Campaign, Report]], columns: Sequence[Column
             "labeled cases for each setting."
         )
     compared = sum(len(column.gains) - 1 for column in columns)
-    if compared:
+    if compared > 1:
         lines.append(
             f"- Chance of many looks: the table has {compared} differences. Of 20 that are nothing but chance, one has "
             "an interval without 0."
