@@ -19,6 +19,7 @@ from nnunet_ssl.methods.mcnet import MCNetTrainer
 from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
+from nnunet_ssl.methods.uamt import UAMTTrainer
 from nnunet_ssl.methods.unimatch import UniMatchTrainer
 from nnunet_ssl.methods.urpc import URPCTrainer
 from nnunet_ssl.networks.streams import StreamOutput
@@ -113,6 +114,9 @@ METHODS = (
     Method(CPSTrainer, split_graphs=(2 + 6,), fused=(2, 4)),
     # Labeled and unlabeled images are decoded alike. Fused: the pyramid's consistency.
     Method(URPCTrainer, split_graphs=(1 + 1,), fused=(1, 1)),
+    # Decoders: of labeled and of unlabeled images. Fused: consistency; and the teacher's encoder and decoder, which run
+    # before the step's passes too.
+    Method(UAMTTrainer, {"first_threshold": 1.0}, halves={"noise": 0.0}, split_graphs=(1 + 2,), fused=(3, 3)),
 )
 TRAINERS = tuple(method.trainer for method in METHODS)
 BY_NAME = {method.name: method for method in METHODS}
