@@ -183,13 +183,16 @@ def _on_device(value: Any, device: torch.device) -> Any:
 
 
 def in_largest_stage(trainer: SemiSupervisedTrainer) -> SemiSupervisedTrainer:
-    """Put the trainer into the stage with the most streams, of several the last."""
+    """Put the trainer into the stage with the most streams, of several the last, and leave it there."""
     counts: dict[str, int] = {}
     for stage in trainer.stages():
         trainer.current_stage = stage
         counts[stage] = len(trainer.streams())
-    trainer.current_stage = max(reversed(counts), key=lambda stage: counts[stage])
+    largest = max(reversed(counts), key=lambda stage: counts[stage])
+    trainer.current_stage = largest
     trainer.step_gradients.begin_stage()
+    # A step would go to the stage of its time.
+    trainer.stage = lambda progress: largest  # type: ignore[method-assign]
     return trainer
 
 

@@ -34,7 +34,7 @@ class Method:
 
     Attributes:
         trainer: its class.
-        settings: with which every term counts on images of noise and a network without training.
+        settings: with which every term counts on images of noise and a network without training, in the first step.
         halves: settings with which a half of a batch is trained as in the whole of it; for two processes.
         others: settings of more trainings, each another network or way to predict.
         split_graphs: how many graphs ``torch.compile`` makes of a step in memory mode split: with ``settings``, and
@@ -165,12 +165,8 @@ def _id(value: Any) -> str:
 
 
 def make_of_table(method, planned, monkeypatch, tmp_path, **options) -> SemiSupervisedTrainer:
-    """A trainer with the settings of its row, in its last stage."""
-    trainer = make_trainer(method, planned, monkeypatch, tmp_path, **(BY_NAME[method.__name__].settings | options))
-    if len(trainer.stages()) > 1:
-        trainer.current_stage = trainer.stages()[-1]
-        trainer.step_gradients.begin_stage()
-    return trainer
+    """A trainer with the settings of its row."""
+    return make_trainer(method, planned, monkeypatch, tmp_path, **(BY_NAME[method.__name__].settings | options))
 
 
 def make_trainer(
