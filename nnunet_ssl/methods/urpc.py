@@ -135,16 +135,19 @@ def pyramid_consistency(logits: Tensor, *, regions: bool) -> Tensor:
     Returns:
         A scalar, float32; 0 where all scales agree.
     """
-    # Along axis 2 stand probabilities that add up to 1: of all classes, or of a region and its complement.
     if regions:
-        log_p = torch.stack((functional.logsigmoid(logits), functional.logsigmoid(-logits)), 2)
+        p = torch.sigmoid(logits)
+        # The logit of p̄. With it D_s needs no channel for the complement.
+        of_mean = torch.logsumexp(functional.logsigmoid(logits), 0) - torch.logsumexp(functional.logsigmoid(-logits), 0)
+        mean = torch.sigmoid(of_mean)
+        uncertainty = mean * (of_mean - logits) + functional.softplus(logits) - functional.softplus(of_mean)
     else:
         log_p = torch.log_softmax(logits, 2)
-    log_mean = torch.logsumexp(log_p, 0) - math.log(len(log_p))
-    p, mean = log_p.exp(), log_mean.exp()
-    uncertainty = (mean * (log_mean - log_p)).sum(2, keepdim=True)
+        log_mean = torch.logsumexp(log_p, 0) - math.log(len(log_p))
+        p, mean = log_p.exp(), log_mean.exp()
+        uncertainty = (mean * (log_mean - log_p)).sum(2, keepdim=True)
     certainty = torch.exp(-uncertainty)
-    voxels = tuple(range(1, log_p.ndim))
+    voxels = tuple(range(1, logits.ndim))
     error = ((p - mean).square() * certainty).mean(voxels)
     # Each of several processes has a part of the batch, and the mean over them is the loss.
     weight = sum_over_ranks(certainty.mean(voxels)) / num_processes()
