@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from nnunet_ssl.compiled import compiled
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.networks import passes as passes_module
+from nnunet_ssl.trainer import gradients
 
 COMPILE = torch.compile
 
@@ -163,11 +164,11 @@ def test_losses_are_compiled_in_a_stacked_step_too(make, method, options, autoca
     assert not counters["graph_break"]
 
 
-def test_of_several_processes_none_compiles_losses(make):
+def test_of_several_processes_none_compiles_losses(make, monkeypatch):
     trainer = make(CrossMatchTrainer, memory_mode="stacked")
     labeled, unlabeled, _ = make_batches(trainer, u=2)
     for processes, functions in ((2, 0), (1, FUSED)):
-        trainer.is_ddp = processes > 1
+        monkeypatch.setattr(gradients, "num_processes", lambda count=processes: count)
         trainer.prepare_steps()
         gradients_of(trainer, labeled, unlabeled)
         assert compiled.cache_info().currsize == functions

@@ -146,7 +146,8 @@ def test_soft_labels_are_between_0_and_1_and_keep_the_order(seed, scale, tempera
     (gradient,) = torch.autograd.grad(found.sum(), p)
     assert torch.isfinite(found).all() and (found >= 0).all() and (found <= 1).all() and torch.isfinite(gradient).all()
     in_order = found.gather(1, p.argsort(1))
-    assert (in_order.diff(dim=1) >= 0).all()
+    # Equal ones may differ by rounding: a vector's last elements are computed in another way than the others.
+    assert (in_order.diff(dim=1) >= -1e-6).all()
     # Nearer to 0 or 1 than the probability, but for rounding and the bound of its logit.
     assert ((found - 0.5).abs() >= (p - 0.5).abs() - 2e-6).all()
 
