@@ -161,6 +161,8 @@ def train(task: Task, task_file: Path) -> None:
 
 def _train_stage(trainer: Any, seed: int, progress: Progress, file: Path, *, start: Path | None, before: int) -> None:
     """Train one stage to its end, unless that is done; ``before`` is the number of epochs of the stages before it."""
+    from nnunet_ssl.trainer.checkpoint import best_so_far
+
     folder = Path(trainer.output_folder)
     if (folder / "checkpoint_final.pth").is_file():
         return
@@ -173,7 +175,7 @@ def _train_stage(trainer: Any, seed: int, progress: Progress, file: Path, *, sta
     if begun:
         trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
         # nnU-Net writes checkpoint_latest before it compares the epoch with the best one.
-        trainer._best_ema = max(trainer.logger.get_value("ema_fg_dice", step=None))
+        trainer._best_ema = best_so_far(trainer.logger.get_value("ema_fg_dice", step=None))
     elif start is not None:
         from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 

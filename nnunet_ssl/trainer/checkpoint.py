@@ -53,7 +53,7 @@ def logged(logger: Any, next_epoch: int) -> dict[str, Any]:
     """The entries of a checkpoint that hold the log of the epochs before ``next_epoch``; ``logger`` is nnU-Net's."""
     return {
         "logging": {key: _plain(values[:next_epoch]) for key, values in logger.get_checkpoint().items()},
-        "_best_ema": _best_so_far(logger.get_value("ema_fg_dice", step=None)),
+        "_best_ema": best_so_far(logger.get_value("ema_fg_dice", step=None)),
         "current_epoch": next_epoch,
     }
 
@@ -75,8 +75,8 @@ def write_durably(checkpoint: Mapping[str, Any], file: Path) -> None:
         ) from error
 
 
-def _best_so_far(values: Sequence[float]) -> float | None:
-    """nnU-Net's best value, of the epochs' values.
+def best_so_far(values: Sequence[float]) -> float | None:
+    """nnU-Net's best value, of the epochs' values; None where none has ended yet.
 
     nnU-Net writes checkpoint_latest before it compares the epoch's value with the best one. Continued from there, it
     would take the next epoch for the best.

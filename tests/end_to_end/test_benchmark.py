@@ -42,6 +42,26 @@ def finish(process):
     return printed
 
 
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def test_stopped_in_its_first_epoch_it_goes_on(planned_2d, tmp_path):
+    arms = ["-tr", "CrossMatchTrainer_short", "--seeds", "0"]
+    first = start(planned_2d, tmp_path, *arms)
+    log = tmp_path / "logs" / "CrossMatchTrainer_short_2_labeled_seed_0.log"
+    wait_for(lambda: log.is_file() and "Epoch 0" in log.read_text(), 300)
+    first.kill()
+    first.wait()
+    wait_for(lambda: not processes_of(tmp_path), 60)
+    assert "SIGTERM in epoch 0" in log.read_text()
+    finish(start(planned_2d, tmp_path, *arms))
+    assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 2 * len(planned_2d.phantoms.validation)
+
+
 def test_killed_shared_and_reported(planned_2d, tmp_path):
     folder = tmp_path / "bench"
     # A training long enough to be killed in its middle.
