@@ -16,8 +16,8 @@ _LIBRARY.define("largest_components(Tensor label) -> Tensor")
 def largest_components(label: Tensor) -> Tensor:
     """Keep each class's largest connected component in each patch; all else becomes background.
 
-    Neighbors touch at a face, an edge or a corner. Components are found on the host, which takes about 10 ms for a
-    million voxels: on a GPU the label goes there and back.
+    Neighbors touch at a face, an edge or a corner. Components are found on the host, which takes 10 to 20 ms for a
+    million voxels: on a GPU the label goes there and back. docs/explanation/bcp.md has the command that measures it.
 
     Args:
         label: classes (B, 1, *spatial), integer, 0 is background; or regions (B, R, *spatial), bool, each for itself.
