@@ -143,9 +143,11 @@ def open_campaign(
         "epochs": epochs,
         "validation": validation,
     }
+    begins = not (folder / _FILE).is_file()
+    # Before the folder is made: a mistake leaves none.
+    content = _plans(preprocessed_folder, plans, configuration, configurations) if begins else {}
     with lock(folder / f".{_FILE}.lock"):
-        if not (folder / _FILE).is_file():
-            content = _plans(preprocessed_folder, plans, configuration, configurations)
+        if begins and not (folder / _FILE).is_file():
             write_text(folder / _PLANS, json.dumps(content, indent=4) + "\n", otherwise=_OTHER_FOLDER)
             now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
             begun = {"identifier": uuid.uuid4().hex[:12], "date": now, **wanted}

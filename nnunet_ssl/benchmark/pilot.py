@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -189,6 +189,15 @@ def run_pilot(
             break
         problems = run_trainings(campaign, trainings, machine, until=until)
     return problems
+
+
+def asked_for(runs: Iterable[Run], arms: Sequence[Arm], folds: Mapping[str, Fold]) -> list[Run]:
+    """Of all that a pilot's folder holds, what a call named: an earlier one may have had other arms and folds.
+
+    Folds of two calls may share validation cases, each of which counts once.
+    """
+    names = {arm.name for arm in arms}
+    return [run for run in runs if run.about["arm"] in names and run.setting in folds]
 
 
 def _rounds(

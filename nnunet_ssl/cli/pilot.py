@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunet_ssl.benchmark.arms import parse_arms, stages
     from nnunet_ssl.benchmark.campaign import open_campaign, plan_settings
-    from nnunet_ssl.benchmark.pilot import in_words, run_pilot
+    from nnunet_ssl.benchmark.pilot import asked_for, in_words, run_pilot
     from nnunet_ssl.benchmark.report import Report
     from nnunet_ssl.benchmark.schedule import results_of
     from nnunet_ssl.data.splits import current_splits, labeled_cases
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     cases = labeled_cases(dataset.preprocessed, dataset.raw)
     splits, source = current_splits(dataset.preprocessed, dataset.raw, cases)
     numbers = _choose_folds(splits, args.folds, str(source or dataset.preprocessed))
+    _check_unlabeled(dataset, splits, numbers)
     campaign = open_campaign(
         folder,
         preprocessed_folder=dataset.preprocessed,
@@ -84,16 +85,14 @@ def run(args: argparse.Namespace) -> int:
         folds=numbers,
         draw_fold=0,
     )
-    _check_unlabeled(dataset, splits, numbers)
     print(f"{campaign.dataset}, {args.c}: folds {', '.join(map(str, numbers))}, at most {args.hours:g} hours, {folder}")
     problems = run_pilot(campaign, arms, settings, choose_machine(args), hours=args.hours, seeds=args.seeds)
-    runs = list(results_of(campaign).values())
+    folds = {setting.name: splits[number] for setting, number in zip(settings, numbers, strict=True)}
+    runs = asked_for(results_of(campaign).values(), arms, folds)
     if not runs:
         why = next(iter(problems.values()), "The time was over before. Run it again: it goes on, with --hours more.")
         raise UserError(f"No training has a result. {why}")
-    folds = {setting.name: splits[number] for setting, number in zip(settings, numbers, strict=True)}
-    names = {arm.name for arm in arms}
-    words = in_words(campaign, arms, Report([run for run in runs if run.about["arm"] in names]), folds)
+    words = in_words(campaign, arms, Report(runs), folds)
     write_text(folder / "pilot.md", words, otherwise=ELSEWHERE)
     print(f"\n{words}\n{folder}: pilot.md, results.csv")
     for key, reason in problems.items():

@@ -18,6 +18,7 @@ from nnunet_ssl.benchmark.campaign import Setting, Training, read_campaign
 from nnunet_ssl.benchmark.pilot import (
     WORTH,
     Estimate,
+    asked_for,
     disjoint_folds,
     estimate,
     expected_seconds,
@@ -199,6 +200,18 @@ def test_estimate_of_trainings_in_two_folds():
     assert (found.cases, found.folds) == (3, 2)
     only = [one for one in two_folds({"a": 0.02, "b": 0.06, "c": 0.12}) if one.setting == "fold 0, 2 labeled"]
     assert estimate(Report(only), FOLD, "Ours").folds == 1
+
+
+def test_a_call_with_other_folds_or_arms_than_before_reports_its_own():
+    runs = two_folds({"a": 0.02, "b": 0.06, "c": 0.12})
+    runs += [run(arm, "fold 2, 2 labeled", 0, {"d": 0.5}) for arm in ("nnUNetTrainer", "Ours")]
+    runs += [run("Before", setting, 0, {"a": 0.5}) for setting in FOLD]
+    kept = asked_for(runs, ARMS[:2], FOLD)
+    assert {one.setting for one in kept} == set(FOLD) and {one.about["arm"] for one in kept} == {
+        "nnUNetTrainer",
+        "Ours",
+    }
+    assert estimate(Report(kept), FOLD, "Ours").cases == 3
 
 
 def campaign_in(folder, epochs=2):

@@ -37,3 +37,4 @@ def test_mistakes_are_explained(planned_2d, tmp_path, monkeypatch, capsys, chang
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.startswith("nnunet-ssl pilot: error: ")
     assert "Traceback" not in printed.err
+    assert not (tmp_path / "pilot").exists(), "a mistake leaves nothing"
