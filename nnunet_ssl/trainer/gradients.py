@@ -63,7 +63,8 @@ class StepGradients:
         method: its hooks.
         network: the network, as ``torch.compile`` may have wrapped it.
         device: that trains.
-        memory_mode: ``stacked``, ``split`` or ``auto``, which begins with split on a CPU and else with stacked.
+        memory_mode: ``stacked``, ``split`` or ``auto``, which begins with split on a CPU and with batch normalization
+            over several processes, and else with stacked.
         grad_scaler: nnU-Net's, or None without mixed precision.
         image_dtype: of the images, where the network is not of float32.
         fall_back: how ``auto`` goes from stacked to split.
@@ -84,7 +85,10 @@ class StepGradients:
         image_dtype: torch.dtype = torch.float32,
         fall_back: FallBack | None = None,
     ) -> None:
-        first: MemoryMode = "split" if device.type == "cpu" else "stacked"
+        # Batch normalization that sees all ranks waits for them within alone() too: an attempt that fails on one rank
+        # would leave the others there.
+        waits = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+        first: MemoryMode = "split" if device.type == "cpu" or waits else "stacked"
         self.memory_mode: MemoryMode = first if memory_mode == "auto" else cast(MemoryMode, memory_mode)
         self.autocast: Callable[[], AbstractContextManager[Any]] = (
             (lambda: torch.autocast("cuda")) if device.type == "cuda" else nullcontext

@@ -11,13 +11,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from method_steps import BY_NAME, REPRESENTATIVES, gradients_step, make_batches, make_of_table, of_methods
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
+from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.trainer.gradients import StepGradients
 from nnunet_ssl.trainer.live_bytes import LiveBytes
 from nnunet_ssl.trainer.memory import MemoryEstimate, judge, log_memory, step_bytes, trainer_of_plans
 
@@ -283,6 +287,16 @@ def test_auto_starts_in_split_where_stacked_needs_more_than_there_is(make, plann
         trainer = make(CrossMatchTrainer, planned_2d, memory_mode=mode)
         logged(trainer, monkeypatch, free=stacked - 10_000)
         assert not trainer.start_split
+
+
+@pytest.mark.parametrize(("over_processes", "expected"), [(True, "split"), (False, "stacked")])
+def test_auto_tries_nothing_where_batch_normalization_waits_for_other_processes(over_processes, expected) -> None:
+    unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 2, 1, norm_op=nn.BatchNorm2d)
+    network = TrainingNetwork(unet, teacher=True)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if over_processes else network
+    gpu = torch.device("cuda")
+    assert StepGradients(None, network, device=gpu, memory_mode="auto").memory_mode == expected
+    assert StepGradients(None, network, device=gpu, memory_mode="stacked").memory_mode == "stacked"
 
 
 @pytest.mark.parametrize("too_large", [True, False])
