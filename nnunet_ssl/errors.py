@@ -1,4 +1,9 @@
-"""The one exception for mistakes that a user can correct."""
+"""The exceptions for mistakes that a user, or the author of a method, can correct."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
 
 
 class UserError(RuntimeError):
@@ -20,3 +25,22 @@ class MethodError(Exception):
     Traceback (most recent call last):
     nnunet_ssl.errors.MethodError: The term 'consistency' has no weight: loss_weights() returns 'supervised'.
     """
+
+
+def show_user_errors_alone() -> None:
+    """Let Python end at a user's error with its text and without a traceback, in nnU-Net's own commands too.
+
+    All other exceptions are shown as before.
+    """
+    before = sys.excepthook
+    if getattr(before, "shows_user_errors_alone", False):
+        return
+
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, UserError):
+            print(f"nnunet-ssl: error: {error}", file=sys.stderr)
+        else:
+            before(kind, error, traceback)
+
+    show.shows_user_errors_alone = True  # type: ignore[attr-defined]
+    sys.excepthook = show

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -139,5 +139,5 @@ class UAMTTrainer(SemiSupervisedTrainer):
         choices = 2 if self.label_manager.has_regions else self.label_manager.num_segmentation_heads
         return (first + (1 - first) * gaussian_ramp_up(progress, length=1.0)) * math.log(choices)
 
-    def _under_dropout(self, image: str, **options: bool) -> Stream:
+    def _under_dropout(self, image: str, **options: Any) -> Stream:
         return Stream(image, dropout=self.settings.dropout, dropout_on=("bottleneck", "features"), **options)

@@ -44,7 +44,8 @@ def build_unet(
 
     Raises:
         UserError: see :func:`check_architecture`.
-        NotImplementedError: the network is none of nnU-Net's U-Nets, or ``build`` has nnU-Net's old signature.
+        UnsupportedNetworkError: the network is none of nnU-Net's U-Nets.
+        NotImplementedError: ``build`` has nnU-Net's old signature.
     """
     check_architecture(configuration_manager)
     if "plans_manager" not in inspect.signature(build).parameters:
@@ -93,7 +94,7 @@ def check_supported(network: nn.Module) -> UNet:
     """The network, if it has an encoder and a decoder that can be run apart.
 
     Raises:
-        NotImplementedError: it is none of nnU-Net's U-Nets.
+        UnsupportedNetworkError: it is none of nnU-Net's U-Nets.
     """
     if isinstance(network, tuple(SUPPORTED.values())):
         return network
@@ -130,9 +131,13 @@ def _is_layer(name: object) -> bool:
     return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(_HOMES_OF_LAYERS)
 
 
-def unsupported(architecture: str) -> NotImplementedError:
+class UnsupportedNetworkError(UserError, NotImplementedError):
+    """The trainer and its plans make a network that is none of nnU-Net's U-Nets."""
+
+
+def unsupported(architecture: str) -> UnsupportedNetworkError:
     """What to raise for an architecture that is none of nnU-Net's U-Nets."""
-    return NotImplementedError(
+    return UnsupportedNetworkError(
         f"Semi-supervised training needs a network with an encoder and a decoder that it can run apart. The trainer "
         f"and its plans make a {architecture}; supported are {' and '.join(SUPPORTED)}."
     )

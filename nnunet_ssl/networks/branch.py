@@ -36,7 +36,7 @@ class Branch(nn.Module):
             stage costs the most time and saves little: its activations are needed when memory is at its peak.
 
     Raises:
-        NotImplementedError: the network is none of nnU-Net's U-Nets.
+        UnsupportedNetworkError: the network is none of nnU-Net's U-Nets.
     """
 
     activation_checkpointing = False

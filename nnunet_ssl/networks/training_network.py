@@ -35,7 +35,7 @@ class TrainingNetwork(Branch):
         predict_with_teacher: whether the teacher is the network that predicts and that ``state_dict`` holds.
 
     Raises:
-        NotImplementedError: a network is none of nnU-Net's U-Nets.
+        UnsupportedNetworkError: a network is none of nnU-Net's U-Nets.
 
     >>> from dynamic_network_architectures.architectures.unet import PlainConvUNet
     >>> unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 2, 1)

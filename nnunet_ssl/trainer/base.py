@@ -25,7 +25,7 @@ from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.records import folder_name
 from nnunet_ssl.distributed import LossOfRanks, Ranks, device_of_this_process, joined
-from nnunet_ssl.errors import MethodError
+from nnunet_ssl.errors import MethodError, show_user_errors_alone
 from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet, check_network
 from nnunet_ssl.networks.passes import Outputs
@@ -87,6 +87,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
     ) -> None:
+        show_user_errors_alone()
         for key in ("dataset_name", "plans_name"):
             folder_name(plans[key], key)
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -96,8 +97,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.device = device_of_this_process(device)
             self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
         self.settings = self.settings_class.from_plans(self.configuration_manager.configuration)
-        if self.training_epochs is not None:
-            self.num_epochs = self.training_epochs
+        self.num_epochs = self.training_epochs or self.num_epochs
         # nnU-Net's inference calls it on the class and gets the stock network; training calls it on the instance.
         self.build_network_architecture = self.build_network_for_training
         self.extra_targets = self.labeled_targets()

@@ -158,6 +158,7 @@ def test_a_transformer_is_refused_before_anything_is_done(planned_3d):
         "nnUNetv2_train", planned_3d.dataset_id, "tiny_primus", 0, "-p", "primusPlans",
         "-tr", "PrimusCrossMatchTrainer", "-device", "cpu", check=False,
     )  # fmt: skip
-    assert done.returncode != 0
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert "nnunet-ssl: error: " in done.stdout
     assert "make a Primus; supported are PlainConvUNet and ResidualEncoderUNet" in done.stdout
     assert not list(planned_3d.preprocessed.glob("primus_*")), "no case was preprocessed"

@@ -7,6 +7,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks.passes import SplitOutputs, StackedOutputs
 from nnunet_ssl.networks.streams import Stream, draw_dropout_masks, drop_channels
 from nnunet_ssl.networks.training_network import TrainingNetwork
@@ -183,7 +184,7 @@ def test_masks_differ_between_streams_and_reach_every_level():
 
 
 def test_other_networks_are_refused_by_name():
-    with pytest.raises(NotImplementedError, match=r"Sequential.*PlainConvUNet and ResidualEncoderUNet"):
+    with pytest.raises(UserError, match=r"Sequential.*PlainConvUNet and ResidualEncoderUNet"):
         TrainingNetwork(nn.Sequential(nn.Conv2d(1, 1, 1)))
 
 
