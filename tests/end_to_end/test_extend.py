@@ -53,7 +53,7 @@ def test_a_longer_training_goes_on_from_a_finished_one(planned_2d):
 
     after = checkpoints(long)
     again = planned_2d.run("nnunet-ssl", *given, "-device", "cpu").stdout
-    assert "has begun" in again and "Mean Validation Dice" in again
+    assert "has finished: validates" in again and "Mean Validation Dice" in again
     assert checkpoints(long).keys() == after.keys() and checkpoints(short) == before
 
 
