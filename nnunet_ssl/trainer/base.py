@@ -71,6 +71,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     is_ddp: bool
     device: torch.device
     output_folder: str
+    num_epochs: int
     grad_scaler: Any
     network: Any
     loss: Any
@@ -102,8 +103,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.build_network_architecture = self.build_network_for_training
         self.extra_targets = self.labeled_targets()
         self.loaders = Loaders()
-        scaled = self.grad_scaler is not None
-        self.epoch_log = EpochLog(self.logger, self.print_to_log_file, counts_skipped_steps=scaled)
+        self.epoch_log = EpochLog(self.logger, self.print_to_log_file, counts_skipped_steps=bool(self.grad_scaler))
         self.current_stage = self.stages()[0]
         self.predictions = Predictions(self.epoch_log, self.label_manager, self.print_to_log_file)
         self._steps_in_epoch = 0
