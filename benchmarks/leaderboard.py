@@ -227,7 +227,7 @@ def _section(campaign: Campaign, report: Report) -> Iterator[str]:
         yield from report.tables(setting)
     yield (
         "Repeat a row: keep nnUNetTrainer and the row's arm after `-tr`. It takes the dataset with the folds of this "
-        "campaign, whose cases `campaign.json` beside the table names. Prepare once:"
+        "campaign; `campaign.json`, next to the table, lists their cases. Prepare once:"
     )
     yield _code(_preparation(campaign))
     yield _code([_command(campaign, report, setting) for setting in report.settings])

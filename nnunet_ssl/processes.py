@@ -1,4 +1,4 @@
-"""What a training has to do with processes: seeds, signals, workers that die."""
+"""What a training has to do with processes: seeds, environment, signals, workers that die."""
 
 from __future__ import annotations
 
@@ -25,6 +25,21 @@ def seed_this_process(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Within, these environment variables are set; afterwards they are as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @dataclass

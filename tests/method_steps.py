@@ -224,6 +224,19 @@ class Given(dict):
         return self[name].detach()
 
 
+def random_outputs(trainer, labeled, unlabeled, *, x: tuple[str, ...], u: tuple[str, ...]) -> Given:
+    """Random logits with gradient: of streams of labeled images with deep supervision, and of unlabeled images."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(n, spatial):
+        shape = (n, trainer.label_manager.num_segmentation_heads, *spatial)
+        return (4 * torch.randn(shape, generator=generator)).requires_grad_()
+
+    of_labeled = {name: StreamOutput([draw(2, target.shape[2:]) for target in labeled.target]) for name in x}
+    of_unlabeled = {name: StreamOutput(draw(len(unlabeled.weak), unlabeled.weak.shape[2:])) for name in u}
+    return Given(of_labeled | of_unlabeled)
+
+
 def summed_terms(trainer, outputs, labeled, unlabeled, prepared=None) -> dict[str, torch.Tensor]:
     """The terms, their parts added up; of what the images were prepared with, where that is drawn."""
     prepared = trainer.prepare(labeled, unlabeled) if prepared is None else prepared

@@ -24,7 +24,7 @@ _PLACES = [
     for distance in (1.0, 1.8, 2.6, 3.4)
     for right, up in ((13, 0), (-13, 0), (0, 10), (0, -10), (11, 8), (-11, 8), (11, -8), (-11, -8))
 ]
-"""Of a label beside its point, in points of a font, the nearest first."""
+"""Where a label may stand relative to its point, in points of a font; the nearest first."""
 
 
 def save_figure(file: Path, report: Report) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.data.labeled_targets import AddTargets
+from nnunet_ssl.processes import environment
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 
@@ -128,16 +128,8 @@ def tiny_trainers(
         cases.mkdir(parents=True)
         (cases / "none.b2nd").touch()
         folders = {f"nnUNet_{name}": str(Path(folder) / name) for name in ("raw", "preprocessed", "results")}
-        before = {name: os.environ.get(name) for name in (*folders, "nnUNet_wandb_enabled")}
-        os.environ.update(folders, nnUNet_wandb_enabled="0")
-        try:
+        with environment(**folders, nnUNet_wandb_enabled="0"):
             yield make
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
 
 
 def initialized(

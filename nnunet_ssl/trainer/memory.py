@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ssl.distributed import alone
+from nnunet_ssl.processes import environment
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
 from nnunet_ssl.trainer.epoch_log import EpochLog
 from nnunet_ssl.trainer.gradients import StepGradients
@@ -72,24 +72,10 @@ def without_a_trace() -> Iterator[None]:
     """Within, trainers are made that print nothing, keep a log in a temporary folder and tell no tracking service."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        _environment(nnUNet_results=folder, nnUNet_wandb_enabled="0"),
+        environment(nnUNet_results=folder, nnUNet_wandb_enabled="0"),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         yield
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def step_bytes(

@@ -87,7 +87,7 @@ def test_h5_files_without_a_list_are_all_training_cases(tmp_path, raw) -> None:
 
 def test_original_files_come_before_h5_files(tmp_path, raw) -> None:
     source = la_download(tmp_path / "download")
-    (source / "Training Set" / "CASE00" / "mri_norm2.h5").write_bytes(b"made from the files beside it")
+    (source / "Training Set" / "CASE00" / "mri_norm2.h5").write_bytes(b"made from the files next to it")
     report = convert_dataset("la", source, raw, labeled="1")
     assert report.failed == [] and "CASE00" in report.train
 

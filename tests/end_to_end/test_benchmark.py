@@ -173,4 +173,4 @@ def test_warm_start(planned_2d, tmp_path):
     kept = [name for name in after if ".seg_layers." not in name]
     assert kept and all(torch.equal(after[name], before[name]) for name in kept)
     last = max(name for name in after if ".seg_layers." in name and name.endswith("weight"))
-    assert not torch.equal(after[last], before[last]), "drawn anew, as with -pretrained_weights"
+    assert not torch.equal(after[last], before[last]), "drawn at random, as with -pretrained_weights"

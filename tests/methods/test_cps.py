@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from method_steps import Given, gradients_step, images_of, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
+from method_steps import random_outputs as outputs_of
 
 from nnunet_ssl.methods.cps import CPSTrainer
-from nnunet_ssl.networks.streams import Stream, StreamOutput
+from nnunet_ssl.networks.streams import Stream
 
 STREAMS = ("x_a", "x_b", "u_a", "u_b")
 
@@ -18,20 +21,7 @@ def make_trainer(planned, monkeypatch, tmp_path, **options) -> CPSTrainer:
     return make_method_trainer(CPSTrainer, planned, monkeypatch, tmp_path, **options)
 
 
-def random_outputs(trainer, labeled, unlabeled) -> Given:
-    generator = torch.Generator().manual_seed(5)
-
-    def draw(n, spatial):
-        shape = (n, trainer.label_manager.num_segmentation_heads, *spatial)
-        return (4 * torch.randn(shape, generator=generator)).requires_grad_()
-
-    outputs = Given()
-    for name in STREAMS:
-        if name.startswith("x"):
-            outputs[name] = StreamOutput([draw(2, target.shape[2:]) for target in labeled.target])
-        else:
-            outputs[name] = StreamOutput(draw(len(unlabeled.weak), unlabeled.weak.shape[2:]))
-    return outputs
+random_outputs = partial(outputs_of, x=STREAMS[:2], u=STREAMS[2:])
 
 
 def naive_cps(outputs: Given, regions: bool) -> tuple[float, dict[str, np.ndarray]]:

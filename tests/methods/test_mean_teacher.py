@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from method_steps import Given, gradients_step, images_of, make_batches, summed_terms
+from method_steps import gradients_step, images_of, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
+from method_steps import random_outputs as outputs_of
 
 from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer
-from nnunet_ssl.networks.streams import Stream, StreamOutput
+from nnunet_ssl.networks.streams import Stream
 
 
 def make_trainer(planned, monkeypatch, tmp_path, **options) -> MeanTeacherTrainer:
     return make_method_trainer(MeanTeacherTrainer, planned, monkeypatch, tmp_path, **options)
 
 
-def random_outputs(trainer, labeled, unlabeled) -> Given:
-    generator = torch.Generator().manual_seed(5)
-
-    def draw(n, spatial):
-        shape = (n, trainer.label_manager.num_segmentation_heads, *spatial)
-        return (4 * torch.randn(shape, generator=generator)).requires_grad_()
-
-    outputs = Given({"x": StreamOutput([draw(2, target.shape[2:]) for target in labeled.target])})
-    for name in ("u_teacher", "u_student"):
-        outputs[name] = StreamOutput(draw(len(unlabeled.weak), unlabeled.weak.shape[2:]))
-    return outputs
+random_outputs = partial(outputs_of, x=("x",), u=("u_teacher", "u_student"))
 
 
 def naive_consistency(student: torch.Tensor, teacher: torch.Tensor, regions: bool) -> float:

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from untrusted import CASES, PLANS, Call, Home
+from untrusted import CASES, PLANS, Call, Home, home_of_the_user
 
-from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.conversion import convert_dataset
 from nnunet_ssl.data.few_labels import split_dataset
 from nnunet_ssl.data.splits import write_splits
@@ -23,14 +22,7 @@ from nnunet_ssl.files import write_text
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Home:
-    made = Home(tmp_path / "home")
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(made.root / name))
-    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
-    monkeypatch.setenv("nnUNet_compile", "f")
-    # A name without a folder must not do harm where the command is called.
-    monkeypatch.chdir(made.outside)
-    return made
+    return home_of_the_user(tmp_path, monkeypatch)
 
 
 def link(place: Path, target: Path) -> None:

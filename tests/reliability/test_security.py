@@ -24,10 +24,9 @@ import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
-from untrusted import ARCHITECTURE, CASES, PLANS, Call, Home
+from untrusted import ARCHITECTURE, CASES, PLANS, Call, Home, home_of_the_user
 
 import nnunet_ssl
-from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.cli.training_checks import check_dataset
 from nnunet_ssl.data.previous_stage import PreviousStage
@@ -40,14 +39,7 @@ from nnunet_ssl.trainer.cascade import segmented_by_previous_stage
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Home:
-    made = Home(tmp_path / "home")
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(made.root / name))
-    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
-    monkeypatch.setenv("nnUNet_compile", "f")
-    # A name without a folder must not do harm where the command is called.
-    monkeypatch.chdir(made.outside)
-    return made
+    return home_of_the_user(tmp_path, monkeypatch)
 
 
 PAYLOADS: dict[str, Callable[[Path], Call]] = {

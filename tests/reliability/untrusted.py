@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_dataset import unet
 
+from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 
@@ -57,7 +59,7 @@ DATASET_JSON: dict[str, Any] = {
 
 @dataclass
 class Home:
-    """nnU-Net's folders with a planned dataset, and a folder beside them in which nothing may happen."""
+    """nnU-Net's folders with a planned dataset, and next to them a folder in which nothing may happen."""
 
     root: Path
 
@@ -126,3 +128,15 @@ class Call:
 
     def __reduce__(self):
         return self.call
+
+
+def home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """Its folders are those of nnU-Net."""
+    made = Home(tmp_path / "home")
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(made.root / name))
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    monkeypatch.setenv("nnUNet_compile", "f")
+    # A name without a folder must not do harm where the command is called.
+    monkeypatch.chdir(made.outside)
+    return made
