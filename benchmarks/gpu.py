@@ -57,12 +57,14 @@ class Stage:
         together: arms of which it is the same share a process.
         until: the share of all minutes after which the rest is skipped.
         at_once: whether all processes run at once, because they only wait for the GPU most of the time.
+        cores: of each process, for compilations.
     """
 
     arms: list[Arm]
     together: Callable[[Arm], Hashable]
     until: float
     at_once: bool = False
+    cores: int = 2
 
 
 def main() -> None:
@@ -98,7 +100,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-tr", nargs="+", help="methods; default: all that nnunet-ssl trainers lists")
     parser.add_argument("--questions", default=QUESTIONS, help=f"letters; default: {QUESTIONS}")
     parser.add_argument("--minutes", type=float, default=8, help="after which the rest is skipped; default: 8")
-    parser.add_argument("--jobs", type=int, help="processes at a time; default: half of the CPU's cores")
+    parser.add_argument(
+        "--jobs", type=int, help="processes at a time; half of the CPU's cores (default), fewer for compilations"
+    )
     parser.add_argument("--accuracy", metavar="CONFIGURATION", help="configuration to train for question h")
     parser.add_argument("--labeled", nargs="+", type=int, default=[2, 8], help="labeled cases in question h")
     parser.add_argument("--epochs", type=int, default=10, help="of 250 iterations, in question h")
@@ -127,32 +131,39 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         arms = []
         for plan in plans:
             arms.append(Arm("a", SUPERVISED, plan, compiled=compiled))
-            arms += [Arm("a", name, plan, mode, compiled) for name, mode in itertools.product(methods, MODES)]
+            arms += [Arm("a", name, plan, mode, compiled) for mode, name in itertools.product(MODES, methods)]
         if not compiled:
-            arms += [Arm("a", name, plan, mode) for plan, name, mode in itertools.product(plans, methods, BARE)]
+            arms += [Arm("a", name, plan, mode) for mode, plan, name in itertools.product(BARE, plans, methods)]
         return arms
 
-    everyone = [(SUPERVISED, ""), *((name, "stacked") for name in methods)]
+    everyone = [SUPERVISED, *methods]
+    default_modes = [(name, "" if name == SUPERVISED else "stacked") for name in everyone]
     largest, mutual = one("CrossMatchTrainer"), one("MutualReliableTrainer")
     fall_back = [Arm("c", largest, LARGE_PLAN, limit=limit) for limit in (0.5, 0.1, 0.9)]
     kernels = [Arm("d", mutual, LARGE_PLAN, "stacked")]
-    synchronizations = [Arm("e", name, LARGE_PLAN, mode) for name, mode in everyone]
+    synchronizations = [Arm("e", name, SMALL_PLAN, mode) for name, mode in default_modes]
     compilations = [Arm("c", largest, LARGE_PLAN, compiled=True, limit=0.5)]
     compilations += [
         Arm("f", name, LARGE_PLAN, mode, compiled=True, layout=True)
         for name, mode in ((SUPERVISED, ""), (largest, "stacked"))
     ]
-    scaled = [Arm("g", name, SMALL_PLAN, mode) for name, mode in everyone]
+    scaled = [Arm("g", name, SMALL_PLAN, mode) for name, mode in default_modes]
     found = [
-        # What is timed without torch.compile needs the GPU all the time; compilations need the CPU, and run at once.
-        Stage(steps(compiled=False), lambda arm: arm.trainer, 0.3, at_once=True),
-        Stage(steps(compiled=True), lambda arm: arm, 0.55),
-        Stage([*fall_back, *kernels, *synchronizations], lambda arm: (arm.question, arm.trainer), 0.63),
-        Stage(compilations, lambda arm: arm, 0.75),
+        # What is timed without torch.compile needs the GPU all the time. Few processes: each tries on its own which
+        # convolutions are the fastest, which takes longer than the timed steps. On an H100 with 16 cores, twelve
+        # compilations at once did not end in 100 seconds.
+        Stage(steps(compiled=False), lambda arm: everyone.index(arm.trainer) % 3, 0.4, at_once=True),
+        Stage(steps(compiled=True), lambda arm: arm, 0.6, cores=4),
+        Stage([*fall_back, *kernels, *synchronizations], lambda arm: (arm.question, arm.trainer), 0.7),
+        Stage(compilations, lambda arm: arm, 0.8, cores=4),
         Stage(scaled, lambda arm: arm, 0.85),
     ]
     asked = set(args.questions) | ({"a"} if "b" in args.questions else set())
     found = [replace(stage, arms=[arm for arm in stage.arms if arm.question in asked]) for stage in found]
+    found = [stage for stage in found if stage.arms]
+    if found and "h" not in asked:
+        # Nothing comes after the last.
+        found = [replace(stage, until=stage.until / found[-1].until) for stage in found]
     if args.dry_run:
         # Two cores spend most of the time on starting processes.
         return [Stage([arm for stage in found for arm in stage.arms], lambda arm: arm.trainer, 0.7)]
@@ -179,16 +190,17 @@ class Run:
             waiting.setdefault(stage.together(arm), []).append(arm)
         groups = list(waiting.values())
         # Not one as soon as another ends: new ones would compile while the others wait for a quiet GPU.
-        jobs = len(groups) if stage.at_once else self.args.jobs
+        jobs = len(groups) if stage.at_once else max(1, 2 * self.args.jobs // stage.cores)
         for first in range(0, len(groups), max(1, jobs)):
-            self._batch(groups[first : first + jobs], stage.until)
+            self._batch(groups[first : first + jobs], stage)
         self.show_new_rows()
 
-    def _batch(self, groups: list[list[Arm]], until: float) -> None:
+    def _batch(self, groups: list[list[Arm]], stage: Stage) -> None:
+        until = stage.until
         running: list[tuple[list[Arm], subprocess.Popen]] = []
         try:
             if self.left(until) > 0:
-                running = [(arms, self._start(arms)) for arms in groups]
+                running = [(arms, self._start(arms, stage.cores)) for arms in groups]
             while any(process.poll() is None for _, process in running) and self.left(until) > 0:
                 time.sleep(0.2)
                 self.show_new_rows()
@@ -204,12 +216,11 @@ class Run:
                     why = "skipped: no time was left" if code is None else why
                     write_row(self.args.output, arm, {"note": why})
 
-    def _start(self, arms: list[Arm]) -> subprocess.Popen:
+    def _start(self, arms: list[Arm], cores: int) -> subprocess.Popen:
         name = f"{arms[0].question} {arms[0].trainer} {len(list((self.args.output / 'logs').iterdir()))}"
         command = [sys.executable, *sys.argv, "--measure", json.dumps([vars(arm) for arm in arms])]
         # By default each process that compiles would start as many of its own as there are cores.
-        threads = str(max(1, 2 * (os.cpu_count() or 1) // self.args.jobs))
-        environment = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(cores), **os.environ}
         with (self.args.output / "logs" / f"{name}.log").open("w") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 

@@ -56,8 +56,8 @@ class Effort:
         backend: of torch.compile.
     """
 
-    warm: int = 3
-    timed: int = 5
+    warm: int = 2
+    timed: int = 3
     scaled: int = 100
     edge: int | None = None
     features: tuple[int, ...] = FEATURES

@@ -10,7 +10,7 @@ from nnunet_ssl.data.cutmix import CutMix, box_mask, paste, random_boxes
 from nnunet_ssl.data.labeled_targets import LabeledTarget
 from nnunet_ssl.data.noise import clipped_noise
 from nnunet_ssl.data.signed_distance import SignedDistanceMaps, of_all_structures, signed_distance_map
-from nnunet_ssl.distributed import gather_over_ranks, num_processes, sum_over_ranks
+from nnunet_ssl.distributed import gather_over_ranks, mean_over_ranks, num_processes, sum_over_ranks
 from nnunet_ssl.errors import MethodError, UserError
 from nnunet_ssl.losses.adaptive_threshold import AdaptiveThreshold
 from nnunet_ssl.losses.components import largest_components
@@ -93,6 +93,7 @@ __all__ = [
     "largest_components",
     "masked_cross_entropy",
     "masked_dice_loss",
+    "mean_over_ranks",
     "members",
     "num_processes",
     "of_all_structures",

@@ -11,7 +11,6 @@ a network, a decoder or the heads of lower resolutions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +64,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_reduce
 
     return all_reduce(tensor)
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, with gradient as :func:`sum_over_ranks`.
+
+    >>> mean_over_ranks(torch.tensor([1.0, 2.0]))  # with one process, the tensor itself
+    tensor([1., 2.])
+    """
+    return sum_over_ranks(tensor) / num_processes()
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -163,11 +171,9 @@ def on_all_ranks(here: bool, device: torch.device) -> bool:
 def device_of_this_process(device: torch.device) -> torch.device:
     """The device that this process trains on: of several GPUs in a machine, the one of its number there.
 
-    ``torchrun`` says the number in LOCAL_RANK; ``nnUNetv2_train -num_gpus`` starts its processes on one machine.
+    What starts the processes, :mod:`nnunet_ssl.torchrun` or ``nnUNetv2_train -num_gpus``, has made it the current one.
     """
-    if device.type != "cuda":
-        return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -62,11 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code.
 
-    Further codes: 1 for an unexpected error, 2 for a mistake the user can correct, 130 when interrupted.
+    Further codes: 1 for an unexpected error, 2 for a mistake the user can correct, 130 when interrupted, 141 when
+    nobody reads the output to its end.
     """
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"nnunet-ssl {args.command}: error: {error}", file=sys.stderr)
         return 2
@@ -74,12 +78,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nnunet-ssl {args.command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         if args.debug:
             raise
         what = unwrap(f"{type(error).__name__}: {error}")
         print(f"nnunet-ssl {args.command}: unexpected error: {what}", file=sys.stderr)
         print(f"nnunet-ssl --debug {args.command} ... shows where; please report what it prints.", file=sys.stderr)
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output leads to a program that has ended, such as ``head``; then nothing more goes there."""
+    try:
+        print(flush=True)  # an empty line, since what could not be written is forgotten
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _unavailable(args: argparse.Namespace) -> int:

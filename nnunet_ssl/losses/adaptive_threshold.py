@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.distributed import num_processes, sum_over_ranks
+from nnunet_ssl.distributed import mean_over_ranks
 from nnunet_ssl.losses.probabilities import probabilities
 from nnunet_ssl.losses.pseudo_labels import PseudoLabel
 
@@ -70,8 +70,7 @@ class AdaptiveThreshold(nn.Module):
         """
         mean = probabilities(logits, regions=self.regions).mean([0, *range(2, logits.ndim)])
         frequency = torch.stack((1 - mean, mean), 1) if self.regions else mean[None]
-        ranks = num_processes()
-        self._seen = sum_over_ranks(label.confidence.mean()) / ranks, sum_over_ranks(frequency) / ranks
+        self._seen = mean_over_ranks(label.confidence.mean()), mean_over_ranks(frequency)
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:

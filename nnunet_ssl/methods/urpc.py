@@ -34,10 +34,9 @@ from nnunet_ssl.api import (
     UserError,
     fused,
     gaussian_ramp_up,
-    num_processes,
+    mean_over_ranks,
     ramp_length_setting,
     setting,
-    sum_over_ranks,
 )
 
 _LINEAR = {2: "bilinear", 3: "trilinear"}
@@ -150,5 +149,5 @@ def pyramid_consistency(logits: Tensor, *, regions: bool) -> Tensor:
     voxels = tuple(range(1, logits.ndim))
     error = ((p - mean).square() * certainty).mean(voxels)
     # Each of several processes has a part of the batch, and the mean over them is the loss.
-    weight = sum_over_ranks(certainty.mean(voxels)) / num_processes()
+    weight = mean_over_ranks(certainty.mean(voxels))
     return (error / (weight + 1e-8) + uncertainty.mean(voxels)).mean()

@@ -53,6 +53,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"nnunet-ssl {nnunet_ssl.__version__}\n"
 
 
+def test_a_reader_that_stops_is_no_error() -> None:
+    """As in ``nnunet-ssl trainers | head -n 0``."""
+    command = [sys.executable, "-m", "nnunet_ssl.cli.main", "trainers"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["trainers", "--no-such-option"]])
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
