@@ -1,4 +1,4 @@
-"""Make docs/leaderboard.md from the campaigns' tables: python benchmarks/leaderboard.py
+"""Make docs/leaderboard.md and its picture from the campaigns' tables: python benchmarks/leaderboard.py
 
 Each folder of benchmarks/results/campaign holds results.csv and campaign.json of one campaign, as ``nnunet-ssl
 benchmark`` wrote them. Run it again after one of them has changed; a test compares the page with them.
@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib as mpl
+from matplotlib.figure import Figure
 from small_plans import COARSER, SMALL
 
-from nnunet_ssl.benchmark.arms import BASELINE
+from nnunet_ssl.benchmark.arms import BASELINE, short_name
 from nnunet_ssl.benchmark.campaign import Campaign, options_of, read_campaign
 from nnunet_ssl.benchmark.report import Gain, Report
 from nnunet_ssl.benchmark.results import Run, read_runs
@@ -68,26 +70,35 @@ def main() -> int:
     parser.add_argument("-o", type=Path, default=PAGE, metavar="FILE", help="page to write (default: docs/...)")
     args = parser.parse_args()
     try:
-        write_text(args.o, make_page(args.results), otherwise="Choose another file with -o.")
+        reports = read_reports(args.results)
+        write_text(args.o, make_page(reports), otherwise="Choose another file with -o.")
+        draw(_columns(reports), args.o.with_name("leaderboard.png"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def make_page(results: Path) -> str:
-    """The page on all campaigns of a folder.
+def read_reports(results: Path) -> list[tuple[Campaign, Report]]:
+    """All campaigns of a folder.
 
     Raises:
         UserError: a table is broken, holds trainings of several campaigns, or is not that of its campaign.json.
     """
-    reports = [_read(file.parent) for file in sorted(results.glob("*/results.csv"))]
-    reports.sort(key=lambda one: one[0].dataset)
-    columns = [
+    return sorted((_read(file.parent) for file in results.glob("*/results.csv")), key=lambda one: one[0].dataset)
+
+
+def _columns(reports: Sequence[tuple[Campaign, Report]]) -> list[Column]:
+    return [
         Column(campaign, report, setting, report.overall(setting))
         for campaign, report in reports
         for setting in report.settings
     ]
+
+
+def make_page(reports: Sequence[tuple[Campaign, Report]]) -> str:
+    """The page on campaigns."""
+    columns = _columns(reports)
     several = [column for column in columns if len(column.gains) > 1]
     parts = ["# Leaderboard"]
     if several:
@@ -95,7 +106,7 @@ def make_page(results: Path) -> str:
     runs = [run for _, report in reports for run in report.runs]
     parts.append(_origin(runs))
     if several:
-        parts += [_table(several), _READ]
+        parts += [f"![Gain of each arm over {BASELINE}](leaderboard.png)", _table(several), _READ]
     alone = [column for column in columns if column not in several]
     if alone:
         parts.append("nnUNetTrainer alone: " + "; ".join(_trained_alone(column) for column in alone) + ".")
@@ -103,6 +114,39 @@ def make_page(results: Path) -> str:
     for campaign, report in reports:
         parts += _section(campaign, report)
     return "\n\n".join(parts) + "\n"
+
+
+def draw(columns: Sequence[Column], file: Path) -> None:
+    """Each arm's gain in Dice, a color per setting; hollow where there are too few trainings."""
+    several = [column for column in columns if len(column.gains) > 1]
+    arms = sorted({arm for column in several for arm in column.gains}, key=lambda arm: _rank(arm, several))[1:]
+    if not arms:
+        file.unlink(missing_ok=True)
+        return
+    figure = Figure((8, 1.2 + 0.16 * len(arms) * (len(several) + 1)), layout="constrained")
+    axis = figure.subplots()
+    for index, column in enumerate(several):
+        color = mpl.colormaps["tab10"](index)
+        title = f"{column.title} ({column.gains[BASELINE].mean:.2f})"
+        for place, arm in enumerate(arms):
+            gain = column.gains.get(arm)
+            if gain is None:
+                continue
+            y = place + (index + 1) / (len(several) + 1) - 0.5
+            if not math.isnan(gain.low):
+                axis.plot((gain.low, gain.high), (y, y), color=color, linewidth=1.5)
+            face = color if gain.runs >= ENOUGH else "white"
+            axis.plot(gain.difference, y, "o", color=color, markerfacecolor=face, markersize=6, label=title)
+            title = "_"  # one entry per setting
+    axis.axvline(0, color="gray", linewidth=1)
+    axis.set_yticks(range(len(arms)), [short_name(arm) for arm in arms])
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.set_xlabel(
+        f"Dice minus that of {BASELINE} (in brackets), 95 % interval; hollow: fewer than {ENOUGH} trainings"
+    )
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(several), frameon=False)
+    figure.savefig(file, dpi=120)
 
 
 _READ = f"""\

@@ -53,19 +53,22 @@ BASE = {"nnUNetTrainer": [0.79, 0.80, 0.81]}
 
 def test_the_page_is_made_from_the_tables(leaderboard):
     page = leaderboard.PAGE.read_text(encoding="utf-8")
-    assert page == leaderboard.make_page(leaderboard.RESULTS), "run python benchmarks/leaderboard.py"
+    assert page == leaderboard.make_page(leaderboard.read_reports(leaderboard.RESULTS)), (
+        "run python benchmarks/leaderboard.py"
+    )
 
 
 def test_who_loses_is_named_first(leaderboard, tmp_path):
     campaign(tmp_path / "a", BASE | {"Worse": [0.78] * 3, "Better": [0.82] * 3, "Level": [0.805]}, dataset="D_One")
     campaign(tmp_path / "b", BASE | {"Better": [0.77]}, dataset="D_Two", identifier="d", setting="fold 1, 6 labeled")
-    heading, below, other, above, spread = leaderboard.make_page(tmp_path).split("\n\n")[1:6]
+    page = leaderboard.make_page(leaderboard.read_reports(tmp_path))
+    heading, below, other, above, spread = page.split("\n\n")[1:6]
     assert heading == "**Below nnUNetTrainer by more than the spread of its trainings**, in Dice:"
     assert below == "- Worse: One, 2 labeled -0.020 (n = 3)\n- Better: Two, 6 labeled -0.030 (n = 1, too few)"
     assert other.startswith("**Above") and above == "- Better: One, 2 labeled +0.020 (n = 3)"
     assert "One, 2 labeled 0.010 (3 trainings)" in spread
     campaign(tmp_path / "c", {"nnUNetTrainer": [0.8], "Worse": [0.5]}, dataset="D_Three", identifier="e")
-    parts = leaderboard.make_page(tmp_path).split("\n\n")
+    parts = leaderboard.make_page(leaderboard.read_reports(tmp_path)).split("\n\n")
     assert parts[2] == below and "Three, 2 labeled not known" in parts[5], "one training has no spread"
 
 
@@ -73,7 +76,7 @@ def test_one_table_across_datasets(leaderboard, tmp_path):
     campaign(tmp_path / "a", BASE | {"Worse": [0.78] * 3, "Better": [0.82] * 3, "Rare": [0.9]}, dataset="D_One")
     campaign(tmp_path / "b", BASE | {"Worse": [0.79] * 2, "Better": [0.83] * 3}, dataset="D_Two", identifier="d")
     campaign(tmp_path / "c", BASE, dataset="D_Three", identifier="e", setting="fold 0, 14 labeled")
-    page = leaderboard.make_page(tmp_path)
+    page = leaderboard.make_page(leaderboard.read_reports(tmp_path))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     assert lines[0] == ["arm", "One, 2 labeled", "Two, 2 labeled", "cost, ×"], "by dataset"
     assert [line[0] for line in lines[2:6]] == ["nnUNetTrainer", "Better", "Worse", "Rare"], "a column is missing: last"
@@ -88,7 +91,7 @@ def test_a_row_is_repeated_by_the_command_that_the_page_gives(leaderboard, tmp_p
     arm = 'CrossMatchTrainer:ramp_length=0.2,memory_mode="split"'
     campaign(tmp_path / "a", BASE | {arm: [0.8]}, dataset="Dataset903_ACDC", validation=12, setting="fold 1, 6 labeled")
     campaign(tmp_path / "b", BASE, dataset="Dataset901_LeftAtrium", configuration="2d_coarse", identifier="d")
-    page = leaderboard.make_page(tmp_path)
+    page = leaderboard.make_page(leaderboard.read_reports(tmp_path))
     commands = re.findall(r"^    OMP_NUM_THREADS=1 nnunet-ssl (benchmark .*\\\n.*)$", page, re.MULTILINE)
     second, first = (build_parser().parse_args(shlex.split(one.replace("\\\n", ""))) for one in commands)
     assert (first.d, first.c, first.p) == ("Dataset903_ACDC", "2d_small", "nnUNetPlans")
@@ -104,7 +107,7 @@ def test_a_row_is_repeated_by_the_command_that_the_page_gives(leaderboard, tmp_p
 def test_only_tables_of_one_campaign_are_taken(leaderboard, tmp_path, monkeypatch, capsys):
     campaign(tmp_path / "a", {"Other": [0.8]}, dataset="D_One")
     with pytest.raises(UserError, match="no training of nnUNetTrainer"):
-        leaderboard.make_page(tmp_path)
+        leaderboard.read_reports(tmp_path)
     (tmp_path / "a" / "results.csv").unlink()
     campaign(tmp_path / "b", BASE, dataset="D_One")
     file = tmp_path / "b" / "campaign.json"
@@ -115,3 +118,17 @@ def test_only_tables_of_one_campaign_are_taken(leaderboard, tmp_path, monkeypatc
     file.write_text(file.read_text().replace('"identifier": "x"', '"identifier": "c"'))
     assert leaderboard.main() == 0
     assert (tmp_path / "page.md").read_text().startswith("# Leaderboard\n\n")
+
+
+def test_the_picture_shows_every_gain(leaderboard, tmp_path, monkeypatch):
+    assert (leaderboard.PAGE.parent / "leaderboard.png").is_file(), "docs/leaderboard.md shows it"
+    campaign(tmp_path / "a", BASE | {"Good": [0.8, 0.8, 0.8], "Once": [0.5]}, dataset="D_One")
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, y, *form, **style: drawn.append((x, style)))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    reports = leaderboard.read_reports(tmp_path)
+    leaderboard.draw(leaderboard._columns(reports), tmp_path / "picture.png")
+    gains = reports[0][1].overall(reports[0][1].settings[0])
+    points = {round(float(x), 6): style["markerfacecolor"] for x, style in drawn if "markerfacecolor" in style}
+    assert points.keys() == {round(gains[name].difference, 6) for name in ("Good", "Once")}
+    assert points[round(gains["Once"].difference, 6)] == "white" != points[round(gains["Good"].difference, 6)]
