@@ -49,23 +49,28 @@ class Sigterm:
     Attributes:
         held: whether it is noted, for a loop to end at its next good moment, instead of raising SystemExit at once.
         came: whether it was noted.
+        shields: whether processes that are forked now leave it to this one, as long as this one lives. A scheduler may
+            send it to all of them, and a worker that dies while it holds a lock makes the others wait for ever.
     """
 
     held: bool = False
     came: bool = False
+    shields: bool = False
 
 
 @contextmanager
 def handled_sigterm() -> Iterator[Sigterm]:
     """Within, SIGTERM ends this process in an orderly way: by SystemExit with code 143, at once or when it suits.
 
-    Schedulers send it some time before they kill. Processes that are forked within end at it as ever. Python handles
-    signals in its main thread alone: from another one nothing changes.
+    Schedulers send it some time before they kill. Processes that are forked within end at it as ever, where they are
+    not shielded. Python handles signals in its main thread alone: from another one nothing changes.
     """
     owner, state = os.getpid(), Sigterm()
 
     def handle(number: int, frame: object) -> None:
         if os.getpid() != owner:
+            if state.shields and os.getppid() == owner:
+                return
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         elif state.held:

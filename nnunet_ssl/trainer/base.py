@@ -329,9 +329,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return UnlabeledDataset(cases, segmentations)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's two loaders; that of unlabeled batches is started with them."""
+        """nnU-Net's two loaders; that of unlabeled batches is started with them. All end with the training."""
+        self._sigterm.shields = True
         train, val = super().get_dataloaders()
-        # From here on they are ended whatever happens.
         self.loaders.augmenters.update(training=train, validation=val)
         self.loaders.extend_training(self.extra_targets, weak=self.unlabeled_views().weak_labeled)
         dataset, seed, share = self._unlabeled_dataset, self.settings.seed, self.settings.foreground_crops
@@ -342,6 +342,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         self.dataloader_unlabeled = self.loaders.add_unlabeled(loader, ranks=self.ranks.count, device=self.device)
         self.loaders.begin(seed, rank=self.ranks.rank, epoch=self.current_epoch)
+        self._sigterm.shields = False
         return train, val
 
     def run_training(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from nnunet_ssl.data.predicted_foreground import PredictedForeground
 from nnunet_ssl.data.views import UnlabeledViews, WithWeakView, flat
 from nnunet_ssl.processes import derived_seed, killed_workers, seed_this_process
 from nnunet_ssl.trainer.batches import Views
+
+SECONDS_TO_END = 25
+"""After which workers are ended by force. batchgenerators gives them 10 seconds of its own, twice."""
 
 
 def unlabeled_loader(
@@ -166,6 +170,14 @@ class Loaders:
             self.finish()
 
     def finish(self) -> None:
-        """End all worker processes."""
-        for loader in self.with_workers.values():
-            loader._finish()
+        """End all worker processes; by force where they do not end when they are asked to."""
+        for name, loader in self.with_workers.items():
+            workers = {*self._processes.get(f"{name} batches", ()), *loader._processes}
+            # One that was killed while it held a lock would make this wait for ever.
+            asking = threading.Thread(target=loader._finish, daemon=True)
+            asking.start()
+            asking.join(SECONDS_TO_END)
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join()

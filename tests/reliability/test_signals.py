@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from method_steps import TRAINERS, make_short
 from own_process import children, exit_code, shared_memory, until
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.processes import handled_sigterm, killed_workers
+from nnunet_ssl.trainer.loaders import Loaders
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -160,6 +162,85 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_stays(planned_2d, folder):
     assert code == 1
     assert f"The checkpoint {file} could not be written" in output and "MiB are free there" in output
     assert file.read_bytes() == before and [path.name for path in folder.glob("*.p*")] == [file.name]
+
+
+def start_orphan(pids):
+    """Forks a shielded process, whose number it sends, and ends before it."""
+    with handled_sigterm() as state:
+        state.shields = True
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        pids.send(child.pid)
+        os._exit(0)
+
+
+def test_shielded_processes_leave_sigterm_to_the_one_that_forked_them():
+    fork = multiprocessing.get_context("fork")
+    with handled_sigterm() as state:
+        state.shields = True
+        child = fork.Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.3)
+        child.terminate()
+        child.join(1)
+        assert child.is_alive() and not state.came
+        child.kill()
+        child.join(20)
+        state.shields = False
+        later = fork.Process(target=time.sleep, args=(60,))
+        later.start()
+        time.sleep(0.3)
+        later.terminate()
+        later.join(20)
+        assert later.exitcode == -signal.SIGTERM
+    here, there = fork.Pipe()
+    parent = fork.Process(target=start_orphan, args=(there,))
+    parent.start()
+    orphan = here.recv()
+    parent.join(20)
+    os.kill(orphan, signal.SIGTERM)
+
+    def gone() -> bool:
+        file = Path(f"/proc/{orphan}/stat")
+        return not file.exists() or file.read_text().rpartition(")")[2].split()[0] == "Z"
+
+    until(gone, seconds=10)
+
+
+class Endless:
+    """What a worker makes batches of."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        time.sleep(0.01)
+        return {"data": 0}
+
+    def set_thread_id(self, thread_id):
+        pass
+
+
+def test_workers_end_although_one_was_killed_in_a_lock(monkeypatch):
+    """A killed worker may have held the lock of the event by which all are told to end."""
+    monkeypatch.setattr("nnunet_ssl.trainer.loaders.SECONDS_TO_END", 1)
+    loaders = Loaders()
+    loader = NonDetMultiThreadedAugmenter(Endless(), None, 2, wait_time=0.002)
+    loaders.augmenters["training"] = loader
+    next(loader)
+    workers = list(loader._processes)
+
+    def die_in_the_lock():
+        loader.abort_event._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=die_in_the_lock)
+    killed.start()
+    killed.join(20)
+    start = time.monotonic()
+    loaders.finish()
+    assert time.monotonic() - start < 10
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_sigterm_in_forked_processes_and_other_threads_is_as_ever():
