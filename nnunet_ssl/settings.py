@@ -145,15 +145,17 @@ class SemiSupervisedSettings:
     )
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            _check(option, getattr(self, option.name))
+        problems = [_problem(option, getattr(self, option.name)) for option in dataclasses.fields(self)]
+        if any(problems):
+            raise UserError(" ".join(filter(None, problems)))
 
     @classmethod
     def from_plans(cls: type[Settings], configuration: Mapping[str, Any]) -> Settings:
         """Read the settings of one resolved configuration of the plans (``inherits_from`` already applied).
 
         Raises:
-            UserError: the entry is no table, has a key this method does not know, or a value out of range.
+            UserError: the entry is no table, has keys this method does not know, or values out of range; the text
+                names all of them.
         """
         given = configuration.get(PLANS_KEY, {})
         if not isinstance(given, Mapping):
@@ -163,12 +165,19 @@ class SemiSupervisedSettings:
             )
         known = {option.name for option in dataclasses.fields(cls)}
         unknown = sorted(set(given) - known)
+        problems = []
         if unknown:
-            raise UserError(
+            problems.append(
                 f"The plans' '{PLANS_KEY}' holds {', '.join(map(repr, unknown))}, which {cls.__name__} does not know. "
                 f"Known settings: {', '.join(sorted(known))}."
             )
-        return cls(**given)
+        try:
+            settings = cls(**{name: value for name, value in given.items() if name in known})
+        except UserError as error:
+            problems.append(str(error))
+        if problems:
+            raise UserError(" ".join(problems))
+        return settings
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for logs and checkpoints."""
@@ -236,15 +245,16 @@ def teacher_settings(settings: SemiSupervisedSettings) -> TeacherSettings:
     )
 
 
-def _check(option: dataclasses.Field[Any], value: Any) -> None:
+def _problem(option: dataclasses.Field[Any], value: Any) -> str | None:
+    """What is wrong with a value, or None."""
     allowed = option.metadata
     if value is None and allowed["optional"]:
-        return
+        return None
     if allowed["choices"] is not None:
         # `1 == True`: compare the types as well, so that 1 is not taken for an on switch.
-        if not any(type(value) is type(choice) and value == choice for choice in allowed["choices"]):
-            raise _out_of_range(option, value, "one of " + ", ".join(map(repr, allowed["choices"])))
-        return
+        if any(type(value) is type(choice) and value == choice for choice in allowed["choices"]):
+            return None
+        return _out_of_range(option, value, "one of " + ", ".join(map(repr, allowed["choices"])))
     kind = "a whole number" if allowed["integer"] else "a number"
     numeric = isinstance(value, int) if allowed["integer"] else isinstance(value, (int, float))
     low, high = allowed["minimum"], allowed["maximum"]
@@ -259,12 +269,11 @@ def _check(option: dataclasses.Field[Any], value: Any) -> None:
         and (low is None or value >= low)
         and (high is None or value <= high)
     )
-    if not inside:
-        raise _out_of_range(option, value, kind + (", or null" if allowed["optional"] else ""))
+    return None if inside else _out_of_range(option, value, kind + (", or null" if allowed["optional"] else ""))
 
 
-def _out_of_range(option: dataclasses.Field[Any], value: Any, allowed: str) -> UserError:
-    return UserError(
+def _out_of_range(option: dataclasses.Field[Any], value: Any, allowed: str) -> str:
+    return (
         f"The setting '{option.name}' in the plans' '{PLANS_KEY}' is {value!r}; allowed is {allowed} "
         f"({option.metadata['help']})."
     )

@@ -44,6 +44,8 @@ def test_inheritance_of_configurations_reaches_the_settings():
         ({"allow_transductive": 1}, ["allow_transductive", "1", "True"]),
         ({"cutmix_min_volume": 0.5}, ["cutmix_min_volume", "0.5", "cutmix_max_volume", "0.4"]),
         ([], ["semi_supervised", "[]"]),
+        ({"ramp_length": 7, "memory_mode": "fast"}, ["'ramp_length'", "7", "'memory_mode'", "'fast'"]),
+        ({"ramp_lenght": 0.2, "memory_mode": "fast"}, ["'ramp_lenght'", "'memory_mode'", "'fast'"]),
     ],
 )
 def test_mistakes_are_named(given, words):

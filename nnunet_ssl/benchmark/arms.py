@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import Any
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.settings import PLANS_KEY
-from nnunet_ssl.text import unwrap
+from nnunet_ssl.trainer_lookup import find_trainer
 
 BASELINE = "nnUNetTrainer"
 
@@ -130,24 +128,6 @@ def _parse_settings(texts: Sequence[str], option: str) -> dict[str, Any]:
         except ValueError:
             settings[name] = value
     return settings
-
-
-def find_trainer(name: str) -> type[Any]:
-    """A trainer by its name, as nnU-Net finds it.
-
-    Raises:
-        UserError: it finds none.
-    """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return recursive_find_trainer_class_by_name(name)
-    except Exception as error:
-        raise UserError(
-            f"nnU-Net does not find the trainer {name} ({unwrap(error)}). nnunet-ssl trainers --list names this "
-            "package's; a folder of your own is named by nnUNet_extTrainer."
-        ) from None
 
 
 def plans_of_arm(plans: Mapping[str, Any], configuration: str, arm: Arm) -> tuple[dict[str, Any], str]:

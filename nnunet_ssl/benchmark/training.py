@@ -190,7 +190,7 @@ def make_trainer(task: Task, campaign: Campaign, stage: Stage, *, compiled: bool
     import torch
     from nnunetv2.paths import nnUNet_preprocessed
 
-    from nnunet_ssl.benchmark.arms import find_trainer
+    from nnunet_ssl.trainer_lookup import find_trainer
 
     dataset = Path(str(nnUNet_preprocessed)) / campaign.dataset
     plans = read_plans(campaign.plans_file, otherwise=_REMEDY)

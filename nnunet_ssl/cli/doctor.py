@@ -15,8 +15,10 @@ from packaging.version import Version
 
 from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
 from nnunet_ssl.cli.lookup import find_trainer, import_errors, trainers_folder
+from nnunet_ssl.cli.report import report
 from nnunet_ssl.cli.training_checks import check_dataset, check_device
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainer_lookup import EXPORT
 
 HELP = "check the installation and, with -d and -c, a dataset; every line says ok or what to do"
 
@@ -28,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     parser.add_argument("-f", metavar="FOLD", default="0", help="fold, a number or 'all' (default: %(default)s)")
     parser.add_argument("-tr", metavar="TRAINER", default="CrossMatchTrainer", help="trainer (default: %(default)s)")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="print a text to paste into an issue, without names of cases and of folders outside nnU-Net's",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("-c needs -d: which dataset's configuration?")
     if not re.fullmatch(r"all|\d+", args.f):
         raise UserError(f"-f is {args.f!r}; it must be a number or 'all'.")
+    if args.report:
+        found = list(findings(args))
+        print(report(args, found))
+        return 1 if any(finding.level == "FAIL" for finding in found) else 0
     failed = 0
     for finding in findings(args):
         print(finding, flush=True)
@@ -106,12 +117,11 @@ def check_paths() -> Iterator[Finding]:
 def check_trainer(name: str) -> Iterator[Finding]:
     """The folders in nnUNet_extTrainer, and the trainer as nnU-Net itself looks it up."""
     ours = trainers_folder()
-    to_do = 'export nnUNet_extTrainer="$(nnunet-ssl trainers)"'
     value = os.environ.get("nnUNet_extTrainer", "")
     folders = [Path(part) for part in value.split(os.pathsep) if part.strip()]
     if not any(folder.resolve() == ours for folder in folders):
         now = f"is {value}, which does not hold {ours}" if value else "is not set"
-        yield fail(f"nnUNet_extTrainer {now}: {to_do} (more folders are separated by '{os.pathsep}')")
+        yield fail(f"nnUNet_extTrainer {now}: {EXPORT} (more folders are separated by '{os.pathsep}')")
         return
     for folder in folders:
         if not folder.is_dir():

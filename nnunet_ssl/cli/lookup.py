@@ -5,7 +5,6 @@ Imports nothing heavy, so that every command can import it at its top.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib
 import io
@@ -17,9 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import nnunet_ssl
 from nnunet_ssl.data.nnunet_files import read_plans as plans_of_file
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainer_lookup import find_trainer as find_trainer
+from nnunet_ssl.trainer_lookup import trainer_descriptions as trainer_descriptions
+from nnunet_ssl.trainer_lookup import trainers_folder as trainers_folder
 
 # Folders and datasets
 
@@ -91,50 +92,6 @@ def listing(what: str, names: list[str]) -> str:
 
 
 # Trainers
-
-
-def trainers_folder() -> Path:
-    """The folder that ``nnUNet_extTrainer`` has to name.
-
-    A wheel carries it inside the package; in an editable install and in a plain checkout it lies next to the package.
-
-    Raises:
-        UserError: neither place holds the trainers.
-    """
-    package = Path(nnunet_ssl.__file__).resolve().parent
-    candidates = (package / "trainers", package.parent / "trainers")
-    for folder in candidates:
-        # Not just any folder called trainers: what lies next to an installed package belongs to other packages.
-        if (folder / "CrossMatchTrainer.py").is_file():
-            return folder
-    raise UserError(
-        f"no folder with the trainers; looked for {' and '.join(map(str, candidates))}. The installation is not "
-        "complete: install nnunet-ssl again."
-    )
-
-
-def trainer_descriptions(folder: Path) -> dict[str, str]:
-    """Trainer names with the first line of their modules' docstrings, read without importing anything."""
-    descriptions = {}
-    for module in sorted(folder.glob("[!_]*.py"), key=lambda file: file.stem):
-        docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
-        descriptions[module.stem] = docstring.partition("\n")[0]
-    return descriptions
-
-
-def find_trainer(name: str) -> type[Any]:
-    """The trainer's class, looked up by nnU-Net.
-
-    Raises:
-        UserError: nnU-Net does not find it.
-    """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return recursive_find_trainer_class_by_name(name)
-    except Exception as error:
-        raise UserError(f"nnU-Net does not find the trainer {name}: {described(error)}") from error
 
 
 def import_errors(folder: Path) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from nnunet_ssl import __version__
@@ -68,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        code = args.run(args)
+        with warnings.catch_warnings():
+            if not (args.debug or sys.warnoptions):
+                # PyTorch's, of what libraries such as timm call when nnU-Net imports them: no user can change that.
+                warnings.simplefilter("ignore", FutureWarning)
+            code = args.run(args)
         sys.stdout.flush()
         return code
     except UserError as error:

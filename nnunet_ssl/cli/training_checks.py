@@ -54,10 +54,14 @@ def check_dataset(
         trainer = find_trainer(trainer_name)
     except UserError:
         return  # check_trainer has reported it
-    yield from safely(check_settings(trainer, manager.configuration))
+    settings = [*safely(check_settings(trainer, manager.configuration))]
+    yield from settings
     yield from safely(check_fold(preprocessed, plans_manager, configuration, fold, trainer))
     unsupported = [*safely(check_network(trainer, plans_manager, configuration, description))]
-    yield from unsupported or safely(check_memory(trainer, plans_manager, configuration, description))
+    yield from unsupported
+    # Bad settings leave nothing to compute, and have been reported.
+    if not unsupported and not any(finding.level == "FAIL" for finding in settings):
+        yield from safely(check_memory(trainer, plans_manager, configuration, description))
 
 
 def check_labeled(folder: Path, dataset_json: dict[str, Any], *, otherwise: str) -> Iterator[Finding]:
@@ -145,11 +149,22 @@ def check_fold(
             labeled_folder=labeled,
             train=train,
             val=val,
-            allow_transductive=trainer.settings_class.from_plans(manager.configuration).allow_transductive,
+            allow_transductive=_allows_transductive(trainer, manager.configuration),
             log=notes.append,
         )
     yield from map(warn, notes)
     yield ok(f"fold {fold}: {len(train)} labeled, {len(unlabeled)} unlabeled (ready now), {len(val)} validation cases")
+
+
+def _allows_transductive(trainer: type[Any], configuration: dict[str, Any]) -> bool:
+    """The setting, also where other settings are wrong: check_settings has reported those."""
+    from nnunet_ssl.settings import PLANS_KEY
+
+    try:
+        return bool(trainer.settings_class.from_plans(configuration).allow_transductive)
+    except UserError:
+        given = configuration[PLANS_KEY]
+        return isinstance(given, dict) and given.get("allow_transductive") is True
 
 
 def check_settings(trainer: type[Any], configuration: dict[str, Any]) -> Iterator[Finding]:

@@ -258,6 +258,19 @@ def test_a_broken_file_that_several_checks_read_is_told_once(dataset: Dataset) -
     assert len(failed) == 1 and "splits_final.json" in failed[0]
 
 
+@pytest.mark.parametrize("transductive", [{}, {"allow_transductive": True}])
+def test_bad_settings_are_told_once_and_all_of_them(dataset: Dataset, transductive: dict[str, bool]) -> None:
+    _leak_by_name(dataset)
+    settings = {"ramp_length": 7, "memory_mode": "fast", "stupid": 1, **transductive}
+    dataset.plans["configurations"]["2d"]["semi_supervised"] = settings
+    dataset.write()
+    lines = report("-d", "7", "-c", "2d")
+    (line,) = [line for line in lines if "ramp_length" in line]
+    assert line.startswith("FAIL") and "'ramp_length'" in line and "'memory_mode'" in line and "'stupid'" in line
+    leaks = [line for line in lines if line.startswith("FAIL") and "imagesTr/case_2" in line]
+    assert len(leaks) == (0 if transductive else 1), "the other checks still run, with the settings that are right"
+
+
 def test_a_fold_that_is_not_there_is_refused_where_others_hide_labels(dataset: Dataset) -> None:
     (line,) = [line for line in report("-d", "7", "-c", "2d", "-f", "1") if line.startswith("FAIL")]
     assert "There is no fold 1" in line and "labels that fold(s) 0 hide" in line
@@ -454,6 +467,23 @@ def test_gpus_are_listed_or_their_absence(monkeypatch: pytest.MonkeyPatch) -> No
 def test_find_trainer_says_who_did_not_find_it(dataset: Dataset) -> None:
     with pytest.raises(UserError, match="nnU-Net does not find the trainer Absent"):
         find_trainer("Absent")
+
+
+def test_a_trainer_that_is_not_found_comes_with_those_there_are(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        UserError, match=r"CrosMatchTrainer\. Did you mean CrossMatchTrainer\? .* has BCPTrainer, .*UniMatch"
+    ):
+        find_trainer("CrosMatchTrainer")
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        find_trainer("CrossMatchTrainer")
+    assert 'export nnUNet_extTrainer="$(nnunet-ssl trainers)"' in str(error.value)
+    assert "It has BCPTrainer, " in str(error.value)
+    (tmp_path / "Broken.py").write_text("import no_such_module\n")
+    with pytest.raises(UserError, match=r"CrossMatchTrainer \(ModuleNotFoundError: .*no_such_module"):
+        find_trainer("CrossMatchTrainer")
 
 
 def test_a_network_that_cannot_be_trained_is_found(

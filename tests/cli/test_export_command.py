@@ -296,6 +296,14 @@ def test_mistakes_are_explained(results, tmp_path, capsys, arguments, expected):
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_forgotten_folder_of_trainers_is_told_and_no_other_warning(results, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_extTrainer")
+    assert export(tmp_path / "model.zip", "-f", "0") == 2
+    error = capsys.readouterr().err
+    assert 'export nnUNet_extTrainer="$(nnunet-ssl trainers)"' in error and "SimCVDTrainer, " in error
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["model.zip", "model", "folder"])
 def test_nothing_is_overwritten(results, tmp_path, capsys, name):
     if name == "folder":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,22 @@ def test_defects_are_not_hidden(trainers_command_does, capsys: pytest.CaptureFix
     assert "unexpected error: RuntimeError: a defect" in error and "--debug" in error and "Traceback" not in error
 
 
+def test_warnings_for_the_authors_of_libraries_are_shown_with_debug_only(
+    trainers_command_does, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(args: object) -> int:
+        warnings.warn("torch.jit.script is deprecated", FutureWarning, stacklevel=1)
+        warnings.warn("odd voxels", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(sys, "warnoptions", [])
+    trainers_command_does(warn)
+    assert main(["trainers"]) == 0
+    assert [str(one.message) for one in recwarn] == ["odd voxels"]
+    assert main(["--debug", "trainers"]) == 0
+    assert "torch.jit.script is deprecated" in [str(one.message) for one in recwarn]
+
+
 def test_interruption(trainers_command_does, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(args: object) -> int:
         raise KeyboardInterrupt
@@ -154,7 +171,7 @@ def test_trainer_modules_are_described_without_importing_them(tmp_path: Path) ->
 def _installed_at(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
     package.mkdir(parents=True, exist_ok=True)
     fake = types.SimpleNamespace(__file__=str(package / "__init__.py"))
-    monkeypatch.setattr("nnunet_ssl.cli.lookup.nnunet_ssl", fake)
+    monkeypatch.setattr("nnunet_ssl.trainer_lookup.nnunet_ssl", fake)
 
 
 @pytest.mark.parametrize("place", ["site/nnunet_ssl/trainers", "site/trainers"])
