@@ -23,7 +23,7 @@ from nnunet_ssl.trainer.variants import TRAINING_LENGTHS
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCS = PROJECT / "docs"
-PAGES = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(PROJECT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 METHODS = sorted(path.stem for path in (PROJECT / "nnunet_ssl" / "methods").glob("[!_]*.py"))
 
 

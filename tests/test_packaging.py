@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import email
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +111,29 @@ def test_every_library_that_is_imported_is_declared_and_no_other(wheel: Path) ->
     declared = {line.split(">")[0] for line in needed}
     named_otherwise = {"cc3d": "connected-components-3d"}
     assert {named_otherwise.get(name, name.replace("_", "-")) for name in imported} == declared
+
+
+def test_the_same_versions_of_python_everywhere(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = archive.read(name).decode()
+    versions = re.findall(r"^Classifier: Programming Language :: Python :: (3\.\d+)$", metadata, re.MULTILINE)
+    assert f"Requires-Python: >={versions[0]}\n" in metadata
+    workflow = (PROJECT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    assert f"python: [{', '.join(map(json.dumps, versions))}]" in workflow
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert f"Python {versions[0]} to {versions[-1]}" in (PROJECT / page).read_text(encoding="utf-8")
+
+
+def test_the_citation_file_has_this_version_and_every_paper() -> None:
+    citation = (PROJECT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {nnunet_ssl.__version__}\n" in citation
+    trainers = {path.stem for path in (PROJECT / "trainers").glob("*.py")}
+    assert set(re.findall(r"^    notes: (\w+Trainer)$", citation, re.MULTILINE)) == trainers
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8").split("## Cite")[1]
+    papers = re.findall(r"(?:arXiv:|doi:)(\S+)", readme)
+    assert len(papers) == len(trainers) + 1, "nnU-Net's too"
+    assert [paper for paper in papers if paper not in citation] == []
 
 
 def test_the_installed_command_prints_the_installed_folder(installed: Path, tmp_path: Path) -> None:
