@@ -15,7 +15,7 @@ from nnunet_ssl.trainer_lookup import find_trainer
 
 BASELINE = "nnUNetTrainer"
 
-RECOMMENDED = "CrossMatchTrainer"
+RECOMMENDED = "UniMatchTrainer"
 """What ``nnunet-ssl pilot`` compares with nnUNetTrainer unless told otherwise."""
 
 
