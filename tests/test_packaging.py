@@ -128,12 +128,14 @@ def test_the_same_versions_of_python_everywhere(wheel: Path) -> None:
 def test_the_citation_file_has_this_version_and_every_paper() -> None:
     citation = (PROJECT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {nnunet_ssl.__version__}\n" in citation
-    trainers = {path.stem for path in (PROJECT / "trainers").glob("*.py")}
-    assert set(re.findall(r"^    notes: (\w+Trainer)$", citation, re.MULTILINE)) == trainers
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8").split("## Cite")[1]
-    papers = re.findall(r"(?:arXiv:|doi:)(\S+)", readme)
-    assert len(papers) == len(trainers) + 1, "nnU-Net's too"
-    assert [paper for paper in papers if paper not in citation] == []
+    references = {name: reference for reference in citation.split("\n  - type: ")[1:]
+                  for name in re.findall(r"^    notes: (\w+Trainer)$", reference, re.MULTILINE)}  # fmt: skip
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    linked = dict(re.findall(r"^\| `(\w+Trainer)` \| \[[^]]+\]\(([^)]+)\)", readme, re.MULTILINE))
+    assert references.keys() == linked.keys() == {path.stem for path in (PROJECT / "trainers").glob("*.py")}
+    for name, link in linked.items():
+        assert link.removeprefix("https://doi.org/") in references[name]
+    assert "doi: 10.1038/s41592-020-01008-z" in citation, "nnU-Net's"
 
 
 def test_the_installed_command_prints_the_installed_folder(installed: Path, tmp_path: Path) -> None:
