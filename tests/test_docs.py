@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -16,8 +14,6 @@ import pytest
 import torch
 from method_steps import gradients_step, make_batches, make_trainer
 
-from nnunet_ssl.cli.main import COMMANDS
-from nnunet_ssl.settings import SemiSupervisedSettings
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.variants import TRAINING_LENGTHS
 
@@ -40,20 +36,6 @@ def _trainer(method: str) -> type[SemiSupervisedTrainer]:
     return found
 
 
-def _settings_rows(settings_class: type[SemiSupervisedSettings]) -> list[str]:
-    rows = []
-    for option in dataclasses.fields(settings_class):
-        cells = [f"`{option.name}`", f"`{json.dumps(option.default)}`", _allowed(option.metadata)]
-        rows.append(f"| {' | '.join([*cells, option.metadata['help']])} |")
-    return rows
-
-
-def _own_rows(method: str) -> list[str]:
-    """Rows of a method's settings that are not those of every method: new ones, and inherited ones it changes."""
-    common = _settings_rows(SemiSupervisedSettings)
-    return [row for row in _settings_rows(_trainer(method).settings_class) if row not in common]
-
-
 def _rows(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("| `")]
 
@@ -62,52 +44,50 @@ def _explanation(method: str) -> str:
     return (DOCS / "explanation" / f"{method}.md").read_text(encoding="utf-8")
 
 
-def _allowed(option: Any) -> str:
-    if option["choices"] is not None:
-        return ", ".join(f"`{json.dumps(choice)}`" for choice in option["choices"])
-    kind = "whole number" if option["integer"] else "number"
-    low, high = option["minimum"], option["maximum"]
-    if low is not None and high is not None:
-        kind += f", {low:g} to {high:g}"
-    elif low is not None:
-        kind += f", at least {low:g}"
-    return kind + (", or `null`" if option["optional"] else "")
+@pytest.fixture
+def reference_tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(PROJECT / "website")
+    return importlib.import_module("reference_tables")
 
 
-def test_the_settings_are_documented() -> None:
-    expected = _settings_rows(SemiSupervisedSettings)
-    for method in METHODS:
-        expected += _own_rows(method)
+def test_options_and_settings_are_documented(reference_tables: ModuleType) -> None:
+    for path, text in reference_tables.pages():
+        assert path.read_text(encoding="utf-8") == text, "run python website/reference_tables.py"
+
+
+def test_rows_of_options(reference_tables: ModuleType) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("kind", choices=("a", "b"), help="one of two")
+    parser.add_argument("folders", nargs="*", metavar="NAME=FOLDER", help="some")
+    parser.add_argument("-d", required=True, metavar="DATASET", help="x|y, 10%% of it")
+    parser.add_argument("-tr", "--trainer", nargs="+", default="T", metavar="TR", help="default %(default)s")
+    parser.add_argument("--table", nargs="?", help="a table")
+    parser.add_argument("--seed", type=int, help="a seed")
+    parser.add_argument("--append", action="store_true", help="a switch")
+    assert reference_tables.option_rows(parser) == [
+        "| `{a,b}` | one of two |",
+        "| `NAME=FOLDER ...` | some |",
+        r"| `-d DATASET` | x\|y, 10% of it; required |",
+        "| `-tr TR ...`, `--trainer TR ...` | default T |",
+        "| `--table [TABLE]` | a table |",
+        "| `--seed SEED` | a seed |",
+        "| `--append` | a switch |",
+    ]
+
+
+def test_a_section_without_a_table_is_reported(reference_tables: ModuleType) -> None:
     page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
-    assert _rows(page) == expected, "docs/reference/settings.md should have these rows:\n" + "\n".join(expected)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_has_a_section_of_settings(method: str) -> None:
-    page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
-    (section,) = [part for part in page.split("\n## ") if f"(../explanation/{method}.md" in part]
-    assert _rows(section) == _own_rows(method)
+    with pytest.raises(ValueError, match="explanation/urpc"):
+        reference_tables.with_setting_tables(page.replace("explanation/urpc.md", "explanation/other.md"))
+    before, _ = page.rsplit("| setting |", 1)
+    with pytest.raises(ValueError, match="no table"):
+        reference_tables.with_setting_tables(before)
 
 
 @pytest.mark.parametrize("method", [page.stem for page in PAGES if "\n## Settings\n\n–" in page.read_text("utf-8")])
-def test_the_explanation_has_the_defaults(method: str) -> None:
+def test_the_explanation_has_the_defaults(reference_tables: ModuleType, method: str) -> None:
     named = [tuple(row.split(" | ")[:2]) for row in _rows(_explanation(method).split("\n## Settings\n")[1])]
-    assert named == [tuple(row.split(" | ")[:2]) for row in _own_rows(method)]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_options_are_documented(command: str) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    importlib.import_module(f"nnunet_ssl.cli.{command}").add_arguments(parser)
-    page = (DOCS / "reference" / "command-line.md").read_text(encoding="utf-8")
-    (section,) = re.findall(rf"^## {command}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
-    documented = {
-        option
-        for row in section.splitlines()
-        if row.startswith("| `")
-        for option in re.findall(r"`(--?[\w-]+)", row.split("|")[1])
-    }
-    assert documented == {option for action in parser._actions for option in action.option_strings}
+    assert named == [tuple(row.split(" | ")[:2]) for row in reference_tables.own_setting_rows(method)]
 
 
 def test_the_readme_lists_the_lengths_of_training() -> None:

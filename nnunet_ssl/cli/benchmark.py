@@ -37,23 +37,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nnunet-ssl benchmark``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXPLANATION
-    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="the campaign: one dataset and length")
-    parser.add_argument("-d", metavar="DATASET", help="dataset's number or name, planned and preprocessed")
+    parser.add_argument(
+        "-o",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the campaign: one dataset, configuration and length; everything goes there",
+    )
+    parser.add_argument("-d", metavar="DATASET", help="dataset's number or name; planned and preprocessed")
     parser.add_argument("-c", metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     parser.add_argument(
-        "-tr", nargs="+", default=[], metavar="ARM", help="trainers, also with settings or a warm start"
+        "-tr",
+        nargs="+",
+        default=[],
+        metavar="ARM",
+        help="trainers, with settings (TRAINER:NAME=VALUE,NAME=VALUE) or a warm start (TRAINER@warm=SHARE) if wanted; "
+        "the others are compared with nnUNetTrainer, or else with the first",
     )
-    parser.add_argument("--labeled", nargs="+", default=[], metavar="N", help="labeled cases, such as 8 or 10%%")
-    parser.add_argument("--draw-fold", type=int, default=0, metavar="FOLD", help="fold they are drawn from (default 0)")
-    parser.add_argument("--folds", type=int, nargs="+", default=[], metavar="FOLD", help="folds to take as they are")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default 0 1 2")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="of 250 labeled iterations (default 10)")
+    _add_case_arguments(parser)
     parser.add_argument(
-        "--validate", type=int, metavar="N", help="on the first N validation cases by name (default: all)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="SEED",
+        help="a training of each arm for each seed (default: 0 1 2)",
     )
     parser.add_argument(
-        "--settings", nargs="+", default=[], metavar="NAME=VALUE", help="of every arm that is semi-supervised"
+        "--epochs",
+        type=int,
+        default=10,
+        metavar="N",
+        help="length of each training, in nnU-Net's epochs of 250 labeled iterations (default: 10)",
+    )
+    parser.add_argument(
+        "--validate", type=int, metavar="N", help="validate on the first N validation cases by name (default: all)"
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of every arm that has them; an arm's own come first",
     )
     parser.add_argument(
         "--configurations", type=Path, metavar="FILE", help="JSON with more configurations, written as in the plans"
@@ -65,7 +91,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         const=Path(),
         metavar="CSV",
-        help="train nothing, report what there is in the campaign, or in this table",
+        help="train nothing; report what the campaign has, or what is in this table",
+    )
+
+
+def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labeled",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="labeled cases, drawn as split does with seed 0: numbers, or percentages such as 10%%",
+    )
+    parser.add_argument(
+        "--draw-fold", type=int, default=0, metavar="FOLD", help="fold that they are drawn from (default: 0)"
+    )
+    parser.add_argument(
+        "--folds",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="FOLD",
+        help="folds of splits_final.json to take as they are",
     )
 
 

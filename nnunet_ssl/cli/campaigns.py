@@ -32,8 +32,16 @@ class Dataset:
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`choose_machine` reads."""
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once (default 1)")
-    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trainings at once, on one GPU or in turn on several; on a CPU they share the cores (default: 1)",
+    )
+    parser.add_argument(
+        "-device", choices=("cpu", "cuda", "mps"), help="device (default: cuda where there is one, else cpu)"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile on a CPU too, where nnU-Net itself never does"
     )

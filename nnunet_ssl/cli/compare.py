@@ -49,21 +49,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nnunet-ssl compare``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXPLANATION
-    parser.add_argument("folders", nargs="*", metavar="NAME=FOLDER", help="predictions; the first name is the baseline")
-    parser.add_argument("-g", type=Path, metavar="REFERENCES", help="reference segmentations (default: those of -d)")
-    parser.add_argument("-tr", nargs="+", default=[], metavar="TRAINER", help="trained models' validation predictions")
-    parser.add_argument("-c", metavar="CONFIGURATION", help="of the trained models")
-    parser.add_argument("-f", nargs="+", default=["0"], metavar="FOLD", help="of the trained models (default 0)")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="of the trained models")
-    parser.add_argument("--best", nargs="+", default=[], metavar="NAME=FOLDER", help="predictions with checkpoint_best")
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        metavar="NAME=FOLDER",
+        help="predictions; the first name is the baseline; folders of one name with the same cases are runs, with "
+        "other cases (folds) are joined",
+    )
+    parser.add_argument(
+        "-g", type=Path, metavar="REFERENCES", help="reference segmentations (default: gt_segmentations of -d)"
+    )
+    parser.add_argument(
+        "-tr",
+        nargs="+",
+        default=[],
+        metavar="TRAINER",
+        help="compare validation predictions of these trained models; also give -d and -c",
+    )
+    parser.add_argument("-c", metavar="CONFIGURATION", help="configuration of the trained models")
+    parser.add_argument("-f", nargs="+", default=["0"], metavar="FOLD", help="folds of the trained models (default: 0)")
+    parser.add_argument(
+        "-p",
+        default="nnUNetPlans",
+        metavar="PLANS",
+        help="plans identifier of the trained models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--best",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="predictions of the same cases with checkpoint_best, for the column 'best - last'",
+    )
     parser.add_argument(
         "--metrics",
         nargs="+",
         default=["dice", "hd95"],
         metavar="METRIC",
-        help="default dice hd95; the first is drawn",
+        help="any of dice jaccard hd95 asd assd hd95_voxels asd_voxels assd_voxels; the first is drawn "
+        "(default: dice hd95)",
     )
-    parser.add_argument("-o", type=Path, metavar="FOLDER", help="also write tables and the figure there")
+    parser.add_argument(
+        "-o", type=Path, metavar="FOLDER", help="folder for comparison.csv, .md, .tex (booktabs) and .png"
+    )
     parser.add_argument(
         "--chill", action="store_true", help="as in nnUNetv2_evaluate_folder: references without prediction are fine"
     )

@@ -45,15 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labeled",
         required=True,
         metavar="N",
-        help="training cases of a fold that stay labeled: a number, or a percentage such as 10%%",
+        help="training cases of a fold that stay labeled, for acdc patients: a number, or a percentage such as 10%%",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the draw; a smaller N with the same seed is a part of a larger one (default: 0)",
+    )
     parser.add_argument("--name", metavar="NAME", help="name of the new dataset (default: the benchmark's)")
     parser.add_argument(
         "--test-list",
         type=Path,
         metavar="FILE",
-        help="text file with one case or patient per line, to be test cases (la: default is the download's test.list)",
+        help="text file with one case or patient per line, to be test cases (default for la: the download's test.list)",
     )
 
 

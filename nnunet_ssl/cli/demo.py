@@ -54,20 +54,34 @@ class {name}({base}):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nnunet-ssl demo``."""
     parser.add_argument(
-        "-o", type=Path, default=Path("nnunet_ssl_demo"), metavar="FOLDER", help="folder (default: nnunet_ssl_demo)"
+        "-o",
+        type=Path,
+        default=Path("nnunet_ssl_demo"),
+        metavar="FOLDER",
+        help="everything goes there (default: nnunet_ssl_demo)",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "-tr", "--trainer", default="CrossMatchTrainer", metavar="NAME", help="trainer (default: CrossMatchTrainer)"
+        "-tr",
+        "--trainer",
+        default="CrossMatchTrainer",
+        metavar="NAME",
+        help="trainer to compare with nnUNetTrainer (default: CrossMatchTrainer)",
     )
-    which.add_argument("--all", action="store_true", help="compare all trainers, which takes longer")
+    which.add_argument("--all", action="store_true", help="compare all trainers with nnUNetTrainer, which takes longer")
     parser.add_argument("--raw", type=Path, metavar="FOLDER", help="a raw nnU-Net dataset to use instead of phantoms")
     parser.add_argument("--seed", type=int, default=0, help="seed of the phantoms (default: 0)")
     parser.add_argument(
-        "--epochs", type=int, default=EPOCHS, metavar="N", help=f"of {ITERATIONS} iterations (default: {EPOCHS})"
+        "--epochs",
+        type=int,
+        default=EPOCHS,
+        metavar="N",
+        help=f"length of each training, in epochs of {ITERATIONS} iterations (default: {EPOCHS})",
     )
     parser.add_argument("-np", type=int, default=None, metavar="N", help="worker processes (default: cores, at most 8)")
-    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "-device", choices=("cpu", "cuda", "mps"), help="device (default: cuda where there is one, else cpu)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start afresh rather than continue in the folder")
 
 

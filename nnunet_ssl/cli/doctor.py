@@ -26,14 +26,19 @@ HELP = "check the installation and, with -d and -c, a dataset; every line says o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nnunet-ssl doctor``."""
     parser.add_argument("-d", metavar="DATASET", help="also check this dataset: its number or name")
-    parser.add_argument("-c", metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
+    parser.add_argument(
+        "-c",
+        metavar="CONFIGURATION",
+        help="also check all that a training of this configuration, such as 3d_fullres, needs",
+    )
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     parser.add_argument("-f", metavar="FOLD", default="0", help="fold, a number or 'all' (default: %(default)s)")
     parser.add_argument("-tr", metavar="TRAINER", default="CrossMatchTrainer", help="trainer (default: %(default)s)")
     parser.add_argument(
         "--report",
         action="store_true",
-        help="print a text to paste into an issue, without names of cases and of folders outside nnU-Net's",
+        help="print one text to paste into an issue: system, all checks, and with -d and -c the plans in short and the "
+        "last lines of the training's log; without names of cases and of folders outside nnU-Net's",
     )
 
 

@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXPLANATION
     parser.add_argument("-p", required=True, type=Path, metavar="PREDICTIONS", help="folder of predictions")
     parser.add_argument("-g", required=True, type=Path, metavar="REFERENCES", help="folder of reference segmentations")
-    parser.add_argument("-o", type=Path, metavar="FOLDER", help="for the results (default: that of the predictions)")
+    parser.add_argument(
+        "-o",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for evaluation.csv and evaluation.json (default: that of the predictions)",
+    )
     parser.add_argument("--per-case", action="store_true", help="print every case, not only mean and spread")
     parser.add_argument(
         "--chill", action="store_true", help="as in nnUNetv2_evaluate_folder: references without prediction are fine"

@@ -32,13 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     parser.add_argument("-tr", required=True, metavar="TRAINER", help="the trainer that trained the model")
     parser.add_argument(
-        "-f", nargs="+", metavar="FOLD", default=["0", "1", "2", "3", "4"], help="folds (default: 0 1 2 3 4)"
+        "-f",
+        nargs="+",
+        metavar="FOLD",
+        default=["0", "1", "2", "3", "4"],
+        help="folds, numbers or 'all' (default: 0 1 2 3 4)",
     )
     parser.add_argument(
         "-o",
         required=True,
         metavar="OUTPUT",
-        help="FILE.zip for nnUNetv2_install_pretrained_model_from_zip, or a folder",
+        help="FILE.zip for nnUNetv2_install_pretrained_model_from_zip, or a folder that is empty or does not exist yet",
     )
     parser.add_argument(
         "--weights",

@@ -29,8 +29,8 @@ _WIDTH = 100
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nnunet-ssl methods``."""
-    parser.add_argument("trainer", nargs="*", metavar="TRAINER", help="of these alone")
-    parser.add_argument("--markdown", action="store_true", help="a table without settings, as in README.md")
+    parser.add_argument("trainer", nargs="*", metavar="TRAINER", help="list only these (default: all)")
+    parser.add_argument("--markdown", action="store_true", help="print the table of README.md, without settings")
 
 
 def run(args: argparse.Namespace) -> int:

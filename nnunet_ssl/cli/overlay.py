@@ -39,11 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="NAME=FOLDER", help="predictions")
     parser.add_argument("-g", type=Path, metavar="REFERENCES", help="reference segmentations (default: labelsTr of -d)")
     parser.add_argument("-i", type=Path, metavar="IMAGES", help="images (default: imagesTr of -d)")
-    parser.add_argument("-ch", type=int, default=0, metavar="CHANNEL", help="channel to be drawn (default 0)")
-    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="for the pictures")
+    parser.add_argument("-ch", type=int, default=0, metavar="CHANNEL", help="channel to draw (default: 0)")
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--cases", nargs="+", metavar="CASE", help="these")
-    chosen.add_argument("--worst", type=int, default=5, metavar="N", help="those with the lowest Dice (default 5)")
+    chosen.add_argument("--cases", nargs="+", metavar="CASE", help="draw these cases")
+    chosen.add_argument(
+        "--worst", type=int, default=5, metavar="N", help="draw the N cases with the lowest Dice (default: 5)"
+    )
     add_processes_option(parser)
     add_label_options(parser)
 

@@ -29,17 +29,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nnunet-ssl pilot``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXPLANATION
-    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset's number or name, planned, preprocessed")
+    parser.add_argument(
+        "-d", required=True, metavar="DATASET", help="dataset's number or name; planned and preprocessed"
+    )
     parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     parser.add_argument(
-        "-tr", nargs="+", default=[RECOMMENDED], metavar="ARM", help=f"what to try (default: {RECOMMENDED})"
+        "-tr",
+        nargs="+",
+        default=[RECOMMENDED],
+        metavar="ARM",
+        help=f"what to compare with nnUNetTrainer, written as for benchmark (default: {RECOMMENDED})",
     )
-    parser.add_argument("--hours", type=float, default=8.0, metavar="H", help="time for all of it (default: 8)")
-    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="of each training (default: 20)")
-    parser.add_argument("--folds", type=int, nargs="+", metavar="FOLD", help="folds of splits_final.json to take")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="most trainings of a fold (default: 3)")
-    parser.add_argument("-o", type=Path, metavar="FOLDER", help="default: nnunet_ssl_pilot_DATASET_CONFIGURATION")
+    parser.add_argument(
+        "--hours", type=float, default=8.0, metavar="H", help="time for all trainings of this call (default: 8)"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=20,
+        metavar="N",
+        help="length of each training, in nnU-Net's epochs of 250 labeled iterations (default: 20)",
+    )
+    parser.add_argument(
+        "--folds",
+        type=int,
+        nargs="+",
+        metavar="FOLD",
+        help="folds of splits_final.json (default: all whose validation cases are in no fold before them)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="most trainings of an arm and fold (default: 3)"
+    )
+    parser.add_argument(
+        "-o",
+        type=Path,
+        metavar="FOLDER",
+        help="everything goes there (default: nnunet_ssl_pilot_DATASET_CONFIGURATION)",
+    )
     add_machine_arguments(parser)
 
 

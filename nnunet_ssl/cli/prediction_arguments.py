@@ -21,12 +21,19 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "labels", "default: the dataset.json that nnU-Net wrote into or above the folder of the (first) predictions"
     )
-    group.add_argument("-d", metavar="DATASET", help="dataset's number or name: its dataset.json names the labels")
     group.add_argument(
-        "--labels", nargs="+", metavar="LABEL", help="such as 1 2, or organ=1 tumor=2, or whole=1,2 for a region"
+        "-d", metavar="DATASET", help="dataset's number or name; its dataset.json names labels and file ending"
     )
-    group.add_argument("--ignore-label", type=int, help="with --labels: value of voxels that do not count")
-    group.add_argument("--file-ending", help="with --labels: of the segmentations (default .nii.gz)")
+    group.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="labels instead: 1 2, or organ=1 tumor=2, or whole=1,2 for a region",
+    )
+    group.add_argument("--ignore-label", type=int, metavar="N", help="with --labels: value of voxels that do not count")
+    group.add_argument(
+        "--file-ending", metavar="ENDING", help="with --labels: ending of the segmentations (default: .nii.gz)"
+    )
 
 
 def add_processes_option(parser: argparse.ArgumentParser) -> None:

@@ -30,9 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXPLANATION
     parser.add_argument("-d", required=True, metavar="DATASET", help="dataset's number or name")
     parser.add_argument(
-        "--labeled", required=True, metavar="N", help="cases that stay labeled: a number, or a percentage such as 10%%"
+        "--labeled",
+        required=True,
+        metavar="N",
+        help="cases that stay labeled: a number, or a percentage such as 10%%, rounded up",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the draw; a smaller N with the same seed is a part of a larger one (default: 0)",
+    )
     parser.add_argument("-f", type=int, default=None, metavar="FOLD", help="only this fold (default: all)")
     parser.add_argument(
         "--append",

@@ -11,7 +11,7 @@ HELP = 'print the folder of the trainers: export nnUNet_extTrainer="$(nnunet-ssl
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nnunet-ssl trainers``."""
-    parser.add_argument("--list", action="store_true", help="list the trainers as well")
+    parser.add_argument("--list", action="store_true", help="also list the trainers in it")
 
 
 def run(args: argparse.Namespace) -> int:
