@@ -27,6 +27,7 @@ COMMANDS = (
     "extend",
     "export",
     "adapt",
+    "accept",
     "evaluate",
     "compare",
     "overlay",

@@ -152,10 +152,7 @@ def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str
         BadImageError: it cannot be read; the text says which file is at fault, or how the channels differ.
     """
     for file in files:
-        if file.name.endswith((".nii", ".nii.gz")):
-            check_nifti(file)
-        if isinstance(reader, SimpleITKIO):
-            _check_single_values(file)
+        check_file(reader, file)
     try:
         return reader.read_images([str(file) for file in files])
     except MemoryError:
@@ -174,6 +171,22 @@ def read_image(reader: Any, files: Sequence[Path]) -> tuple[np.ndarray, dict[str
                 found = ", ".join(f"{name} {value}" for name, value in of_file.items())
                 raise BadImageError(f"the channels differ in {what}: {found}") from error
         raise BadImageError(f"cannot be read: {one_line(error)}") from error
+
+
+def check_file(reader: Any, file: Path) -> None:
+    """Find what nnU-Net's readers hide or misread in an image or a segmentation.
+
+    Args:
+        reader: one of nnU-Net's readers.
+        file: of any origin.
+
+    Raises:
+        BadImageError: see :func:`check_nifti`; or its voxels are vectors.
+    """
+    if file.name.endswith((".nii", ".nii.gz")):
+        check_nifti(file)
+    if isinstance(reader, SimpleITKIO):
+        _check_single_values(file)
 
 
 def _check_single_values(file: Path) -> None:

@@ -18,6 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_ssl.data.image_checks import LabeledImages, describe_labeled_images, directions_of, image_warnings
+from nnunet_ssl.data.journal import refuse_unfinished
 from nnunet_ssl.data.preprocess_case import CaseJob, failed_record, preprocess_case
 from nnunet_ssl.data.raw_cases import (
     IMAGES_FOLDER,
@@ -126,10 +127,11 @@ def preprocess_unlabeled(
         log: takes lines of progress.
 
     Raises:
-        UserError: impossible arguments, folders that are links, or cases preprocessed with other plans whose images
-            are not there.
+        UserError: impossible arguments, folders that are links, cases preprocessed with other plans whose images are
+            not there, or a change of the dataset that was cut off.
     """
     _check_arguments(num_processes, num_parts, part_id)
+    refuse_unfinished(preprocessed_dataset_folder)
     place = PreprocessedFolder.of_plans(preprocessed_dataset_folder, plans_manager, configuration)
     labeled = describe_labeled_images(preprocessed_dataset_folder, plans_manager, len(channel_names(dataset_json)))
     report = PreprocessingReport(place.folder, labeled)

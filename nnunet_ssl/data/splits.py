@@ -159,7 +159,7 @@ def append_fold(
         UserError: see :func:`current_splits`; or the file cannot be written.
     """
     file = preprocessed_folder / SPLITS_FILE
-    with lock(file.with_name(f".{file.name}.lock")):
+    with lock(lock_file(preprocessed_folder)):
         splits, source = current_splits(preprocessed_folder, raw_folder, cases)
         for number, entry in enumerate(splits):
             if same_cases(entry, fold) and source == file:
@@ -167,6 +167,32 @@ def append_fold(
         number = next((index for index, entry in enumerate(splits) if same_cases(entry, fold)), len(splits))
         write_splits(file, [*splits, dict(fold)] if number == len(splits) else splits)
     return number
+
+
+def lock_file(preprocessed_folder: Path) -> Path:
+    """Whoever reads the folds in order to write them holds this lock meanwhile."""
+    return preprocessed_folder / f".{SPLITS_FILE}.lock"
+
+
+def add_labeled(fold: Mapping[str, Any], cases: Sequence[str]) -> dict[str, Any]:
+    """A fold after cases have got labels: they are trained on, unless that would change what the fold is for.
+
+    A validation case stays one. A fold that hides labels of others measures how far few labels lead: there a new case
+    goes to ``unlabeled``, so that its image is used as before and the labels stay as few as they were.
+
+    Args:
+        fold: lists ``train``, ``val`` and, if present, ``unlabeled``.
+        cases: that have got labels.
+    """
+    listed = fold.get("unlabeled", [])
+    hidden = [case for case in listed if case not in set(cases)]
+    here = {*fold["train"], *fold["val"]}
+    new = [case for case in cases if case not in here]
+    to_train = [case for case in new if not hidden or case in set(listed)]
+    changed = {**fold, "train": [*fold["train"], *to_train]}
+    if "unlabeled" in fold:
+        changed["unlabeled"] = [*hidden, *(case for case in new if case not in set(to_train))]
+    return changed
 
 
 def labeled_cases(preprocessed_folder: Path, raw_folder: Path | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from numpy.typing import NDArray
 
+from nnunet_ssl.data.geometry import Geometry
 from nnunet_ssl.data.image_checks import BadImageError, check_nifti
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Labels
@@ -160,48 +161,6 @@ class Segmentations:
             raise BadImageError(f"{file} cannot be read: {one_line(error)}") from error
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Where a segmentation's voxels lie; what a file format does not tell is empty.
-
-    Attributes:
-        size: voxels per axis of the array.
-        spacing: millimeters per axis of the array.
-        origin: position of the first voxel in millimeters, in the file format's own axes.
-        direction: of the axes, row by row.
-    """
-
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...] = ()
-    direction: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, array: NDArray[np.integer], properties: Mapping[str, Any]) -> Geometry:
-        """From what nnU-Net's reader returns."""
-        spacing = tuple(float(size) for size in properties["spacing"])
-        if "sitk_stuff" in properties:
-            stuff = properties["sitk_stuff"]
-            return cls(array.shape, spacing, tuple(stuff["origin"]), tuple(stuff["direction"]))
-        if "nibabel_stuff" in properties:
-            affine = np.asarray(properties["nibabel_stuff"]["original_affine"])
-            axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-            return cls(array.shape, spacing, tuple(affine[:3, 3]), tuple(axes.ravel()))
-        return cls(array.shape, spacing)
-
-    def difference(self, other: Geometry) -> str | None:
-        """What differs from another geometry, or None."""
-        if self.size != other.size:
-            return f"size {_list(self.size)} is not {_list(other.size)}"
-        step = min(other.spacing)
-        # NIfTI keeps single precision: allow a thousandth of a voxel.
-        for what, tolerance in (("spacing", 1e-3 * step), ("origin", 1e-2 * step), ("direction", 1e-3)):
-            mine, theirs = getattr(self, what), getattr(other, what)
-            if not np.allclose(mine, theirs, rtol=1e-5, atol=tolerance):
-                return f"{what} {_list(mine)} is not {_list(theirs)}"
-        return None
-
-
 def _is_label(value: object) -> bool:
     numbers = value if isinstance(value, list) else [value]
     return bool(numbers) and all(type(number) is int for number in numbers)
@@ -209,7 +168,3 @@ def _is_label(value: object) -> bool:
 
 def _is_ending(value: object) -> bool:
     return isinstance(value, str) and value.startswith(".") and len(value) > 1
-
-
-def _list(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
