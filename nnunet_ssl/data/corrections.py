@@ -163,7 +163,8 @@ def read_correction(
     name = _shown(correction.file.name)
     if len(array) != 1:
         raise BadImageError(f"{name} has {len(array)} values for each voxel; save one 3D label map")
-    labels = array[0].astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        labels = array[0].astype(np.int64)
     if not np.array_equal(labels, array[0]):
         raise BadImageError(f"{name} has values that are no whole numbers, so it is no label map")
     difference = _difference(Geometry.of(labels, own_properties), Geometry.of(image[0], properties))

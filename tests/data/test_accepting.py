@@ -297,7 +297,7 @@ def no_space(*arguments: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", str(arguments[-1]))
 
 
-@pytest.mark.parametrize("call", range(0, 12, 3))
+@pytest.mark.parametrize("call", [0, 7])
 def test_a_full_disk_while_preparing(home, monkeypatch, call) -> None:
     before, count, flush = home.everything(), iter(range(10**6)), journal_module.flush_to_disk
     monkeypatch.setattr(
@@ -310,7 +310,7 @@ def test_a_full_disk_while_preparing(home, monkeypatch, call) -> None:
     assert home.everything() == before
 
 
-@pytest.mark.parametrize("call", [0, 7, 15])
+@pytest.mark.parametrize("call", [0, 15])
 def test_a_rename_that_fails(home, monkeypatch, call) -> None:
     before, count, rename = home.everything(), iter(range(10**6)), journal_module.rename
     monkeypatch.setattr(journal_module, "rename", lambda *files: (no_space if next(count) == call else rename)(*files))
