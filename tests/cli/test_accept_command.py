@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -124,17 +125,26 @@ def test_trainings_that_seem_to_run_are_named(home, capsys) -> None:
     assert "Warning: A__nnUNetPlans__3d/fold_0, A__nnUNetPlans__3d/fold_2 changed in the last 10 minutes" in output
 
 
-def test_two_commands_do_not_disturb_each_other(home, monkeypatch, capsys) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+def test_two_commands_do_not_disturb_each_other(home, capsys) -> None:
     home.correct("U0")
     before = home.everything()
-    # A process does not keep itself out, so the other one is played by a lock that is not to be had.
-    monkeypatch.setattr("nnunet_ssl.files._acquire", lambda number, wait: False)
+    reading, writing = os.pipe()
+    other = os.fork()
+    if not other:
+        try:
+            with lock(lock_file(home.preprocessed)):
+                os.write(writing, b"held")
+                time.sleep(60)
+        finally:
+            os._exit(0)
+    assert os.read(reading, 4) == b"held"
     assert accept(home, "--labels", home.corrected, "-np", 0) == 2
     assert "Another command is changing Dataset007_Tiny right now" in capsys.readouterr().err
-    monkeypatch.undo()
-    with lock(lock_file(home.preprocessed)) as held:
-        assert held
     assert home.everything() == before
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    assert accept(home, "--labels", home.corrected, "-np", 0) == 0
 
 
 @pytest.mark.parametrize(
