@@ -99,15 +99,16 @@ def test_every_command_with_a_trainer(planned_2d, tmp_path):
     printed = run(planned_2d, "commands.py", *arguments, "-o", tmp_path, "-tr", "nnUNetTrainer", "CPSTrainer")
     table = (tmp_path / "commands.md").read_text()
     assert table in printed
-    for trainer, mode in ("nnUNetTrainer", ""), ("CPSTrainer", "split"):
+    # nnUNetTrainer is nnU-Net's own: there is nothing to export.
+    for trainer, mode, same in ("nnUNetTrainer", "", ""), ("CPSTrainer", "split", "1.0000"):
         (row,) = (line for line in table.splitlines() if line.startswith(f"| {trainer} "))
         _, _, memory_mode, compiled, losses, dice, device, exported, *_ = map(str.strip, row.split("|"))
-        assert (memory_mode, compiled, losses, device, exported) == (mode, "no", "4 of 4", "1.0000", "1.0000")
+        assert (memory_mode, compiled, losses, device, exported) == (mode, "no", "4 of 4", "1.0000", same)
         assert 0 <= float(dice) <= 1
 
 
 def test_commands_that_fail_are_named(planned_2d, tmp_path):
-    arguments = ["-d", planned_2d.dataset_id, "-c", "tiny", "-device", "cpu", "-f", 7, "-tr", "nnUNetTrainer"]
+    arguments = ["-d", planned_2d.dataset_id, "-c", "nothing", "-device", "cpu", "-tr", "nnUNetTrainer"]
     printed = run(planned_2d, "commands.py", *arguments, "-o", tmp_path, code=1)
     assert "train ended with" in (tmp_path / "commands.md").read_text()
     assert "1 of 1 trainers failed: nnUNetTrainer" in printed
