@@ -95,14 +95,16 @@ class Trial:
         logs = self.folder.rglob("training_log*.txt")
         return "\n".join(log.read_text(encoding="utf-8") for log in sorted(logs))
 
+    @property
+    def _model(self) -> list[str]:
+        return ["-d", self.args.d, "-c", self.args.c, "-tr", self.trainer, "-f", self.args.f]
+
     def _predict(self, device: str) -> np.ndarray:
-        model = ["-d", self.args.d, "-c", self.args.c, "-tr", self.trainer, "-f", self.args.f]
-        return self._segmentation("nnUNetv2_predict", device, *model)
+        return self._segmentation("nnUNetv2_predict", device, *self._model)
 
     def _export(self) -> np.ndarray:
         model = self.folder / "exported"
-        trained = ["-d", self.args.d, "-c", self.args.c, "-tr", self.trainer, "-f", self.args.f]
-        self._command("export", "nnunet-ssl", "export", *trained, "-o", str(model))
+        self._command("export", "nnunet-ssl", "export", *self._model, "-o", str(model))
         model = next(model.rglob("plans.json")).parent
         # Where the exported model is used, there is no nnUNet_extTrainer.
         command = ["-m", str(model), "-f", self.args.f]

@@ -72,7 +72,7 @@ def main() -> int:
     try:
         reports = read_reports(args.results)
         write_text(args.o, make_page(reports), otherwise="Choose another file with -o.")
-        draw(_columns(reports), args.o.with_name("leaderboard.png"))
+        draw(_compared(_columns(reports)), args.o.with_name("leaderboard.png"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -96,10 +96,21 @@ def _columns(reports: Sequence[tuple[Campaign, Report]]) -> list[Column]:
     ]
 
 
+def _compared(columns: Sequence[Column]) -> list[Column]:
+    """Those with more than nnUNetTrainer."""
+    return [column for column in columns if len(column.gains) > 1]
+
+
+def _arms(columns: Sequence[Column]) -> list[str]:
+    """All arms, nnUNetTrainer first, then as the table has them."""
+    arms = dict.fromkeys(arm for column in columns for arm in column.gains)
+    return sorted(arms, key=lambda arm: _rank(arm, columns))
+
+
 def make_page(reports: Sequence[tuple[Campaign, Report]]) -> str:
     """The page on campaigns."""
     columns = _columns(reports)
-    several = [column for column in columns if len(column.gains) > 1]
+    several = _compared(columns)
     parts = ["# Leaderboard"]
     if several:
         parts += _verdicts(several)
@@ -118,21 +129,20 @@ def make_page(reports: Sequence[tuple[Campaign, Report]]) -> str:
 
 def draw(columns: Sequence[Column], file: Path) -> None:
     """Each arm's gain in Dice, a color per setting; hollow where there are too few trainings."""
-    several = [column for column in columns if len(column.gains) > 1]
-    arms = sorted({arm for column in several for arm in column.gains}, key=lambda arm: _rank(arm, several))[1:]
+    arms = _arms(columns)[1:]
     if not arms:
         file.unlink(missing_ok=True)
         return
-    figure = Figure((8, 1.2 + 0.16 * len(arms) * (len(several) + 1)), layout="constrained")
+    figure = Figure((8, 1.2 + 0.16 * len(arms) * (len(columns) + 1)), layout="constrained")
     axis = figure.subplots()
-    for index, column in enumerate(several):
+    for index, column in enumerate(columns):
         color = mpl.colormaps["tab10"](index)
         title = f"{column.title} ({column.gains[BASELINE].mean:.2f})"
         for place, arm in enumerate(arms):
             gain = column.gains.get(arm)
             if gain is None:
                 continue
-            y = place + (index + 1) / (len(several) + 1) - 0.5
+            y = place + (index + 1) / (len(columns) + 1) - 0.5
             if not math.isnan(gain.low):
                 axis.plot((gain.low, gain.high), (y, y), color=color, linewidth=1.5)
             face = color if gain.runs >= ENOUGH else "white"
@@ -145,7 +155,7 @@ def draw(columns: Sequence[Column], file: Path) -> None:
         f"Dice minus that of {BASELINE} (in brackets), 95 % interval; hollow: fewer than {ENOUGH} trainings"
     )
     axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=len(several), frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
     figure.savefig(file, dpi=120)
 
 
@@ -211,10 +221,9 @@ def _trainings(gain: Gain) -> str:
 
 
 def _table(columns: Sequence[Column]) -> str:
-    arms = dict.fromkeys(arm for column in columns for arm in column.gains)
     costs = [{cost.arm: cost.relative_step for cost in column.report.costs(column.setting)} for column in columns]
     rows: list[list[object]] = []
-    for arm in sorted(arms, key=lambda arm: _rank(arm, columns)):
+    for arm in _arms(columns):
         cells = [_cell(column.gains.get(arm)) for column in columns]
         known = [cost[arm] for cost in costs if not math.isnan(cost.get(arm, math.nan))]
         rows.append([arm, *cells, " to ".join(dict.fromkeys(f"{end(known):.1f}" for end in (min, max) if known))])

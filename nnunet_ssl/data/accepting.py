@@ -274,13 +274,7 @@ def _preprocess(
             target = work.journal.aside("preprocessed", f"{folder.identifier}/{case.identifier}")
             jobs.append(LabeledJob(case, labels, folder, work.description, target))
     log(f"Preprocessing {len(staged)} case(s) for {some_of(one.configuration for one in work.folders)}")
-    workers = min(num_processes, len(jobs))
-    results = (
-        in_worker_processes(preprocess_labeled, jobs, workers)
-        if workers
-        else ((job, preprocess_labeled(job)) for job in jobs)
-    )
-    for job, reason in results:
+    for job, reason in in_worker_processes(preprocess_labeled, jobs, min(num_processes, len(jobs))):
         if reason is not None:
             work.problems.append(CaseProblem(job.case.identifier, reason))
         elif not job.target.with_name(f"{job.target.name}.pkl").is_file():
@@ -352,7 +346,7 @@ def _remove_copies(work: _Acceptance) -> None:
 
 
 def _update_lists(work: _Acceptance) -> None:
-    """Write dataset.json and splits_final.json anew, in nnUNet_raw and in nnUNet_preprocessed."""
+    """Bring dataset.json and splits_final.json up to date, in nnUNet_raw and in nnUNet_preprocessed."""
     raw, preprocessed = work.dataset.raw, work.dataset.preprocessed
     cases = work.journal.cases
     number = len(labeled_images(raw, work.description))

@@ -1,7 +1,7 @@
 """Segmentations of unlabeled cases that a person has corrected, as ITK-SNAP, 3D Slicer and MITK write them.
 
 They come from elsewhere. Their names are compared with a listing of imagesUn and lead nowhere, and what nnU-Net gets is
-a label map that is written anew, in the geometry of the image.
+a new label map, in the geometry of the image.
 """
 
 from __future__ import annotations

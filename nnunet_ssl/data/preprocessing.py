@@ -231,8 +231,7 @@ def _run(
     start = time.monotonic()
     workers = min(num_processes, len(cases))
     log(f"Preprocessing {len(cases)} unlabeled case(s) into {job.place.folder} with {max(1, workers)} process(es)")
-    process = partial(preprocess_case, job)
-    results = in_worker_processes(process, cases, workers) if workers else ((case, process(case)) for case in cases)
+    results = in_worker_processes(partial(preprocess_case, job), cases, workers)
     for case, result in tqdm(results, "unlabeled cases", len(cases), unit="case", disable=None, file=sys.stderr):
         report.add(case.identifier, *(result or (failed_record(_DIED), True)))
     log(f"Preprocessed {len(report.done)} unlabeled case(s) in {time.monotonic() - start:.1f} s")

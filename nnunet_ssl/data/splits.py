@@ -184,14 +184,14 @@ def add_labeled(fold: Mapping[str, Any], cases: Sequence[str]) -> dict[str, Any]
         fold: lists ``train``, ``val`` and, if present, ``unlabeled``.
         cases: that have got labels.
     """
-    listed = fold.get("unlabeled", [])
-    hidden = [case for case in listed if case not in set(cases)]
+    labeled, listed = set(cases), set(fold.get("unlabeled", ()))
+    hidden = [case for case in fold.get("unlabeled", ()) if case not in labeled]
     here = {*fold["train"], *fold["val"]}
     new = [case for case in cases if case not in here]
-    to_train = [case for case in new if not hidden or case in set(listed)]
-    changed = {**fold, "train": [*fold["train"], *to_train]}
+    trained = {case for case in new if not hidden or case in listed}
+    changed = {**fold, "train": [*fold["train"], *(case for case in new if case in trained)]}
     if "unlabeled" in fold:
-        changed["unlabeled"] = [*hidden, *(case for case in new if case not in set(to_train))]
+        changed["unlabeled"] = [*hidden, *(case for case in new if case not in trained)]
     return changed
 
 

@@ -30,7 +30,7 @@ def in_worker_processes(
     Args:
         function: it pickles, and so do items and results.
         items: in the order in which they are begun.
-        workers: number of processes, 1 or more; each has one thread.
+        workers: number of processes, each of which has one thread; 0 works in this one.
 
     Returns:
         each item, as soon as it is done, with its result, or with None if its process died.
@@ -38,6 +38,9 @@ def in_worker_processes(
     Raises:
         UserError: processes die before they do anything.
     """
+    if workers == 0:
+        yield from ((item, function(item)) for item in items)
+        return
     waiting = dict(enumerate(items))
     now = workers
     while waiting:

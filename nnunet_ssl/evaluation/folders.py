@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,13 +67,9 @@ def evaluate_folder(
     predicted, known = _cases(predictions, segmentations), _cases(references, segmentations)
     evaluate = functools.partial(_evaluate_file, predictions, references, segmentations)
     workers = min(num_processes, len(predicted))
-    results: Iterator[tuple[str, tuple[CaseResult, set[int], set[int]] | str | None]]
     held_by_references: set[int] = set()
     held_by_predictions: set[int] = set()
-    if workers > 1:
-        results = in_worker_processes(evaluate, predicted, workers)
-    else:
-        results = ((case, evaluate(case)) for case in predicted)
+    results = in_worker_processes(evaluate, predicted, workers if workers > 1 else 0)
     report = FolderResult(missing=sorted(set(known) - set(predicted)))
     for case, result in tqdm(results, total=len(predicted), desc="evaluate", unit="case", disable=None, leave=False):
         if isinstance(result, tuple):

@@ -264,11 +264,22 @@ def test_a_file_that_somebody_put_there_meanwhile_is_not_replaced(roots) -> None
 # Lists from elsewhere
 
 
-@pytest.mark.parametrize("path", ["../outside", "/outside", "a/../../outside", "", "..", "a\0", 7, None])
+ELSEWHERE = ("../outside", "/outside", "a/../../outside", "", "..", "a\0", 7)
+
+
+@pytest.mark.parametrize("path", ELSEWHERE)
 @pytest.mark.parametrize("entry", ["source", "target", "before"])
 def test_a_list_that_leads_elsewhere_is_refused(roots, path, entry) -> None:
-    if entry == "before" and path is None:
-        pytest.skip("None says that nothing was there")
+    refuses_entry(roots, entry, path)
+
+
+@pytest.mark.parametrize("entry", ["source", "target"])
+def test_a_list_without_a_path_is_refused(roots, entry) -> None:
+    """Only ``before`` may be None: nothing was there."""
+    refuses_entry(roots, entry, None)
+
+
+def refuses_entry(roots, entry, path) -> None:
     step = {"root": "raw", "source": "dataset.json", "target": "moved.json", "before": None, "size": 1, "mtime_ns": 1}
     file = roots["preprocessed"] / FOLDER / "1" / "accepting.json"
     file.parent.mkdir(parents=True)

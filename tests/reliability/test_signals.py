@@ -164,6 +164,16 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_stays(planned_2d, folder):
     assert file.read_bytes() == before and [path.name for path in folder.glob("*.p*")] == [file.name]
 
 
+def sent_sigterm(seconds):
+    """A forked process that was sent SIGTERM, after it has ended or ``seconds`` are over."""
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(0.3)
+    child.terminate()
+    child.join(seconds)
+    return child
+
+
 def start_orphan(pids):
     """Forks a shielded process, whose number it sends, and ends before it."""
     with handled_sigterm() as state:
@@ -178,21 +188,12 @@ def test_shielded_processes_leave_sigterm_to_the_one_that_forked_them():
     fork = multiprocessing.get_context("fork")
     with handled_sigterm() as state:
         state.shields = True
-        child = fork.Process(target=time.sleep, args=(60,))
-        child.start()
-        time.sleep(0.3)
-        child.terminate()
-        child.join(1)
+        child = sent_sigterm(seconds=1)
         assert child.is_alive() and not state.came
         child.kill()
         child.join(20)
         state.shields = False
-        later = fork.Process(target=time.sleep, args=(60,))
-        later.start()
-        time.sleep(0.3)
-        later.terminate()
-        later.join(20)
-        assert later.exitcode == -signal.SIGTERM
+        assert sent_sigterm(seconds=20).exitcode == -signal.SIGTERM
     here, there = fork.Pipe()
     parent = fork.Process(target=start_orphan, args=(there,))
     parent.start()
@@ -247,11 +248,7 @@ def test_sigterm_in_forked_processes_and_other_threads_is_as_ever():
     before = signal.getsignal(signal.SIGTERM)
     with handled_sigterm() as state:
         state.held = True
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        child.start()
-        time.sleep(0.3)
-        child.terminate()
-        child.join(20)
+        child = sent_sigterm(seconds=20)
         assert child.exitcode == -signal.SIGTERM and not state.came
         os.kill(os.getpid(), signal.SIGTERM)
         assert state.came
