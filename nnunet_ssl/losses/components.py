@@ -32,22 +32,29 @@ def largest_components(label: Tensor) -> Tensor:
 
 
 def _on_the_host(label: Tensor) -> Tensor:
-    patches = label.cpu().numpy().astype(np.int32).reshape(-1, *label.shape[2:])
+    # No dataset has 32,768 classes, and a quarter of the bytes leaves a GPU and comes back.
+    patches = label.to(torch.int16).cpu().numpy().reshape(-1, *label.shape[2:])
     kept = np.stack([_largest(patch) for patch in patches]).reshape(tuple(label.shape))
-    return torch.from_numpy(kept).to(label.device, label.dtype)
+    return torch.from_numpy(kept).to(label.device).to(label.dtype)
 
 
-def _largest(label: NDArray[np.integer]) -> NDArray[np.integer]:
+def _largest(label: NDArray[np.int16]) -> NDArray[np.int16]:
     """Of one patch (*spatial)."""
     components, count = cc3d.connected_components(label, connectivity=8 if label.ndim == 2 else 26, return_N=True)
-    voxels = np.bincount(components.ravel(), minlength=count + 1)
+    # Most of a patch is background: the foreground's voxels alone take a third of the time.
+    foreground = np.flatnonzero(label)
+    classes, component = label.ravel()[foreground], components.ravel()[foreground]
+    voxels = np.bincount(component, minlength=count + 1)
     class_of = np.zeros(count + 1, dtype=label.dtype)
-    class_of[components.ravel()] = label.ravel()
+    class_of[component] = classes
     keep = np.zeros(count + 1, dtype=bool)
     for value in np.unique(class_of[1:]):
         of_class = np.flatnonzero(class_of == value)
         keep[of_class[np.argmax(voxels[of_class])]] = True
-    return np.where(keep[components], label, 0)
+    inside = keep[component]
+    kept = np.zeros(label.size, dtype=label.dtype)
+    kept[foreground[inside]] = classes[inside]
+    return kept.reshape(label.shape)
 
 
 def _without_content(label: Tensor) -> Tensor:
