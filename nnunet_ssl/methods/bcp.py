@@ -1,4 +1,4 @@
-"""BCP: labeled images are pasted into unlabeled ones and the other way round, so that both are learned alike.
+"""BCP: labeled patches are pasted into unlabeled ones and the other way round; the network learns from the mix.
 
 Source: Bai, Chen, Li, Shen, Wang, Bidirectional Copy-Paste for Semi-Supervised Medical Image Segmentation, CVPR 2023,
 arXiv 2305.00673.

@@ -1,4 +1,4 @@
-"""CPS: two networks, drawn apart, learn from each other's labels.
+"""CPS: two networks with different initial weights learn from each other's pseudo-labels.
 
 Source: Chen, Yuan, Zeng, Wang, Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision, CVPR 2021, arXiv
 2106.01226.

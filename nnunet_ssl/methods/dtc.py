@@ -1,4 +1,4 @@
-"""DTC: a map of signed distances, turned into a segmentation, is to agree with the segmentation itself.
+"""DTC: the network also predicts signed distance maps, which should agree with its segmentation.
 
 Source: Luo, Chen, Song, Wang, Semi-supervised medical image segmentation through dual-task consistency, AAAI 2021,
 arXiv 2009.04448.

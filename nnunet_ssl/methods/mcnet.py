@@ -1,4 +1,4 @@
-"""MC-Net+: decoders that upsample in different ways learn each other's sharpened predictions.
+"""MC-Net+: decoders that upsample in different ways learn from each other's sharpened predictions.
 
 Source: Wu, Ge, Zhang, Xu, Zhang, Xia, Cai, Mutual consistency learning for semi-supervised medical image segmentation,
 Medical Image Analysis 81, 2022, 102530, doi 10.1016/j.media.2022.102530, arXiv 2109.09960.

@@ -1,4 +1,4 @@
-"""Mean teacher: a student agrees with its own moving average, each under noise of its own.
+"""Mean teacher: a student learns to agree with its own moving average, under different noise.
 
 Source: Tarvainen, Valpola, Mean teachers are better role models: Weight-averaged consistency targets improve
 semi-supervised deep learning results, NIPS 2017, arXiv 1703.01780; for segmentation Cui et al., Semi-supervised Brain

@@ -1,4 +1,4 @@
-"""Mutual learning with reliable pseudo labels: decoders of one encoder teach each other where they can be trusted.
+"""Mutual learning with reliable pseudo labels: decoders of one encoder teach each other where they are reliable.
 
 Source: Su, Luo, Lian, Lin, Li, Mutual learning with reliable pseudo label for semi-supervised medical image
 segmentation, Medical Image Analysis 94, 2024, 103111, doi 10.1016/j.media.2024.103111.

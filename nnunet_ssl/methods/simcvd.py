@@ -1,4 +1,4 @@
-"""SimCVD: a student learns from its own moving average, on boundary-aware features under dropout.
+"""SimCVD: a student learns to match its own moving average on boundary-aware features, under dropout.
 
 Source: You, Zhou, Zhao, Staib, Duncan, SimCVD: Simple Contrastive Voxel-Wise Representation Distillation for
 Semi-Supervised Medical Image Segmentation, IEEE TMI 41(9), 2022, arXiv 2108.06227.

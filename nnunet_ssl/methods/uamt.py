@@ -1,4 +1,4 @@
-"""UA-MT: a mean teacher whose student learns only where the teacher, asked several times, is certain.
+"""UA-MT: a mean teacher whose student learns only where repeated predictions of the teacher are certain.
 
 Source: Yu, Wang, Li, Fu, Heng, Uncertainty-aware Self-ensembling Model for Semi-supervised 3D Left Atrium Segmentation,
 MICCAI 2019, arXiv 1907.07034.

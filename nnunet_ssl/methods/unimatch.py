@@ -1,4 +1,4 @@
-"""UniMatch: what is predicted on a weak view is the label of strong views and of perturbed features.
+"""UniMatch: the prediction on a weakly augmented image is the label for strongly augmented ones and perturbed features.
 
 Source: Yang, Qi, Feng, Zhang, Shi, Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation, CVPR
 2023, arXiv 2208.09910. Settings make it FixMatch (Sohn et al., NeurIPS 2020, arXiv 2001.07685), with one strong view

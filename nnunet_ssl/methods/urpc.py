@@ -1,4 +1,4 @@
-"""URPC: one decoder's predictions at several resolutions are to agree, less where they are uncertain.
+"""URPC: one decoder's predictions at several resolutions should agree; uncertain voxels count less.
 
 Source: Luo, Wang, Liao, Chen, Song, Chen, Zhang, Metaxas, Zhang, Semi-supervised medical image segmentation via
 uncertainty rectified pyramid consistency, Medical Image Analysis 80, 2022, 102517, doi 10.1016/j.media.2022.102517;
