@@ -15,22 +15,35 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nnunet_ssl.benchmark.arms import BASELINE, RECOMMENDED
 from nnunet_ssl.cli.demo_steps import Steps, duration
 from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_text
+
+if TYPE_CHECKING:
+    from nnunet_ssl.evaluation.comparison import PairedDifference
 
 HELP = "train and compare nnUNetTrainer and semi-supervised trainers on phantoms, in a few minutes"
 
 CONFIGURATION = "demo"
 # In two dimensions a few minutes are enough for the network to learn both structures; in three they are not.
 PARENT = "2d"
+DATASET = "Dataset001_Phantom"
 FOLD = 0
 CHANNELS = (16, 32, 64)
 LONGEST_PATCH, BATCH_SIZE = 64, 8
 EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 12, 50, 2
 
+NEXT = """
+Trainings as short as these show the workflow, not which method is better. With your own data:
+
+  nnunet-ssl doctor -d DATASET -c 3d_fullres -tr {trainer}    # unlabeled images are in imagesUn; is anything missing?
+  nnunet-ssl pilot -d DATASET -c 3d_fullres -tr {trainer}     # short trainings with and without them
+  nnUNetv2_train DATASET 3d_fullres 0 -tr {trainer}
+"""
 _SETTINGS = "demo.json"
 _OWN_FOLDERS = ("logs", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "trainers", "predictions")
 _TRAINER = '''\
@@ -64,12 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "-tr",
         "--trainer",
-        default="CrossMatchTrainer",
+        default=RECOMMENDED,
         metavar="NAME",
-        help="trainer to compare with nnUNetTrainer (default: CrossMatchTrainer)",
+        help=f"trainer to compare with nnUNetTrainer (default: {RECOMMENDED})",
     )
     which.add_argument("--all", action="store_true", help="compare all trainers with nnUNetTrainer, which takes longer")
-    parser.add_argument("--raw", type=Path, metavar="FOLDER", help="a raw nnU-Net dataset to use instead of phantoms")
     parser.add_argument("--seed", type=int, default=0, help="seed of the phantoms (default: 0)")
     parser.add_argument(
         "--epochs",
@@ -91,53 +103,40 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.monotonic()
     folder = args.o.resolve()
-    raw = args.raw.resolve() if args.raw is not None else None
-    if raw is not None and not (raw / "dataset.json").is_file():
-        raise UserError(f"{raw} is no raw nnU-Net dataset: it has no dataset.json.")
+    # All that can be wrong with the arguments is said before anything is written.
     if args.epochs < 1:
         raise UserError(f"--epochs is {args.epochs}; give 1 or more.")
-    settings = {
-        "trainer": "all" if args.all else args.trainer,
-        "raw": str(raw) if raw else None,
-        "seed": args.seed,
-        "epochs": args.epochs,
-    }
-    _prepare_folder(folder, settings, overwrite=args.overwrite)
     processes = args.np if args.np is not None else min(os.cpu_count() or 1, 8)
     if processes < 1:
         raise UserError(f"-np is {processes}; give 1 or more.")
+    compared = list(trainer_descriptions(trainers_folder())) if args.all else [args.trainer]
+    modules = {name: _module_of(name) for name in (BASELINE, *compared)}
+    settings = {"trainer": "all" if args.all else args.trainer, "seed": args.seed, "epochs": args.epochs}
+    _prepare_folder(folder, settings, overwrite=args.overwrite)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    compared = trainer_descriptions(trainers_folder()) if args.all else [args.trainer]
-    trainers = {name: f"{name}_demo" for name in ("nnUNetTrainer", *compared)}
-    _write_trainers(folder / "trainers", trainers, args.epochs)
+    trainers = {name: f"{name}_demo" for name in modules}
+    _write_trainers(folder / "trainers", modules, trainers, args.epochs)
 
-    name = raw.name if raw is not None else "Dataset001_Phantom"
-    dataset = _Dataset(
-        folder / "nnUNet_raw" / name, folder / "nnUNet_preprocessed" / name, folder / "nnUNet_results" / name
-    )
-    tested = raw is None or ((raw / "imagesTs").is_dir() and (raw / "labelsTs").is_dir())
-    total = 5 + len(trainers) * (2 if tested else 1)
-    steps = Steps(folder / "logs", _environment(folder, processes), total=total)
-    if raw is None:
-        steps.function("phantoms", "make phantoms", lambda: _make_phantoms(dataset.raw, args.seed))
-    else:
-        steps.function("data", f"link {raw}", lambda: _link_dataset(raw, dataset.raw))
+    dataset = _Dataset(*(folder / name / DATASET for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")))
+    steps = Steps(folder / "logs", _environment(folder, processes), total=5 + 2 * len(trainers))
+    steps.function("phantoms", "make phantoms", lambda: _make_phantoms(dataset.raw, args.seed))
     _plan(steps, dataset, str(processes))
     for trainer in trainers.values():
-        _train(steps, dataset, trainer, device, folder / "predictions" / trainer if tested else None)
+        _train(steps, dataset, trainer, device, folder / "predictions" / trainer)
     steps.announce("evaluate")
-    table, overlay = _evaluate(folder, dataset, trainers, tested=tested, iterations=args.epochs * ITERATIONS)
+    table, gains, overlay = _evaluate(folder, dataset, trainers, iterations=args.epochs * ITERATIONS)
     steps.done()
 
-    print(f"\n{table}\n")
-    print(f"overlay  {overlay}")
+    print(f"\n{table}\n\n{gains}\n")
+    print(f"picture  {overlay}")
     for trainer in trainers.values():
         for picture in ("progress.png", "progress_ssl.png"):
             path = dataset.trained(trainer) / picture
             if path.is_file():
                 print(f"curves   {path}")
     print(f"table    {folder / 'summary.md'}")
-    print(f"\nDone in {duration(time.monotonic() - start)}.")
+    print(NEXT.format(trainer=compared[0] if len(compared) == 1 else RECOMMENDED))
+    print(f"Done in {duration(time.monotonic() - start)}.")
     return 0
 
 
@@ -151,21 +150,20 @@ def _plan(steps: Steps, dataset: _Dataset, workers: str) -> None:
     steps.command("preprocess", ["nnUNetv2_preprocess", "-d", dataset.number, "-c", PARENT, "-np", workers])
 
 
-def _train(steps: Steps, dataset: _Dataset, trainer: str, device: str, predictions: Path | None) -> None:
-    """Train and, with a folder for predictions, predict the test images."""
+def _train(steps: Steps, dataset: _Dataset, trainer: str, device: str, predictions: Path) -> None:
+    """Train and predict the test images."""
     steps.command(
         f"train_{trainer}",
         ["nnUNetv2_train", dataset.number, CONFIGURATION, str(FOLD), "-tr", trainer, "-device", device],
     )
-    if predictions is not None:
-        steps.command(
-            f"predict_{trainer}",
-            [
-                *("nnUNetv2_predict", "-i", str(dataset.raw / "imagesTs")),
-                *("-o", str(predictions), "-d", dataset.number, "-c", CONFIGURATION),
-                *("-f", str(FOLD), "-tr", trainer, "-device", device, "-npp", "1", "-nps", "1"),
-            ],
-        )
+    steps.command(
+        f"predict_{trainer}",
+        [
+            *("nnUNetv2_predict", "-i", str(dataset.raw / "imagesTs")),
+            *("-o", str(predictions), "-d", dataset.number, "-c", CONFIGURATION),
+            *("-f", str(FOLD), "-tr", trainer, "-device", device, "-npp", "1", "-nps", "1"),
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -229,13 +227,13 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
     return environment
 
 
-def _write_trainers(folder: Path, trainers: Mapping[str, str], epochs: int) -> None:
+def _write_trainers(folder: Path, modules: Mapping[str, str], trainers: Mapping[str, str], epochs: int) -> None:
     """nnU-Net's way to shorten a training is a subclass: one module each for the demo's."""
     for base, name in trainers.items():
         text = _TRAINER.format(
             base=base,
             name=name,
-            module=_module_of(base),
+            module=modules[base],
             epochs=epochs,
             iterations=ITERATIONS,
             validation_iterations=VALIDATION_ITERATIONS,
@@ -246,7 +244,7 @@ def _write_trainers(folder: Path, trainers: Mapping[str, str], epochs: int) -> N
 def _module_of(trainer: str) -> str:
     """The module of a trainer, to import it from."""
 
-    if trainer == "nnUNetTrainer":
+    if trainer == BASELINE:
         return "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
     file = trainers_folder() / f"{trainer}.py"
     if not file.is_file():
@@ -265,41 +263,11 @@ def _make_phantoms(folder: Path, seed: int) -> None:
     write_phantom_dataset(folder, labeled=4, unlabeled=12, validation=4, test=4, seed=seed)
 
 
-def _link_dataset(source: Path, target: Path) -> None:
-    """Make the dataset's folder with links to what is in it; where links are not allowed, with copies."""
-    target.mkdir(parents=True, exist_ok=True)
-    for entry in source.iterdir():
-        link = target / entry.name
-        if link.exists():
-            continue
-        try:
-            link.symlink_to(entry, target_is_directory=entry.is_dir())
-        except OSError:
-            if entry.is_dir():
-                shutil.copytree(entry, link)
-            else:
-                shutil.copyfile(entry, link)
-
-
 def _configure(dataset: _Dataset) -> None:
-    """Add a small configuration to the plans, and unlabeled cases to the fold of a dataset that has none."""
-    file = dataset.preprocessed / "nnUNetPlans.json"
+    """Add a small configuration to the plans."""
     plans = dataset.plans()
     plans["configurations"][CONFIGURATION] = demo_configuration(plans["configurations"][PARENT])
-    file.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
-
-    from nnunet_ssl.data.few_labels import split_dataset
-    from nnunet_ssl.data.splits import SPLITS_FILE, unlabeled_list
-
-    images = dataset.raw / "imagesUn"
-    listed = unlabeled_list(dataset.preprocessed / SPLITS_FILE, FOLD)
-    if not listed and not (images.is_dir() and any(images.iterdir())):
-        report = split_dataset(dataset.preprocessed, dataset.raw, labeled="25%", fold=FOLD)
-        fold = report.folds[FOLD]
-        print(
-            f"(no imagesUn: {len(fold['train'])} training cases keep their labels, {len(fold['unlabeled'])} do not)",
-            end=" ",
-        )
+    write_text(dataset.preprocessed / "nnUNetPlans.json", json.dumps(plans, indent=4) + "\n")
 
 
 def demo_configuration(parent: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,35 +299,56 @@ def demo_configuration(parent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _evaluate(
-    folder: Path, dataset: _Dataset, trainers: Mapping[str, str], *, tested: bool, iterations: int
-) -> tuple[str, Path]:
-    """Evaluate and draw; return the table and the path of the overlay."""
-    from nnunet_ssl.evaluation.folders import evaluate_folder, hardest_cases
-    from nnunet_ssl.evaluation.pictures import draw_case
+    folder: Path, dataset: _Dataset, trainers: Mapping[str, str], *, iterations: int
+) -> tuple[str, str, Path]:
+    """Evaluate and draw; return the table, the gains in words and the path of the picture."""
+    import numpy as np
+
+    from nnunet_ssl.evaluation.comparison import average_scores, paired_difference
+    from nnunet_ssl.evaluation.folders import evaluate_folder
+    from nnunet_ssl.evaluation.pictures import draw_cases
     from nnunet_ssl.evaluation.segmentations import Segmentations
     from nnunet_ssl.evaluation.tables import summarize
 
     segmentations = Segmentations.from_dataset_json(dataset.raw / "dataset.json")
-    references = dataset.raw / "labelsTs" if tested else dataset.preprocessed / "gt_segmentations"
-    images = dataset.raw / ("imagesTs" if tested else "imagesTr")
-    predictions = {
-        base: folder / "predictions" / name if tested else dataset.trained(name) / "validation"
-        for base, name in trainers.items()
-    }
+    references, images = dataset.raw / "labelsTs", dataset.raw / "imagesTs"
+    predictions = {base: folder / "predictions" / name for base, name in trainers.items()}
     results = {base: evaluate_folder(path, references, segmentations) for base, path in predictions.items()}
     failed = {case: reason for result in results.values() for case, reason in result.failed.items()}
     if failed:
         raise UserError("; ".join(f"{case} could not be evaluated: {reason}" for case, reason in failed.items()))
 
     by_trainer = {base: result.cases for base, result in results.items()}
-    cases = f"{'test' if tested else 'validation'} cases, mean ± standard deviation"
-    caption = f"{iterations} labeled iterations each; {cases}"
+    caption = f"{iterations} labeled iterations each; test cases, mean ± standard deviation"
+    dice = {base: average_scores([result], list(segmentations.labels), "dice") for base, result in results.items()}
+    compared = [base for base in trainers if base != BASELINE]
+    gains = "\n".join(_gain(base, paired_difference(dice[base], dice[BASELINE])) for base in compared)
     table = summarize(by_trainer, style="markdown")
-    (folder / "summary.md").write_text(f"{table}\n\n{caption}\n", encoding="utf-8")
+    write_text(folder / "summary.md", f"{table}\n\n{caption}\n\n{gains}\n")
 
+    gained = np.mean([dice[base].by_case() for base in compared], axis=0) - dice[BASELINE].by_case()
+    order = np.argsort(gained)
+    titles = {
+        dice[BASELINE].cases[order[len(order) // 2]]: "a typical case",
+        dice[BASELINE].cases[order[-1]]: "the largest gain",
+    }
     overlay = folder / "overlay.png"
-    draw_case(overlay, hardest_cases(results.values())[0], images, references, predictions, segmentations)
-    return f"{summarize(by_trainer)}\n{caption}", overlay
+    draw_cases(
+        overlay,
+        {case: f"{case}, {title}" for case, title in titles.items()},
+        images,
+        references,
+        predictions,
+        segmentations,
+    )
+    return f"{summarize(by_trainer)}\n{caption}", gains, overlay
+
+
+def _gain(trainer: str, found: PairedDifference) -> str:
+    more = "more" if found.mean >= 0 else "less"
+    interval = f"95 % interval over {found.cases} test cases {found.low:+.3f} to {found.high:+.3f}"
+    shown = "" if found.low > 0 or found.high < 0 else "; it holds 0, so this shows no difference"
+    return f"{trainer}: {abs(found.mean):.3f} Dice {more} than {BASELINE} on average ({interval}{shown})."
 
 
 def _read_json(file: Path) -> Any:

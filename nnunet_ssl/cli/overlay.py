@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw and print what was drawn."""
     from nnunet_ssl.data.image_checks import BadImageError
     from nnunet_ssl.evaluation.folders import evaluate_folder, hardest_cases
-    from nnunet_ssl.evaluation.pictures import draw_case
+    from nnunet_ssl.evaluation.pictures import draw_cases
 
     folders = _one_folder_each(args.folders)
     if args.worst < 1:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         picture = args.o / f"{case}.png"
         try:
-            draw_case(picture, case, images, references, folders, segmentations, channel=args.ch)
+            draw_cases(picture, {case: case}, images, references, folders, segmentations, channel=args.ch)
         except BadImageError as error:
             problems[case] = str(error)
         else:

@@ -116,6 +116,13 @@ def scores(runs: Sequence[FolderResult], cases: Sequence[str], structure: str, m
     return Scores(tuple(cases), np.array(rows, float).reshape(len(runs), len(cases)))
 
 
+def average_scores(runs: Sequence[FolderResult], structures: Sequence[str], metric: str) -> Scores:
+    """:func:`scores` averaged over structures, of all cases of the runs."""
+    cases = all_cases({"": runs})
+    values = np.mean([scores(runs, cases, structure, metric).values for structure in structures], axis=0)
+    return Scores(tuple(cases), values)
+
+
 def all_cases(models: Mapping[str, Sequence[FolderResult]]) -> list[str]:
     """Every case of any run, sorted."""
     return sorted({case.case for runs in models.values() for run in runs for case in run.cases})

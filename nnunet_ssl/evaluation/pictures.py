@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
@@ -33,60 +34,49 @@ AXIS_LABELS = {
 _COLORS = ("#ff5a4f", "#29b6f6", "#ffd23f", "#7bd148", "#c77dff", "#ff9f1c", "#2ec4b6", "#f78fb3")
 
 
-def save_overlay(
-    path: Path,
-    image: NDArray[np.number],
-    reference: NDArray[np.integer],
-    predictions: Mapping[str, NDArray[np.integer]],
-    *,
-    labels: Labels,
-    ignore_label: int | None = None,
-    spacing: Sequence[float] | None = None,
-    title: str = "",
-) -> None:
-    """Draw the contours of the reference and of each prediction side by side, the reference dotted in the latter.
+@dataclass(frozen=True)
+class Case:
+    """What is drawn of one case.
 
-    The slice, along the first axis, is the one in which the predictions and the reference disagree most.
-
-    Args:
-        path: the picture, a PNG file.
+    Attributes:
+        title: shown above its panels; the slice's number is added.
         image: one channel, shape (z, y, x) or (y, x).
         reference: label map of the same shape.
         predictions: label maps of the same shape by name, such as the trainer's.
+        spacing: millimeters per axis, in the order of the array's axes.
+    """
+
+    title: str
+    image: NDArray[np.number]
+    reference: NDArray[np.integer]
+    predictions: Mapping[str, NDArray[np.integer]]
+    spacing: Sequence[float] | None = None
+
+
+def save_overlay(path: Path, cases: Sequence[Case], *, labels: Labels, ignore_label: int | None = None) -> None:
+    """Draw the contours of the reference and of each prediction side by side, the reference dotted in the latter.
+
+    Of each case, a row shows the slice, along the first axis, in which the predictions and the reference disagree most.
+
+    Args:
+        path: the picture, a PNG file.
+        cases: one row each, with the same names of predictions.
         labels: label values by structure.
         ignore_label: voxels with this value in the reference are no disagreement.
-        spacing: millimeters per axis, in the order of the array's axes.
-        title: shown on top; the slice's number is added.
     """
-    spacing = tuple(spacing) if spacing is not None else (1.0,) * image.ndim
-    if image.ndim == 2:
-        image, reference = image[None], reference[None]
-        predictions = {name: prediction[None] for name, prediction in predictions.items()}
-    index = slice_of_interest(reference, list(predictions.values()), labels=labels, ignore_label=ignore_label)
-    low, high = np.percentile(image[index], [1, 99.5])
-    aspect = spacing[-2] / spacing[-1]
-
-    # Regions share contours: each line leaves those beneath it to be seen.
-    widths = np.linspace(1.7 + 0.6 * min(len(labels) - 1, 3), 1.7, len(labels))
-    panels: list[tuple[str, NDArray[np.integer] | None]] = [("image", None), ("reference", reference[index])]
-    panels += [(name, prediction[index]) for name, prediction in predictions.items()]
+    rows = [_in_three_dimensions(case) for case in cases]
+    colors = _cycle(len(labels))
     with matplotlib.style.context("default"):
-        height = 3.6 * image.shape[1] * aspect / image.shape[2]
-        figure = Figure(figsize=(3.6 * len(panels), min(max(height, 1.5), 7.0) + 0.9), dpi=120, layout="constrained")
+        heights = [min(max(3.6 * row.image.shape[1] * _aspect(row) / row.image.shape[2], 1.5), 7.0) for row in rows]
+        width = 3.6 * (2 + len(rows[0].predictions))
+        figure = Figure(figsize=(width, sum(heights) + 0.5 * len(rows) + 0.4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        for axis, (name, segmentation) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            axis.imshow(image[index], cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
-            axis.set_title(name, fontsize=11)
-            axis.set_axis_off()
-            if segmentation is None:
-                continue
-            for color, width, value in zip(_cycle(len(labels)), widths, labels.values(), strict=True):
-                if name != "reference":
-                    _contour(axis, np.isin(reference[index], value), colors="white", linestyles=":", linewidths=1.1)
-                _contour(axis, np.isin(segmentation, value), colors=color, linewidths=width)
-            axis.set_xlim(-0.5, image.shape[2] - 0.5)
-            axis.set_ylim(image.shape[1] - 0.5, -0.5)
-        lines = [Line2D([], [], color=color, linewidth=2) for color in _cycle(len(labels))]
+        parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, row in zip(parts, rows, strict=True):
+            others = list(row.predictions.values())
+            index = slice_of_interest(row.reference, others, labels=labels, ignore_label=ignore_label)
+            _draw_row(part, row, index, labels, colors)
+        lines = [Line2D([], [], color=color, linewidth=2) for color in colors]
         reference_line = Line2D([], [], color="gray", linestyle=":", linewidth=1.5)
         figure.legend(
             [*lines, reference_line],
@@ -96,13 +86,45 @@ def save_overlay(
             fontsize=10,
             frameon=False,
         )
-        figure.suptitle(f"{title} (slice {index + 1} of {len(image)})".strip(), fontsize=11)
         _save(figure, path)
 
 
-def draw_case(
+def _in_three_dimensions(case: Case) -> Case:
+    if case.image.ndim == 3:
+        return case
+    predictions = {name: prediction[None] for name, prediction in case.predictions.items()}
+    return replace(case, image=case.image[None], reference=case.reference[None], predictions=predictions)
+
+
+def _aspect(case: Case) -> float:
+    return float(case.spacing[-2] / case.spacing[-1]) if case.spacing is not None else 1.0
+
+
+def _draw_row(part: SubFigure, case: Case, index: int, labels: Labels, colors: Sequence[str]) -> None:
+    image, reference = case.image[index], case.reference[index]
+    low, high = np.percentile(image, [1, 99.5])
+    # Regions share contours: each line leaves those beneath it to be seen.
+    widths = np.linspace(1.7 + 0.6 * min(len(labels) - 1, 3), 1.7, len(labels))
+    panels: list[tuple[str, NDArray[np.integer] | None]] = [("image", None), ("reference", reference)]
+    panels += [(name, prediction[index]) for name, prediction in case.predictions.items()]
+    for axis, (name, segmentation) in zip(part.subplots(1, len(panels)), panels, strict=True):
+        axis.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=_aspect(case), interpolation="nearest")
+        axis.set_title(name, fontsize=11)
+        axis.set_axis_off()
+        if segmentation is None:
+            continue
+        for color, width, value in zip(colors, widths, labels.values(), strict=True):
+            if name != "reference":
+                _contour(axis, np.isin(reference, value), colors="white", linestyles=":", linewidths=1.1)
+            _contour(axis, np.isin(segmentation, value), colors=color, linewidths=width)
+        axis.set_xlim(-0.5, image.shape[1] - 0.5)
+        axis.set_ylim(image.shape[0] - 0.5, -0.5)
+    part.suptitle(f"{case.title} (slice {index + 1} of {len(case.image)})".strip(), fontsize=11)
+
+
+def draw_cases(
     path: Path,
-    case: str,
+    titles: Mapping[str, str],
     images: Path,
     references: Path,
     predictions: Mapping[str, Path],
@@ -110,11 +132,11 @@ def draw_case(
     *,
     channel: int = 0,
 ) -> None:
-    """:func:`save_overlay` of one case, read from folders.
+    """:func:`save_overlay` of cases that are read from folders.
 
     Args:
         path: the picture, a PNG file.
-        case: its name.
+        titles: by the case's name.
         images: folder with one file per channel, or with color pictures.
         references: folder of reference segmentations.
         predictions: folders by name.
@@ -124,8 +146,30 @@ def draw_case(
     Raises:
         BadImageError: a file is missing or damaged, or the sizes differ.
     """
+    cases = [
+        _read_case(
+            case,
+            title,
+            images / f"{case}_{channel:04d}{segmentations.file_ending}",
+            references,
+            predictions,
+            segmentations,
+        )
+        for case, title in titles.items()
+    ]
+    save_overlay(path, cases, labels=segmentations.labels, ignore_label=segmentations.ignore_label)
+
+
+def _read_case(
+    case: str,
+    title: str,
+    image_file: Path,
+    references: Path,
+    predictions: Mapping[str, Path],
+    segmentations: Segmentations,
+) -> Case:
     name = case + segmentations.file_ending
-    image = segmentations.read_image(images / f"{case}_{channel:04d}{segmentations.file_ending}")
+    image = segmentations.read_image(image_file)
     reference, geometry = segmentations.read(references / name)
     arrays = {}
     for model, folder in predictions.items():
@@ -135,16 +179,7 @@ def draw_case(
             raise BadImageError(f"{folder / name}: {difference}, the reference's")
     if image.shape != reference.shape:
         raise BadImageError(f"the image has {image.shape} voxels, the reference {reference.shape}")
-    save_overlay(
-        path,
-        image,
-        reference,
-        arrays,
-        labels=segmentations.labels,
-        ignore_label=segmentations.ignore_label,
-        spacing=geometry.spacing,
-        title=case,
-    )
+    return Case(title, image, reference, arrays, geometry.spacing)
 
 
 def save_comparison(

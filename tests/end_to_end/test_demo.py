@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from nnunet_ssl.cli import demo, demo_steps
 from nnunet_ssl.cli.lookup import find_program, trainer_descriptions, trainers_folder
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.comparison import PairedDifference
 
 METHODS = sorted(BY_NAME)
 
@@ -44,7 +46,7 @@ def test_demo_of_all_trainers(tmp_path):
     assert all(re.match(r"\d+\.\d\d", hd95) for structure, _, _, hd95 in rows if structure == "chamber")
 
     out = tmp_path / "out"
-    shown = [Path(path) for path in re.findall(r"^(?:overlay|curves|table) +(.+)$", finished.stdout, re.MULTILINE)]
+    shown = [Path(path) for path in re.findall(r"^(?:picture|curves|table) +(.+)$", finished.stdout, re.MULTILINE)]
     assert [path.name for path in shown] == [
         "overlay.png",
         "progress.png",
@@ -66,7 +68,7 @@ def test_demo_of_all_trainers(tmp_path):
     )
 
 
-SETTINGS = {"trainer": "CrossMatchTrainer", "raw": None, "seed": 0, "epochs": demo.EPOCHS}
+SETTINGS = {"trainer": "UniMatchTrainer", "seed": 0, "epochs": demo.EPOCHS}
 
 
 def test_refuses_a_folder_that_it_did_not_make(tmp_path):
@@ -109,8 +111,8 @@ def test_steps(tmp_path, monkeypatch, capsys, option, methods):
     monkeypatch.setattr(
         demo,
         "_evaluate",
-        lambda folder, dataset, trainers, tested, iterations: (
-            evaluated.extend(trainers) or ("table", folder / "overlay.png")
+        lambda folder, dataset, trainers, iterations: (
+            evaluated.extend(trainers) or ("table", "gains", folder / "overlay.png")
         ),
     )
     assert main(["demo", option, "-o", str(tmp_path / "out")]) == 0
@@ -132,13 +134,24 @@ def test_an_unknown_trainer_is_refused_with_the_known_ones(tmp_path):
     finished = run_demo("--trainer", "NoSuchTrainer", cwd=tmp_path)
     assert finished.returncode == 2
     assert "no trainer NoSuchTrainer" in finished.stderr and ", ".join(METHODS) in finished.stderr
+    assert not (tmp_path / "nnunet_ssl_demo").exists(), "the right call works at once"
 
 
-def test_a_raw_folder_must_be_a_dataset(tmp_path):
-    finished = run_demo("--raw", "nothing_here", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "no raw nnU-Net dataset" in finished.stderr and str(tmp_path / "nothing_here") in finished.stderr
+@pytest.mark.parametrize(("option", "value"), [("--epochs", "0"), ("-np", "0")])
+def test_a_wrong_number_writes_nothing(tmp_path, option, value):
+    finished = run_demo(option, value, cwd=tmp_path)
+    assert finished.returncode == 2 and f"{option} is {value}" in finished.stderr
     assert not (tmp_path / "nnunet_ssl_demo").exists()
+
+
+def test_the_gain_in_words():
+    pair = PairedDifference(mean=0.0612, low=0.021, high=0.1, p_value=0.01, cases=8)
+    assert demo._gain("UniMatchTrainer", pair) == (
+        "UniMatchTrainer: 0.061 Dice more than nnUNetTrainer on average "
+        "(95 % interval over 8 test cases +0.021 to +0.100)."
+    )
+    unclear = demo._gain("UniMatchTrainer", replace(pair, mean=-0.01, low=-0.04))
+    assert "0.010 Dice less than nnUNetTrainer" in unclear and "shows no difference" in unclear
 
 
 @pytest.mark.parametrize(

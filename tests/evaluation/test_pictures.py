@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from nnunet_ssl.evaluation.pictures import save_overlay, slice_of_interest
+from nnunet_ssl.evaluation.pictures import Case, save_overlay, slice_of_interest
 
 
 def test_slice_of_interest():
@@ -30,9 +32,9 @@ def test_overlay_shows_contours_in_the_structures_colors(tmp_path, shape):
     prediction = np.roll(reference, 2, axis=-1)
     image = np.random.default_rng(0).normal(100, 1, shape)
     labels = {"chamber": 1, "neighbor": 2}
-    save_overlay(tmp_path / "with.png", image, reference, {"trainer": prediction}, labels=labels, title="case")
+    save_overlay(tmp_path / "with.png", [Case("case", image, reference, {"trainer": prediction})], labels=labels)
     empty = {"trainer": np.zeros_like(reference)}
-    save_overlay(tmp_path / "without.png", image, reference, empty, labels=labels, title="case")
+    save_overlay(tmp_path / "without.png", [Case("case", image, reference, empty)], labels=labels)
 
     def red(file):
         """Pixels in the first structure's color, by column of the panels: image, reference, trainer."""
@@ -49,5 +51,17 @@ def test_overlay_shows_contours_in_the_structures_colors(tmp_path, shape):
 
 def test_constant_image_and_no_foreground(tmp_path):
     empty = np.zeros((3, 8, 8), np.uint8)
-    save_overlay(tmp_path / "a.png", empty, empty, {"trainer": empty}, labels={"one": 1}, spacing=(3, 1, 2))
+    save_overlay(tmp_path / "a.png", [Case("", empty, empty, {"trainer": empty}, (3, 1, 2))], labels={"one": 1})
     assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_each_case_is_a_row(tmp_path):
+    reference = np.zeros((2, 16, 16), np.uint8)
+    reference[1, 4:12, 4:12] = 1
+    case = Case("first", reference, reference, {"trainer": reference})
+    save_overlay(tmp_path / "one.png", [case], labels={"one": 1})
+    save_overlay(tmp_path / "two.png", [case, replace(case, title="second")], labels={"one": 1})
+    one, two = (imread(tmp_path / name) for name in ("one.png", "two.png"))
+    assert one.shape[1] == two.shape[1] and 1.7 < two.shape[0] / one.shape[0] < 2.1
+    upper, lower = np.array_split(np.abs(two[:, :, :3] - np.array([255, 90, 79]) / 255).max(axis=-1) < 0.02, 2)
+    assert upper.sum() > 100 and lower.sum() > 100
