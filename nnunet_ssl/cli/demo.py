@@ -328,19 +328,10 @@ def _evaluate(
 
     gained = np.mean([dice[base].by_case() for base in compared], axis=0) - dice[BASELINE].by_case()
     order = np.argsort(gained)
-    titles = {
-        dice[BASELINE].cases[order[len(order) // 2]]: "a typical case",
-        dice[BASELINE].cases[order[-1]]: "the largest gain",
-    }
+    names = dice[BASELINE].cases
+    titles = {names[order[len(order) // 2]]: "a typical test case", names[order[-1]]: "the test case that gained most"}
     overlay = folder / "overlay.png"
-    draw_cases(
-        overlay,
-        {case: f"{case}, {title}" for case, title in titles.items()},
-        images,
-        references,
-        predictions,
-        segmentations,
-    )
+    draw_cases(overlay, titles, images, references, predictions, segmentations, errors=False)
     return f"{summarize(by_trainer)}\n{caption}", gains, overlay
 
 

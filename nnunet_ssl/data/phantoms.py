@@ -8,7 +8,7 @@ other shapes that are as bright: a few labels leave much to be learned from more
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from nnunet_ssl.errors import UserError
 FILE_ENDING = ".nii.gz"
 STRUCTURES = ("chamber", "neighbor", "wall")
 # A case is drawn from (seed, its role, its number), so it stays the same whatever the counts are.
+_TISSUE = 0.42  # its mean brightness
 _ROLES = {"labeled": 0, "unlabeled": 1, "validation": 2, "test": 3}
 
 Array = NDArray[np.floating]
@@ -52,6 +53,7 @@ def write_phantom_dataset(
     num_classes: int = 2,
     num_channels: int = 1,
     two_d: bool = False,
+    contrasts: Mapping[str, tuple[float, float]] | None = None,
 ) -> PhantomDataset:
     """Write a phantom dataset in nnU-Net's raw format.
 
@@ -71,6 +73,8 @@ def write_phantom_dataset(
         num_classes: 1 (chamber), 2 (and neighbor) or 3 (and the chamber's wall).
         num_channels: number of image channels, each with contrast and noise of its own.
         two_d: write two-dimensional images, which nnU-Net plans as ``2d`` only.
+        contrasts: range from which each case of a role ("labeled", "unlabeled", "validation", "test") draws how much
+            its structures stand out; 1 where a role is not named.
 
     Raises:
         UserError: the folder is not named as nnU-Net wants, or ``num_classes`` is not 1, 2 or 3.
@@ -93,8 +97,14 @@ def write_phantom_dataset(
     for role, (images, labels, prefix) in places.items():
         cases[role] = tuple(f"{prefix}_{number:03d}" for number in range(counts[role]))
         for number, case in enumerate(cases[role]):
+            of_case = [seed, _ROLES[role], number]
+            low, high = (contrasts or {}).get(role, (1.0, 1.0))
             channels, segmentation = draw_phantom(
-                np.random.default_rng([seed, _ROLES[role], number]), shape, spacing, num_channels=num_channels
+                np.random.default_rng(of_case),
+                shape,
+                spacing,
+                num_channels=num_channels,
+                contrast=np.random.default_rng([*of_case, 1]).uniform(low, high),
             )
             for index, channel in enumerate(channels):
                 _write(folder / images / f"{case}_{index:04d}{FILE_ENDING}", channel, spacing)
@@ -119,9 +129,21 @@ def write_phantom_dataset(
 
 
 def draw_phantom(
-    rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[float], *, num_channels: int = 1
+    rng: np.random.Generator,
+    shape: Sequence[int],
+    spacing: Sequence[float],
+    *,
+    num_channels: int = 1,
+    contrast: float = 1.0,
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
     """Draw one case.
+
+    Args:
+        rng: of the case.
+        shape: voxels per axis.
+        spacing: millimeters per axis.
+        num_channels: of the image.
+        contrast: how much the structures stand out from tissue; 0 is not at all.
 
     Returns:
         The channels, each of shape ``shape`` and with intensities from 0 to about 2000, and the segmentation
@@ -159,12 +181,14 @@ def draw_phantom(
     segmentation[(neighbor < 0) & (chamber >= 0.06)] = 2
     segmentation[chamber < 0] = 1
 
-    channels = [_image(rng, position, segmentation) for _ in range(num_channels)]
+    channels = [_image(rng, position, segmentation, contrast) for _ in range(num_channels)]
     return [channel.reshape(shape) for channel in channels], segmentation.reshape(shape)
 
 
-def _image(rng: np.random.Generator, position: Array, segmentation: NDArray[np.uint8]) -> NDArray[np.float32]:
-    tissue = 0.42 + 0.10 * _smooth_field(rng, position, frequency=2.5)
+def _image(
+    rng: np.random.Generator, position: Array, segmentation: NDArray[np.uint8], contrast: float
+) -> NDArray[np.float32]:
+    tissue = _TISSUE + 0.10 * _smooth_field(rng, position, frequency=2.5)
     for _ in range(rng.integers(9, 15)):  # as bright as the structures, elsewhere
         center = rng.uniform(-1.0, 1.0, 3)
         center[1:] *= rng.uniform(0.7, 1.2) / np.linalg.norm(center[1:])
@@ -172,6 +196,7 @@ def _image(rng: np.random.Generator, position: Array, segmentation: NDArray[np.u
         tissue = np.where(shape < 0, rng.uniform(0.28, 0.95), tissue)
     chamber = rng.uniform(0.66, 0.76) + 0.04 * _smooth_field(rng, position, frequency=3.0)
     neighbor = rng.uniform(0.9, 1.02)
+    chamber, neighbor = (_TISSUE + contrast * (value - _TISSUE) for value in (chamber, neighbor))
     # The wall is dark on one side and fades into tissue on the other.
     side = rng.normal(size=3)
     seen = np.clip(0.5 + np.tensordot(side / np.linalg.norm(side), position, 1), 0, 1)

@@ -53,16 +53,20 @@ class Case:
     spacing: Sequence[float] | None = None
 
 
-def save_overlay(path: Path, cases: Sequence[Case], *, labels: Labels, ignore_label: int | None = None) -> None:
+def save_overlay(
+    path: Path, cases: Sequence[Case], *, labels: Labels, ignore_label: int | None = None, errors: bool = True
+) -> None:
     """Draw the contours of the reference and of each prediction side by side, the reference dotted in the latter.
 
-    Of each case, a row shows the slice, along the first axis, in which the predictions and the reference disagree most.
+    Of each case, a row shows one slice along the first axis.
 
     Args:
         path: the picture, a PNG file.
         cases: one row each, with the same names of predictions.
         labels: label values by structure.
         ignore_label: voxels with this value in the reference are no disagreement.
+        errors: whether to show the slice in which predictions and reference disagree most; otherwise that with most of
+            the structures.
     """
     rows = [_in_three_dimensions(case) for case in cases]
     colors = _cycle(len(labels))
@@ -73,7 +77,7 @@ def save_overlay(path: Path, cases: Sequence[Case], *, labels: Labels, ignore_la
         FigureCanvasAgg(figure)
         parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
         for part, row in zip(parts, rows, strict=True):
-            others = list(row.predictions.values())
+            others = list(row.predictions.values()) if errors else []
             index = slice_of_interest(row.reference, others, labels=labels, ignore_label=ignore_label)
             _draw_row(part, row, index, labels, colors)
         lines = [Line2D([], [], color=color, linewidth=2) for color in colors]
@@ -131,6 +135,7 @@ def draw_cases(
     segmentations: Segmentations,
     *,
     channel: int = 0,
+    errors: bool = True,
 ) -> None:
     """:func:`save_overlay` of cases that are read from folders.
 
@@ -142,6 +147,7 @@ def draw_cases(
         predictions: folders by name.
         segmentations: how they are stored.
         channel: which file of the case is drawn.
+        errors: see :func:`save_overlay`.
 
     Raises:
         BadImageError: a file is missing or damaged, or the sizes differ.
@@ -157,7 +163,7 @@ def draw_cases(
         )
         for case, title in titles.items()
     ]
-    save_overlay(path, cases, labels=segmentations.labels, ignore_label=segmentations.ignore_label)
+    save_overlay(path, cases, labels=segmentations.labels, ignore_label=segmentations.ignore_label, errors=errors)
 
 
 def _read_case(

@@ -86,3 +86,21 @@ def test_refuses_what_nnunet_would_not_find(tmp_path):
         write_phantom_dataset(tmp_path / "phantoms", **counts)
     with pytest.raises(UserError, match="1 to 3 structures"):
         write_phantom_dataset(tmp_path / "Dataset001_P", **counts, num_classes=4)
+
+
+def test_the_contrast_of_a_role_changes_its_images_alone(tmp_path):
+    counts = {"labeled": 1, "unlabeled": 1, "validation": 0, "test": 1, "seed": 5, "shape": (16, 32, 32)}
+    plain, faint = tmp_path / "Dataset001_Plain", tmp_path / "Dataset002_Faint"
+    write_phantom_dataset(plain, **counts)
+    write_phantom_dataset(faint, **counts, contrasts={"test": (0.2, 0.3)})
+
+    def read(folder, file):
+        return sitk.GetArrayFromImage(sitk.ReadImage(folder / file))
+
+    for same in ("imagesTr/phantom_000_0000.nii.gz", "imagesUn/unlabeled_000_0000.nii.gz", "labelsTs/test_000.nii.gz"):
+        assert np.array_equal(read(plain, same), read(faint, same))
+    chamber = read(plain, "labelsTs/test_000.nii.gz") == 1
+    above = [image[chamber].mean() / image[~chamber].mean() - 1 for image in (
+        read(folder, "imagesTs/test_000_0000.nii.gz") for folder in (plain, faint)
+    )]  # fmt: skip
+    assert 0.05 < above[1] < 0.6 * above[0]
