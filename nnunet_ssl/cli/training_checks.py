@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
 from nnunet_ssl.cli.lookup import described, find_trainer
-from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
+from nnunet_ssl.data.nnunet_files import read_dataset_json, read_fingerprint, read_plans
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def check_dataset(
 
 
 def check_labeled(folder: Path, dataset_json: dict[str, Any], *, otherwise: str) -> Iterator[Finding]:
-    """The preprocessed labeled cases."""
+    """The preprocessed labeled cases, and what nnU-Net has measured of them."""
     there = sum(1 for _ in folder.glob("*.pkl"))
     expected = dataset_json.get("numTraining", there)
     if there == 0:
@@ -74,6 +74,7 @@ def check_labeled(folder: Path, dataset_json: dict[str, Any], *, otherwise: str)
         yield warn(f"{folder} holds {there} of {expected} preprocessed cases: {otherwise}")
     else:
         yield ok(f"{there} labeled cases are preprocessed in {folder}")
+    read_fingerprint(folder.parent)  # unlabeled images are compared with it
 
 
 def check_unlabeled(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_ssl.data.nnunet_files import read_fingerprint
 from nnunet_ssl.text import by_axis, one_line, unwrap
 
 _SPACING_FACTOR = 2.0
@@ -54,11 +54,12 @@ class LabeledImages:
 
 
 def describe_labeled_images(folder: Path, plans_manager: PlansManager, num_channels: int) -> LabeledImages:
-    """What the fingerprint in the preprocessed dataset's folder and the plans tell about the labeled images."""
-    try:
-        fingerprint = json.loads((folder / "dataset_fingerprint.json").read_bytes())
-    except FileNotFoundError:
-        fingerprint = {}
+    """What the fingerprint in the preprocessed dataset's folder and the plans tell about the labeled images.
+
+    Raises:
+        UserError: see :func:`~nnunet_ssl.data.nnunet_files.read_fingerprint`.
+    """
+    fingerprint = read_fingerprint(folder)
     dimensions = {2 if shape[0] == 1 else 3 for shape in fingerprint.get("shapes_after_crop", ())}
     spacings = fingerprint.get("spacings")
     properties = plans_manager.foreground_intensity_properties_per_channel

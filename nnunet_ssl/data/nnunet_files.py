@@ -98,3 +98,16 @@ def read_dataset_json(file: Path, *, otherwise: str) -> dict[str, Any]:
     if not any(isinstance(description.get(name), dict) for name in ("channel_names", "modality")):
         raise UserError(f"{file} has no 'channel_names' that are a table. {otherwise}")
     return description
+
+
+def read_fingerprint(preprocessed_dataset: Path) -> dict[str, Any]:
+    """What nnU-Net has measured of the labeled images; empty where its file is not there.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = preprocessed_dataset / "dataset_fingerprint.json"
+    if not file.is_file():
+        return {}
+    again = f"Make it again with nnUNetv2_extract_fingerprint -d {preprocessed_dataset.name[7:10]} --clean."
+    return read_json(file, otherwise=again, entries={"shapes_after_crop": list, "spacings": list})

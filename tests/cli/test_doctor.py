@@ -183,6 +183,10 @@ def _byte_order_mark(name: str) -> Callable[[Dataset], None]:
     return mark
 
 
+def _broken_fingerprint(dataset: Dataset) -> None:
+    (dataset.preprocessed / "dataset_fingerprint.json").write_text('{"spacings": [')
+
+
 def _labeled_and_unlabeled(dataset: Dataset) -> None:
     dataset.write_splits([{**SPLITS[0], "unlabeled": CASES[1:2]}])
 
@@ -232,6 +236,7 @@ def _failed_before(dataset: Dataset) -> None:
         (_byte_order_mark("splits_final.json"), "FAIL", "splits_final.json begins with a byte-order mark"),
         (_byte_order_mark("dataset.json"), "FAIL", "dataset.json begins with a byte-order mark"),
         (_byte_order_mark("nnUNetPlans.json"), "FAIL", "nnUNetPlans.json begins with a byte-order mark"),
+        (_broken_fingerprint, "FAIL", "dataset_fingerprint.json is no valid JSON"),
         (_labeled_and_unlabeled, "FAIL", "case_1"),
         (_leak_by_name, "FAIL", "imagesTr/case_2"),
         (_leak_by_image, "FAIL", "imagesTr/case_4 = imagesTr/case_2"),

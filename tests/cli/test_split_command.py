@@ -63,6 +63,15 @@ def test_mistakes_are_explained(dataset, capsys, arguments, message):
     assert not dataset.exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--append"], ["-f", "0"]])
+def test_a_file_without_folds_is_explained(dataset, capsys, options):
+    dataset.parent.mkdir()
+    dataset.write_text("[]")
+    assert main(["split", "-d", "42", "--labeled", "1", *options]) == 2
+    assert f"{dataset} holds no fold. Move it away" in capsys.readouterr().err
+    assert dataset.read_text() == "[]"
+
+
 def test_needs_nnunet_preprocessed(dataset, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_preprocessed")
     assert main(["split", "-d", "42", "--labeled", "2"]) == 2

@@ -18,6 +18,7 @@ from tiny_dataset import TinyDataset, read_preprocessed, voxels, write_image
 
 from nnunet_ssl.data import preprocess_case, preprocessing
 from nnunet_ssl.data.unlabeled_cases import ready_cases
+from nnunet_ssl.errors import UserError
 
 
 @pytest.fixture
@@ -261,6 +262,21 @@ def test_without_fingerprint_spacing_is_not_compared(dataset: TinyDataset) -> No
     dataset.add("coarse", voxels(0), spacing=(1.25, 1.25, 5.0))
     report = dataset.run()
     assert (report.done, report.warnings) == (["coarse"], [])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", r"fingerprint\.json is no valid JSON"),
+        ("[]", r"fingerprint\.json holds no table"),
+        ('{"shapes_after_crop": [], "spacings": null}', r"'spacings' in .*fingerprint\.json must be a list"),
+    ],
+)
+def test_a_broken_fingerprint_is_named(dataset: TinyDataset, content: str, expected: str) -> None:
+    (dataset.preprocessed / "dataset_fingerprint.json").write_text(content)
+    dataset.add("scan", voxels(0))
+    with pytest.raises(UserError, match=rf"{expected}.*nnUNetv2_extract_fingerprint -d 007 --clean\."):
+        dataset.run()
 
 
 def test_channels_must_be_there_and_fit_each_other(tmp_path: Path) -> None:
