@@ -120,8 +120,8 @@ class SemiSupervisedSettings:
     ramp_length: float = ramp_length_setting(0.3)
     memory_mode: str = setting(
         "auto",
-        "stacked: all streams in one pass; split: one stream at a time, less memory; auto: split on a CPU, stacked "
-        "on a GPU with a fall-back to split when its memory does not suffice",
+        "stacked: all streams in one pass; split: one stream at a time, less memory; auto: split on a CPU; on a GPU "
+        "stacked, and split if the memory does not suffice",
         choices=("auto", "stacked", "split"),
     )
     activation_checkpointing: bool = setting(
@@ -137,8 +137,8 @@ class SemiSupervisedSettings:
     )
     seed: int | None = setting(
         None,
-        "for weights, batches, masks and noise; null: another one each time. On a CPU with one worker "
-        "(nnUNet_n_proc_DA=1 or 0) the same seed makes the same training",
+        "seed of weights, batches, masks and noise; null: a new one each time. On a CPU with one worker "
+        "(nnUNet_n_proc_DA=1 or 0) the same seed gives the same training",
         minimum=0,
         integer=True,
         optional=True,
@@ -195,12 +195,12 @@ class TeacherSettings(SemiSupervisedSettings):
     ema_decay: float = setting(0.99, "largest decay of the teacher's moving average", minimum=0.0, maximum=1.0)
     predict_with: str = setting(
         "student",
-        "whose weights a checkpoint's network_weights are, to validate and predict with",
+        "whose weights are saved as network_weights, and used for validation and prediction",
         choices=("student", "teacher"),
     )
     validate_both: bool = setting(
         False,
-        "after the training, validate the other of student and teacher too, into validation_student or "
+        "after the training, also validate the other of student and teacher, into validation_student or "
         "validation_teacher",
         choices=(True, False),
     )

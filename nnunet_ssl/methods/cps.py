@@ -42,9 +42,7 @@ class CPSSettings(SemiSupervisedSettings):
     """**[choice]** The weight that the method has for medical images, after a ramp; the paper's is 1.5 without one."""
 
     ramp_length: float = ramp_length_setting(1.0)
-    cps_weight: float = setting(
-        0.1, "λ: weight of what the networks learn from each other, after the ramp", minimum=0.0
-    )
+    cps_weight: float = setting(0.1, "λ: weight of the loss between the two networks, after the ramp", minimum=0.0)
 
 
 class CPSTrainer(SemiSupervisedTrainer):

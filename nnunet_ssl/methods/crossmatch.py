@@ -42,16 +42,18 @@ class CrossMatchSettings(CutMixSettings):
     """The paper's values. ``ramp_length`` is a **[choice]**: 0 is the paper's constant weight."""
 
     confidence_threshold: float = setting(
-        0.85, "τ: the least confidence of a pseudo-label that is learned from", minimum=0.0, maximum=1.0
+        0.85, "τ: lowest confidence of a pseudo-label that is used", minimum=0.0, maximum=1.0
     )
     self_distillation: float = setting(
         0.3,
-        "η: share of the distillation that goes within a decoder instead of from the teacher",
+        "η: share of the distillation within a decoder; the rest is from the teacher",
         minimum=0.0,
         maximum=1.0,
     )
     weak_dropout: float = setting(0.25, "channel dropout of the weakly perturbed decoder", minimum=0.0, maximum=0.95)
-    strong_dropout: float = setting(0.75, "channel dropout of the strongly perturbed one", minimum=0.0, maximum=0.95)
+    strong_dropout: float = setting(
+        0.75, "channel dropout of the strongly perturbed decoder", minimum=0.0, maximum=0.95
+    )
     perturbations: str = setting(
         "all",
         "all: each step has two strong views and both perturbed decoders, as in the paper; sampled: one strong view "

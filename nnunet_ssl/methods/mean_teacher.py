@@ -48,7 +48,7 @@ class MeanTeacherSettings(TeacherSettings):
     noise: float = setting(0.1, "σ: standard deviation of the noise on images, clipped at twice that", minimum=0.0)
     student_view: str = setting(
         "noise",
-        "which unlabeled images the student sees: the teacher's with noise of their own, or their strong view",
+        "unlabeled images of the student; noise: the teacher's images with different noise; strong: the strong view",
         choices=("noise", "strong"),
     )
 

@@ -47,7 +47,7 @@ class MutualReliableSettings(SemiSupervisedSettings):
 
     ramp_length: float = ramp_length_setting(0.4)
     supervised_weight: float = setting(0.5, "γ: weight of each decoder's supervised loss", minimum=0.0)
-    mutual_weight: float = setting(1.0, "β: weight of what decoders learn from each other, after the ramp", minimum=0.0)
+    mutual_weight: float = setting(1.0, "β: weight of the loss between the decoders, after the ramp", minimum=0.0)
     decoders: int = setting(
         2, "2: a and b; 3: also c, which interpolates in the way that b does not", choices=(2, 3), integer=True
     )

@@ -62,16 +62,18 @@ class SimCVDSettings(TeacherSettings):
         0.1, "standard deviation of the noise on the student's images, clipped at twice that", minimum=0.0
     )
     projection_channels: int = setting(128, "channels of the boundary-aware features", minimum=1, integer=True)
-    contrast_positions: int = setting(512, "most positions of a patch in the contrast", minimum=8, integer=True)
+    contrast_positions: int = setting(
+        512, "largest number of positions of a patch in the contrast", minimum=8, integer=True
+    )
     contrast_positions_in_batch: int = setting(
         1024,
-        "most positions of all patches of a batch in the contrast, kept by a coarser grid of at least 8 for each",
+        "largest number of positions of a batch in the contrast; a coarser grid limits it, with at least 8 per patch",
         minimum=8,
         integer=True,
     )
     structure_voxels: int = setting(
         1024,
-        "most bottleneck voxels of a patch in the pairwise distillation, drawn in each step",
+        "largest number of bottleneck voxels of a patch in the pairwise distillation, drawn in each step",
         minimum=2,
         integer=True,
     )

@@ -49,7 +49,7 @@ class UAMTSettings(TeacherSettings):
     passes: int = setting(8, "T: passes of the teacher from which its uncertainty is computed", minimum=1, integer=True)
     first_threshold: float = setting(
         0.75,
-        "share of the largest entropy below which a voxel is learned from at first; it rises to 1",
+        "the student learns where the entropy is below this share of the largest entropy; the share rises to 1",
         minimum=0.0,
         maximum=1.0,
     )

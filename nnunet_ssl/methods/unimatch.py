@@ -43,7 +43,7 @@ class UniMatchSettings(CutMixSettings):
     """The paper's values. ``ramp_length`` is a **[choice]**: 0 is the paper's constant weight."""
 
     confidence_threshold: float = setting(
-        0.95, "τ: the least confidence of a pseudo-label that is learned from", minimum=0.0, maximum=1.0
+        0.95, "τ: lowest confidence of a pseudo-label that is used", minimum=0.0, maximum=1.0
     )
     strong_views: int = setting(2, "strong views of each unlabeled patch; 1 is FixMatch's", choices=(1, 2))
     feature_weight: float = setting(

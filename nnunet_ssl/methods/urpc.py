@@ -50,8 +50,8 @@ class URPCSettings(SemiSupervisedSettings):
     consistency_weight: float = setting(0.1, "λ: weight of the pyramid's consistency, after the ramp", minimum=0.0)
     scales: int = setting(
         4,
-        "S: most resolutions in the pyramid, from the full one down; less where nnU-Net's deep supervision learns from "
-        "fewer",
+        "S: largest number of resolutions in the pyramid, from the full one down; fewer if nnU-Net's deep "
+        "supervision uses fewer",
         minimum=2,
         integer=True,
     )
