@@ -111,6 +111,19 @@ def test_other_plans_of_the_same_network_are_told(make, tmp_path, monkeypatch):
     assert line.endswith("] there, [3.0, 3.0] here")
 
 
+def test_classes_that_have_changed_places_are_told(make, tmp_path, monkeypatch):
+    make().save_checkpoint(str(tmp_path / "c.pth"))
+    trainer = make()
+    lines: list[str] = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lines.append)
+    labels = trainer.dataset_json["labels"]
+    swapped = {**labels, "chamber": labels["neighbor"], "neighbor": labels["chamber"]}
+    monkeypatch.setitem(trainer.dataset_json, "labels", swapped)
+    trainer.load_checkpoint(str(tmp_path / "c.pth"))
+    (line,) = [line for line in lines if line.startswith("WARNING")]
+    assert line.endswith("other classes: chamber 1 there, 2 here; neighbor 2 there, 1 here")
+
+
 def test_another_method(make, tmp_path):
     make(SimCVDTrainer).save_checkpoint(str(tmp_path / "c.pth"))
     said = refusal(make(), tmp_path / "c.pth")

@@ -487,7 +487,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Restore a checkpoint of this trainer, of tensors and plain values; raises as :func:`continue_from` does."""
         if not self.was_initialized:
             self.initialize()
-        here = {**self.plans_manager.plans, "configuration": self.configuration_name, "num_epochs": self.num_epochs}
+        here = {**self.plans_manager.plans, **self.my_init_kwargs, "num_epochs": self.num_epochs}
         parts = self.training_network, self.optimizer, self.grad_scaler, self.settings
         checkpoint = continue_from(
             filename_or_checkpoint, *parts, trainer_name=type(self).__name__, here=here, log=self.print_to_log_file

@@ -113,7 +113,7 @@ def continue_from(
         grad_scaler: nnU-Net's, or None.
         settings: of the method.
         trainer_name: of its class.
-        here: nnU-Net's plans, and ``configuration`` and ``num_epochs`` of this training.
+        here: nnU-Net's plans, and ``configuration``, ``dataset_json`` and ``num_epochs`` of this training.
         log: writes a line to nnU-Net's log file.
 
     Returns:
@@ -142,6 +142,8 @@ def continue_from(
     _load_networks(network, checkpoint, named, trainer_name, changed)
     if other := _other_plans(checkpoint["init_args"], here):
         log(f"WARNING: The checkpoint was trained with other plans: {'; '.join(other)}")
+    if other := _other_classes(checkpoint["init_args"], here):
+        log(f"WARNING: The checkpoint was trained with other classes: {'; '.join(other)}")
     if writer != trainer_name:
         done = checkpoint["current_epoch"]
         log(f"The checkpoint is one of {writer}, after {done} epochs; {trainer_name} has {here['num_epochs']}")
@@ -194,6 +196,16 @@ def _other_plans(init_args: Mapping[str, Any], here: Mapping[str, Any]) -> list[
         f"{name} {unwrap(theirs.get(name), 80)} there, {unwrap(value, 80)} here"
         for name, value in ours.items()
         if theirs.get(name) != value
+    ]
+
+
+def _other_classes(init_args: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Which classes a checkpoint's dataset.json has under other numbers; its network may have as many outputs."""
+    theirs, ours = (one.get("dataset_json", {}).get("labels", {}) for one in (init_args, here))
+    return [
+        f"{name} {theirs.get(name, 'not')} there, {ours.get(name, 'not')} here"
+        for name in {**theirs, **ours}
+        if theirs.get(name) != ours.get(name)
     ]
 
 
