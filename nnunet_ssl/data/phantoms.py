@@ -98,13 +98,9 @@ def write_phantom_dataset(
         cases[role] = tuple(f"{prefix}_{number:03d}" for number in range(counts[role]))
         for number, case in enumerate(cases[role]):
             of_case = [seed, _ROLES[role], number]
-            low, high = (contrasts or {}).get(role, (1.0, 1.0))
+            contrast = np.random.default_rng([*of_case, 1]).uniform(*(contrasts or {}).get(role, (1.0, 1.0)))
             channels, segmentation = draw_phantom(
-                np.random.default_rng(of_case),
-                shape,
-                spacing,
-                num_channels=num_channels,
-                contrast=np.random.default_rng([*of_case, 1]).uniform(low, high),
+                np.random.default_rng(of_case), shape, spacing, num_channels=num_channels, contrast=contrast
             )
             for index, channel in enumerate(channels):
                 _write(folder / images / f"{case}_{index:04d}{FILE_ENDING}", channel, spacing)
@@ -195,8 +191,8 @@ def _image(
         shape = _bent_ellipsoid(position, center, rng.uniform(0.1, 0.34, 3), _rotation(rng, tilt=1.0))
         tissue = np.where(shape < 0, rng.uniform(0.28, 0.95), tissue)
     chamber = rng.uniform(0.66, 0.76) + 0.04 * _smooth_field(rng, position, frequency=3.0)
-    neighbor = rng.uniform(0.9, 1.02)
-    chamber, neighbor = (_TISSUE + contrast * (value - _TISSUE) for value in (chamber, neighbor))
+    chamber = _TISSUE + contrast * (chamber - _TISSUE)
+    neighbor = _TISSUE + contrast * (rng.uniform(0.9, 1.02) - _TISSUE)
     # The wall is dark on one side and fades into tissue on the other.
     side = rng.normal(size=3)
     seen = np.clip(0.5 + np.tensordot(side / np.linalg.norm(side), position, 1), 0, 1)
