@@ -264,8 +264,9 @@ def _make_phantoms(folder: Path, seed: int) -> None:
     # Structures of labeled images stand out; fainter ones, as test images have, are in the unlabeled images alone.
     # docs/tutorials/first-run.md says so, and benchmarks/results has what five seeds of it came to.
     contrasts = {"labeled": (0.9, 1.0), "unlabeled": (0.6, 1.0), "validation": (0.6, 0.9), "test": (0.6, 0.9)}
-    counts = {"labeled": 3, "unlabeled": 16, "validation": 1, "test": 6}
-    write_phantom_dataset(folder, **counts, seed=seed, shape=(16, 48, 48), contrasts=contrasts)
+    write_phantom_dataset(
+        folder, labeled=3, unlabeled=16, validation=1, test=6, seed=seed, shape=(16, 48, 48), contrasts=contrasts
+    )
 
 
 def _configure(dataset: _Dataset) -> None:
