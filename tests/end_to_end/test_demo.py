@@ -42,7 +42,7 @@ def test_demo_of_all_trainers(tmp_path):
     ]
     assert "200 labeled iterations each" in finished.stdout
     assert all(0 <= float(dice) <= 1 for _, _, dice, _ in rows)
-    assert all(float(dice) > 0.1 for structure, _, dice, _ in rows if structure == "chamber"), "it has learned"
+    assert all(float(dice) > 0.5 for structure, _, dice, _ in rows if structure == "chamber")
     assert all(re.match(r"\d+\.\d\d", hd95) for structure, _, _, hd95 in rows if structure == "chamber")
 
     out = tmp_path / "out"
