@@ -1,7 +1,7 @@
 """``nnUNetv2_train`` in processes that ``torchrun`` starts, on one machine or several.
 
     torchrun --nnodes 2 --nproc-per-node 4 --node-rank 0 --master-addr HOST -m nnunet_ssl.torchrun \
-        901 3d_fullres 0 -tr CrossMatchTrainer
+        901 3d_fullres 0 -tr UniMatchTrainer
 
 The arguments are those of ``nnUNetv2_train``, which itself starts processes on one machine only. ``-num_gpus`` is left
 out: torchrun's ``--nproc-per-node`` says it. With ``-device cpu`` the processes share the machine's cores.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 _FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -29,7 +30,7 @@ def check_call(arguments: Sequence[str]) -> None:
     if missing:
         raise UserError(
             f"nnunet_ssl.torchrun runs in processes that torchrun starts, and {', '.join(missing)} is not set: "
-            "torchrun --nproc-per-node 2 -m nnunet_ssl.torchrun DATASET CONFIGURATION FOLD -tr CrossMatchTrainer. "
+            f"torchrun --nproc-per-node 2 -m nnunet_ssl.torchrun DATASET CONFIGURATION FOLD -tr {RECOMMENDED}. "
             "For one process, or several GPUs of one machine, use nnUNetv2_train."
         )
     if any(argument.split("=")[0] == "-num_gpus" for argument in arguments):

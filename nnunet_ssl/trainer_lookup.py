@@ -14,6 +14,9 @@ import nnunet_ssl
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import unwrap
 
+RECOMMENDED = "UniMatchTrainer"
+"""What README says to try first: commands use it unless told otherwise, and name it in what they print."""
+
 EXPORT = 'export nnUNet_extTrainer="$(nnunet-ssl trainers)"'
 
 

@@ -16,6 +16,7 @@ from method_steps import gradients_step, make_batches, make_trainer
 
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.variants import TRAINING_LENGTHS
+from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCS = PROJECT / "docs"
@@ -94,6 +95,13 @@ def test_the_readme_lists_the_lengths_of_training() -> None:
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"^## Trainers\n(.*?)(?=^## )", readme, re.DOTALL | re.MULTILINE)
     assert [int(number) for number in re.findall(r"`_(\d+)epochs?`", section)] == list(TRAINING_LENGTHS)
+
+
+def test_the_readme_recommends_what_commands_do() -> None:
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\*\*try `(\w+)` first\*\*", readme) == [RECOMMENDED]
+    examples = set(re.findall(r"-tr (\w+)", readme))
+    assert examples == {RECOMMENDED}
 
 
 def _anchor(heading: str) -> str:

@@ -15,9 +15,6 @@ from nnunet_ssl.trainer_lookup import find_trainer
 
 BASELINE = "nnUNetTrainer"
 
-RECOMMENDED = "UniMatchTrainer"
-"""What ``nnunet-ssl pilot`` compares with nnUNetTrainer unless told otherwise."""
-
 
 @dataclass(frozen=True)
 class Arm:

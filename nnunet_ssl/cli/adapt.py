@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.cli.lookup import dataset_name, nnunet_folder, plan_again, read_plans
+from nnunet_ssl.cli.lookup import RECOMMENDED, dataset_name, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, cannot_write
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"Wrote {output}: encoder and stem of {args.i}, decoder with random weights")
     for there in checkpoint["nnssl_adaptation_plan"].get("pretrain_plan", {}).get("configurations", {}).values():
         print(f"Pretrained with {_images(there)}; {args.p} {args.c} has {_images(configuration.configuration)}")
-    start = f"nnUNetv2_train {dataset.name} {args.c} FOLD -p {args.p} -tr CrossMatchTrainer"
+    start = f"nnUNetv2_train {dataset.name} {args.c} FOLD -p {args.p} -tr {RECOMMENDED}"
     print(f"Start with: {start} -pretrained_weights {output}")
     return 0
 

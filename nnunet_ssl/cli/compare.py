@@ -27,8 +27,8 @@ HELP = "compare trainers on the same cases: spread, paired differences, confiden
 _EXPLANATION = """\
 Examples:
 
-  nnunet-ssl compare -d 901 -c 3d_fullres -f 0 -tr nnUNetTrainer CrossMatchTrainer
-  nnunet-ssl compare -g labelsTs nnU-Net=predictions/a nnU-Net=predictions/b CrossMatch=predictions/c
+  nnunet-ssl compare -d 901 -c 3d_fullres -f 0 -tr nnUNetTrainer UniMatchTrainer
+  nnunet-ssl compare -g labelsTs nnU-Net=predictions/a nnU-Net=predictions/b UniMatch=predictions/c
 
 The first compares the validation predictions of trained models, the second any folders. Folders of one name that hold
 the same cases are runs (trainings with other seeds); folders with other cases (folds) are joined to one run.

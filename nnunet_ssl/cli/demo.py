@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.benchmark.arms import BASELINE, RECOMMENDED
+from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.cli.demo_steps import Steps, duration
-from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
+from nnunet_ssl.cli.lookup import RECOMMENDED, trainer_descriptions, trainers_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_text
 

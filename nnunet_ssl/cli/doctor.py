@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
-from nnunet_ssl.cli.lookup import find_trainer, import_errors, trainers_folder
+from nnunet_ssl.cli.lookup import RECOMMENDED, find_trainer, import_errors, trainers_folder
 from nnunet_ssl.cli.report import report
 from nnunet_ssl.cli.training_checks import check_dataset, check_device
 from nnunet_ssl.errors import UserError
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     parser.add_argument("-f", metavar="FOLD", default="0", help="fold, a number or 'all' (default: %(default)s)")
-    parser.add_argument("-tr", metavar="TRAINER", default="CrossMatchTrainer", help="trainer (default: %(default)s)")
+    parser.add_argument("-tr", metavar="TRAINER", default=RECOMMENDED, help="trainer (default: %(default)s)")
     parser.add_argument(
         "--report",
         action="store_true",

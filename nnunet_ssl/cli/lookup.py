@@ -18,6 +18,7 @@ from typing import Any
 
 from nnunet_ssl.data.nnunet_files import read_plans as plans_of_file
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainer_lookup import RECOMMENDED as RECOMMENDED
 from nnunet_ssl.trainer_lookup import find_trainer as find_trainer
 from nnunet_ssl.trainer_lookup import trainer_descriptions as trainer_descriptions
 from nnunet_ssl.trainer_lookup import trainers_folder as trainers_folder

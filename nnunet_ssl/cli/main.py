@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import unwrap
+from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 COMMANDS = (
     "trainers",
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnunet-ssl",
         description="Semi-supervised training for nnU-Net v2. Training and prediction are nnU-Net's own commands: "
-        "nnUNetv2_train ... -tr CrossMatchTrainer.",
+        f"nnUNetv2_train ... -tr {RECOMMENDED}.",
     )
     parser.add_argument("--version", action="version", version=f"nnunet-ssl {__version__}")
     parser.add_argument("--debug", action="store_true", help="show where an unexpected error comes from")

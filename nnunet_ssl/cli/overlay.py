@@ -23,7 +23,7 @@ HELP = "pictures of predictions against the reference, in the slice where they d
 _EXPLANATION = """\
 Example:
 
-  nnunet-ssl overlay -d 901 -o pictures nnU-Net=predictions/a CrossMatch=predictions/b
+  nnunet-ssl overlay -d 901 -o pictures nnU-Net=predictions/a UniMatch=predictions/b
 
 Draws a PNG per case: the image, the reference, and each prediction with the reference dotted; the slice, along the
 image's first axis, is the one with most voxels in which predictions and reference differ.

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.benchmark.arms import BASELINE, RECOMMENDED
+from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.cli.campaigns import Dataset, add_machine_arguments, check_numbers, choose_machine, find_dataset
+from nnunet_ssl.cli.lookup import RECOMMENDED
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:

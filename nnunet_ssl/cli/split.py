@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_ssl.cli.lookup import dataset_name
+from nnunet_ssl.cli.lookup import RECOMMENDED, dataset_name
 from nnunet_ssl.errors import UserError
 
 HELP = "leave few training cases of a fold labeled; the others become unlabeled (the papers' protocol)"
@@ -90,5 +90,5 @@ def run(args: argparse.Namespace) -> int:
             "Move that file away first, or use --append, which keeps its folds."
         )
     example = next(iter(report.folds))
-    print(f"Train with: nnUNetv2_train {name} CONFIGURATION {example} -tr CrossMatchTrainer")
+    print(f"Train with: nnUNetv2_train {name} CONFIGURATION {example} -tr {RECOMMENDED}")
     return 0

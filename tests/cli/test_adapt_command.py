@@ -14,6 +14,7 @@ from torch import nn
 
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 ARCHITECTURES = {
     "ResidualEncoderUNet": {"n_blocks_per_stage": [1, 2, 1]},
@@ -112,7 +113,7 @@ def test_nnunet_starts_from_the_pretrained_encoder(dataset, name, channels, pref
     printed = capsys.readouterr().out
     assert "Pretrained with spacing [1.0, 1.0, 1.0], ZScoreNormalization, patches of [160, 160, 160]; " in printed
     assert f"{name} 3d_fullres has spacing [2.0, 1.0, 1.0], CTNormalization, patches of [16, 16, 16]\n" in printed
-    assert f"-p {name} -tr CrossMatchTrainer -pretrained_weights {dataset.output}\n" in printed
+    assert f"-p {name} -tr {RECOMMENDED} -pretrained_weights {dataset.output}\n" in printed
 
 
 def test_nnunet_itself_refuses_an_encoder_alone(dataset):

@@ -108,7 +108,7 @@ def test_a_dataset_that_is_ready(dataset: Dataset, capsys: pytest.CaptureFixture
     assert main(["doctor", "-d", "7", "-c", "2d_child"]) == 0
     text = capsys.readouterr().out
     assert "FAIL" not in text
-    assert "ok    nnU-Net finds CrossMatchTrainer (of nnunet_ssl.methods.crossmatch)" in text
+    assert "ok    nnU-Net finds UniMatchTrainer (of nnunet_ssl.methods.unimatch)" in text
     assert "1 unlabeled cases in" in text and "2 in the 'unlabeled' list of fold 0" in text
     assert "fold 0: 2 labeled, 2 unlabeled (ready now), 2 validation cases" in text
     assert "memory_mode = 'split'" in text
@@ -229,7 +229,7 @@ def _failed_before(dataset: Dataset) -> None:
         (_fold_names_a_stranger, "FAIL", "name stranger, but"),
         (_fold_out_of_range, "warn", "draws 80 % at random"),
         (_few_cases_and_no_splits, "FAIL", "nnunet-ssl split -d Dataset007_Tiny --labeled 100%"),
-        (_few_cases_and_no_splits, "FAIL", "nnUNetv2_train Dataset007_Tiny 2d all -tr CrossMatchTrainer"),
+        (_few_cases_and_no_splits, "FAIL", "nnUNetv2_train Dataset007_Tiny 2d all -tr UniMatchTrainer"),
         (_no_validation_case, "warn", "no case in the 'val' list of fold 0"),
         (_no_training_case, "FAIL", "no case in the 'train' list of fold 0"),
         (_cases_in_no_list, "warn", "2 labeled case(s) are in no list of fold 0"),
@@ -340,7 +340,7 @@ def test_other_folders_of_trainers(dataset: Dataset, tmp_path: Path, monkeypatch
     warnings = [line for line in report() if line.startswith("warn")]
     assert [line for line in warnings if "package.ATrainer cannot be imported" in line and "no_such_module" in line]
     assert [line for line in warnings if "absent, which does not exist" in line]
-    assert not [line for line in warnings if "sound" in line or "CrossMatchTrainer" in line]
+    assert not [line for line in warnings if "sound" in line or "UniMatchTrainer" in line]
 
     monkeypatch.setenv("nnUNet_extTrainer", str(other))
     assert [line for line in report() if line.startswith("FAIL") and "does not hold" in line]
@@ -358,7 +358,7 @@ def test_a_check_that_breaks_does_not_stop_the_others(
     lines = capsys.readouterr().out.splitlines()
     assert "ok    first" in lines
     assert [line for line in lines if line.startswith("FAIL") and "ValueError: unforeseen" in line]
-    assert [line for line in lines if "nnU-Net finds CrossMatchTrainer" in line]
+    assert [line for line in lines if "nnU-Net finds UniMatchTrainer" in line]
 
 
 def test_versions() -> None:

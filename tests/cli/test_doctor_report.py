@@ -35,7 +35,7 @@ def dataset(home: Path) -> Dataset:
     """Ready to be trained, with a log that names a case and folders."""
     dataset = Dataset(home)
     (dataset.raw / "imagesUn" / f"{PATIENT}_0000.nii.gz").touch()
-    fold = home / "results" / dataset.raw.name / "CrossMatchTrainer__nnUNetPlans__2d" / "fold_0"
+    fold = home / "results" / dataset.raw.name / "UniMatchTrainer__nnUNetPlans__2d" / "fold_0"
     fold.mkdir(parents=True)
     lines = [f"line {number}" for number in range(40)]
     lines += [
@@ -58,7 +58,7 @@ def test_a_report_has_what_an_answer_needs(dataset: Dataset, capsys: pytest.Capt
     code, text = report(capsys, "-d", "7", "-c", "2d")
     assert code == 0
     first, *lines = text.splitlines()
-    assert first == f"nnunet-ssl {__version__}: doctor --report -d 7 -c 2d -p nnUNetPlans -f 0 -tr CrossMatchTrainer"
+    assert first == f"nnunet-ssl {__version__}: doctor --report -d 7 -c 2d -p nnUNetPlans -f 0 -tr UniMatchTrainer"
     assert [line for line in lines if line.startswith("[")] == ["[system]", "[checks]", "[plans]", "[log]"]
     assert [line for line in lines if line.startswith("ok    Python 3.") and ", nnunetv2 2." in line]
     assert "ok    nnUNet_raw=$nnUNet_raw" in lines
@@ -67,7 +67,7 @@ def test_a_report_has_what_an_answer_needs(dataset: Dataset, capsys: pytest.Capt
     assert any("2 unlabeled cases in $nnUNet_raw/Dataset007_Tiny/imagesUn" in line for line in lines)
     assert "line 39" in lines and "line 1" not in lines
     assert [line for line in lines if line.endswith(": loss is nan") and line.startswith("<case ")]
-    folder = "$nnUNet_results/Dataset007_Tiny/CrossMatchTrainer__nnUNetPlans__2d/fold_0"
+    folder = "$nnUNet_results/Dataset007_Tiny/UniMatchTrainer__nnUNetPlans__2d/fold_0"
     assert lines[-1].replace("\\", "/") == f"{folder}/checkpoint.pth"
 
 

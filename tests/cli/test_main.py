@@ -12,6 +12,7 @@ import nnunet_ssl
 from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
 from nnunet_ssl.cli.main import COMMANDS, main
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 HEAVY = ("torch", "numpy", "scipy", "SimpleITK", "matplotlib", "nnunetv2", "batchgenerators", "batchgeneratorsv2")
 
@@ -44,6 +45,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(name in text for name in COMMANDS)
+    assert f"nnUNetv2_train ... -tr {RECOMMENDED}" in " ".join(text.split())
     assert "unavailable" not in text
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.data.phantoms import write_phantom_dataset
+from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def test_split_prints_a_table_and_writes_the_folds(dataset, capsys):
         [number, 2, len(fold["unlabeled"]), len(fold["val"])] for number, fold in enumerate(splits)
     ]
     assert str(dataset) in "\n".join(lines)
+    assert lines[-1] == f"Train with: nnUNetv2_train Dataset042_P CONFIGURATION 0 -tr {RECOMMENDED}"
 
 
 def test_append_says_which_fold_to_train(dataset, capsys):
