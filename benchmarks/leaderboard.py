@@ -1,12 +1,14 @@
-"""Make docs/leaderboard.md and its picture from the campaigns' tables: python benchmarks/leaderboard.py
+"""Make docs/leaderboard.md, its picture and README's gains from the campaigns' tables: python benchmarks/leaderboard.py
 
 Each folder of benchmarks/results/campaign holds results.csv and campaign.json of one campaign, as ``nnunet-ssl
-benchmark`` wrote them. Run it again after one of them has changed; a test compares the page with them.
+benchmark`` wrote them. Run it again after one of them has changed, then put the table of ``nnunet-ssl
+methods --markdown`` into README.md; tests compare page, gains and README with the tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import shlex
@@ -23,6 +25,7 @@ from nnunet_ssl.benchmark.arms import BASELINE, short_name
 from nnunet_ssl.benchmark.campaign import Campaign, options_of, read_campaign
 from nnunet_ssl.benchmark.report import Gain, Report
 from nnunet_ssl.benchmark.results import Run, read_runs
+from nnunet_ssl.cli.methods import GAINS
 from nnunet_ssl.data.nnunet_files import read_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.tables import format_table
@@ -30,6 +33,9 @@ from nnunet_ssl.files import write_text
 
 HOME = Path(__file__).resolve().parent
 RESULTS, PAGE = HOME / "results" / "campaign", HOME.parent / "docs" / "leaderboard.md"
+OF_README = "LeftAtrium, 2 labeled"
+"""Title of the column whose gains ``nnunet-ssl methods`` and README show."""
+
 ENOUGH = 3
 """Trainings of an arm; of fewer the page says that they are too few."""
 
@@ -68,10 +74,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of campaigns (default: this project's)")
     parser.add_argument("-o", type=Path, default=PAGE, metavar="FILE", help="page to write (default: docs/...)")
+    parser.add_argument("--gains", type=Path, default=GAINS, metavar="FILE", help=f"file for the gains on {OF_README}")
     args = parser.parse_args()
     try:
         reports = read_reports(args.results)
         write_text(args.o, make_page(reports), otherwise="Choose another file with -o.")
+        write_text(args.gains, gains_of_readme(reports), otherwise="Choose another file with --gains.")
         draw(_compared(_columns(reports)), args.o.with_name("leaderboard.png"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -125,6 +133,25 @@ def make_page(reports: Sequence[tuple[Campaign, Report]]) -> str:
     for campaign, report in reports:
         parts += _section(campaign, report)
     return "\n\n".join(parts) + "\n"
+
+
+def gains_of_readme(reports: Sequence[tuple[Campaign, Report]]) -> str:
+    """The gains of the trainers that have their own settings in the column :data:`OF_README`, as JSON."""
+    measured, gains = f"{OF_README}: no campaign", {}
+    for column in _columns(reports):
+        if column.title != OF_README:
+            continue
+        run = column.report.runs[0]
+        measured = (
+            f"{column.title}: Dice minus nnUNetTrainer's, {column.campaign.configuration}, {run.about['iterations']} "
+            f"labeled iterations, {len(run.result.cases)} validation cases, interval over cases and trainings"
+        )
+        for arm, gain in sorted(column.gains.items()):
+            # Other arms have settings or a start of their own; of one case there is no interval.
+            if re.fullmatch(r"\w+", arm) and not math.isnan(gain.low):
+                ends = {name: round(getattr(gain, name), 3) for name in ("difference", "low", "high")}
+                gains[arm] = {**ends, "trainings": gain.runs}
+    return json.dumps({"measured": measured, "gains": gains}, indent=2) + "\n"
 
 
 def draw(columns: Sequence[Column], file: Path) -> None:

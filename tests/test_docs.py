@@ -97,6 +97,10 @@ def test_the_readme_lists_the_lengths_of_training() -> None:
     assert [int(number) for number in re.findall(r"`_(\d+)epochs?`", section)] == list(TRAINING_LENGTHS)
 
 
+def test_the_readme_is_short() -> None:
+    assert len((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()) < 130
+
+
 def test_the_readme_recommends_what_commands_do() -> None:
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"\*\*try `(\w+)` first\*\*", readme) == [RECOMMENDED]

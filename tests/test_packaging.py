@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_package_and_the_trainers_and_nothing_else(wheel: Pa
     assert "nnunet_ssl/trainers/CrossMatchTrainer.py" in trainers
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == packaged | trainers | {"nnunet_ssl/py.typed", "nnunet_ssl/costs.json"}
+    assert names == packaged | trainers | {"nnunet_ssl/py.typed", "nnunet_ssl/costs.json", "nnunet_ssl/gains.json"}
 
 
 def test_metadata(wheel: Path) -> None:

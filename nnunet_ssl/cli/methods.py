@@ -20,9 +20,10 @@ from nnunet_ssl.cli.lookup import listing, trainer_descriptions, trainers_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.settings import SemiSupervisedSettings, allowed_values
 
-HELP = "list the trainers: idea, source, cost of a step, memory, settings"
+HELP = "list the trainers: idea, source, gain, cost of a step, memory, settings"
 
 COSTS = Path(nnunet_ssl.__file__).with_name("costs.json")
+GAINS = Path(nnunet_ssl.__file__).with_name("gains.json")
 _MODES = ("split", "stacked")
 _WIDTH = 100
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """What the docstring of a method's module and the measured costs say.
+    """What the docstring of a method's module, the measured gains and the measured costs say.
 
     Attributes:
         trainer: the name for ``-tr``.
@@ -54,6 +55,7 @@ class Method:
         name: the method's.
         idea: in one line.
         source: authors, title, where it was published, doi or arXiv.
+        gain: of Dice over nnUNetTrainer; empty where not measured.
         step: seconds of a training step by memory mode, over those of nnUNetTrainer's; empty where not measured.
         memory: peak memory of a step, in the same way.
     """
@@ -63,6 +65,7 @@ class Method:
     name: str
     idea: str
     source: str
+    gain: Mapping[str, float]
     step: Mapping[str, float]
     memory: Mapping[str, float]
 
@@ -96,14 +99,14 @@ class Method:
 
 def every_method() -> dict[str, Method]:
     """The package's methods by trainer, read without importing any of them."""
-    costs = measured_costs()
+    gains, costs = measured_gains()["gains"], measured_costs()
     folder, made = trainers_folder(), {}
     for trainer in trainer_descriptions(folder):
         module = _module_of(folder / f"{trainer}.py", trainer)
         file = Path(nnunet_ssl.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
         name, idea, source = described(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")
         step, memory = (costs[kind]["ratios"].get(trainer, {}) for kind in ("step", "memory"))
-        made[trainer] = Method(trainer, module, name, idea, source, step, memory)
+        made[trainer] = Method(trainer, module, name, idea, source, gains.get(trainer, {}), step, memory)
     return made
 
 
@@ -125,6 +128,11 @@ def measured_costs() -> dict[str, Any]:
     return json.loads(COSTS.read_text(encoding="utf-8"))
 
 
+def measured_gains() -> dict[str, Any]:
+    """``measured`` says on what, ``gains`` has by trainer the difference, its 95 % interval and how many trainings."""
+    return json.loads(GAINS.read_text(encoding="utf-8"))
+
+
 def _module_of(file: Path, trainer: str) -> str:
     """The module from which a trainer's file imports it."""
     statements = ast.parse(file.read_text(encoding="utf-8")).body
@@ -143,27 +151,29 @@ def markdown_table(methods: Iterable[Method]) -> str:
             f"`{one.trainer}`",
             f"[{one.citation}]({one.link})",
             f"{one.name}: {one.idea}",
+            f"{one.gain['difference']:+.3f} ({one.gain['trainings']})" if one.gain else "–",
             _ratios(one.step),
             _ratios(one.memory),
         ]
         for one in methods
     ]
-    header = ["`-tr`", "source", "idea", "time per step", "peak memory"]
+    header = ["`-tr`", "source", "idea", "gain (n)", "time per step", "peak memory"]
     lines = [f"| {' | '.join(line)} |" for line in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def _ratios(of_modes: Mapping[str, float]) -> str:
-    return " / ".join(f"{of_modes[mode]:.1f}" for mode in _MODES) if of_modes else "-"
+    return " / ".join(f"{of_modes[mode]:.1f}" for mode in _MODES) if of_modes else "–"
 
 
 def in_words(methods: list[Method]) -> str:
     """Everything, with the settings; imports the methods."""
     text = [_in_words(one) for one in methods]
     common = "\n".join(_setting_lines(dataclasses.fields(SemiSupervisedSettings)))
-    costs = measured_costs()
-    notes = "\n".join(f"{kind}: {costs[kind]['measured']}" for kind in ("step", "memory"))
-    return "\n\n".join([*text, f"Settings of every trainer\n{common}", f"How costs were measured\n{_indented(notes)}"])
+    measured = {"gain": measured_gains(), **measured_costs()}
+    notes = "\n".join(f"{kind}: {measured[kind]['measured']}" for kind in ("gain", "step", "memory"))
+    how = f"How gain, step and memory were measured\n{_indented(notes)}"
+    return "\n\n".join([*text, f"Settings of every trainer\n{common}", how])
 
 
 def _in_words(method: Method) -> str:
@@ -179,10 +189,18 @@ def _in_words(method: Method) -> str:
         f"{method.trainer}",
         _indented(f"{method.name}: {method.idea}"),
         _indented(f"Source: {method.source}"),
+        _indented(_gain(method.gain)),
         _indented(costs),
         *_setting_lines(own),
     ]
     return "\n".join(lines)
+
+
+def _gain(gain: Mapping[str, float]) -> str:
+    if not gain:
+        return "gain not measured"
+    trainings = f"{gain['trainings']} training{'s' if gain['trainings'] != 1 else ''}"
+    return f"gain {gain['difference']:+.3f} Dice, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}, {trainings}"
 
 
 def _cost(of_modes: Mapping[str, float]) -> str:

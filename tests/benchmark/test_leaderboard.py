@@ -58,6 +58,20 @@ def test_the_page_is_made_from_the_tables(leaderboard):
     )
 
 
+def test_the_gains_of_the_readme_are_made_from_the_tables(leaderboard, tmp_path):
+    made = leaderboard.gains_of_readme(leaderboard.read_reports(leaderboard.RESULTS))
+    assert leaderboard.GAINS.read_text(encoding="utf-8") == made, "run python benchmarks/leaderboard.py"
+
+    arms = BASE | {"Good": [0.9, 0.9, 0.9], "Good:ramp_length=0.2": [0.8], "Once": [0.5]}
+    campaign(tmp_path / "a", arms, dataset="Dataset001_LeftAtrium")
+    campaign(tmp_path / "b", BASE | {"Good": [0.1]}, dataset="Dataset002_Other")
+    made = json.loads(leaderboard.gains_of_readme(leaderboard.read_reports(tmp_path)))
+    assert made["gains"].keys() == {"Good", "Once"} and "1250 labeled iterations" in made["measured"]
+    assert (made["gains"]["Good"]["difference"], made["gains"]["Good"]["trainings"]) == (0.1, 3)
+    once = made["gains"]["Once"]
+    assert once["trainings"] == 1 and once["low"] < once["difference"] == -0.3 < once["high"]
+
+
 def test_who_loses_is_named_first(leaderboard, tmp_path):
     campaign(tmp_path / "a", BASE | {"Worse": [0.78] * 3, "Better": [0.82] * 3, "Level": [0.805]}, dataset="D_One")
     campaign(tmp_path / "b", BASE | {"Better": [0.77]}, dataset="D_Two", identifier="d", setting="fold 1, 6 labeled")
@@ -112,7 +126,8 @@ def test_only_tables_of_one_campaign_are_taken(leaderboard, tmp_path, monkeypatc
     campaign(tmp_path / "b", BASE, dataset="D_One")
     file = tmp_path / "b" / "campaign.json"
     file.write_text(file.read_text().replace('"identifier": "c"', '"identifier": "x"'))
-    monkeypatch.setattr("sys.argv", ["leaderboard.py", "--results", str(tmp_path), "-o", str(tmp_path / "page.md")])
+    files = ["--gains", str(tmp_path / "gains.json"), "-o", str(tmp_path / "page.md")]
+    monkeypatch.setattr("sys.argv", ["leaderboard.py", "--results", str(tmp_path), *files])
     assert leaderboard.main() == 2
     assert "results.csv is of the campaign c, campaign.json of x" in capsys.readouterr().err
     file.write_text(file.read_text().replace('"identifier": "x"', '"identifier": "c"'))

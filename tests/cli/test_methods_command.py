@@ -12,7 +12,8 @@ from method_steps import METHODS
 
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.cli.main import main
-from nnunet_ssl.cli.methods import every_method, measured_costs
+from nnunet_ssl.cli.methods import every_method, measured_costs, measured_gains
+from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -52,6 +53,19 @@ def test_without_names_all_are_listed(capsys):
 def test_a_trainer_that_there_is_not(capsys):
     assert main(["methods", "NoTrainer"]) == 2
     assert "no trainer NoTrainer" in (error := capsys.readouterr().err) and "CrossMatchTrainer" in error
+
+
+def test_gains_are_of_trainers_that_there_are(capsys):
+    gains = measured_gains()["gains"]
+    assert gains.keys() <= every_method().keys() and RECOMMENDED in gains
+    assert all(gain["low"] <= gain["difference"] <= gain["high"] for gain in gains.values())
+    best = gains[RECOMMENDED]
+    said = f"gain {best['difference']:+.3f} Dice, 95 % interval {best['low']:+.3f} to {best['high']:+.3f}, "
+    assert f"{said}{best['trainings']} trainings\n" in printed(capsys, RECOMMENDED)
+    assert f"| {best['difference']:+.3f} ({best['trainings']}) |" in printed(capsys, RECOMMENDED, "--markdown")
+    unmeasured = next(name for name in every_method() if name not in gains)
+    assert "gain not measured" in printed(capsys, unmeasured)
+    assert " | – | " in printed(capsys, unmeasured, "--markdown")
 
 
 def test_costs_are_of_trainers_that_there_are_and_of_both_memory_modes():
