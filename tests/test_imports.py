@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_ssl.cli.main import COMMANDS
+from nnunet_ssl.cli.main import COMMANDS, module_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "nnunet_ssl"
@@ -69,7 +69,7 @@ def test_the_contract_of_the_commands_names_them_all() -> None:
     contracts = configparser.ConfigParser()
     contracts.read(PROJECT / "setup.cfg")
     modules = contracts["importlinter:contract:commands"]["modules"].split()
-    assert modules == [f"nnunet_ssl.cli.{name}" for name in COMMANDS]
+    assert modules == [module_of(name) for name in COMMANDS]
 
 
 def test_the_package_never_imports_the_trainers_folder() -> None:

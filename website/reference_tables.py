@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nnunet_ssl.cli.main import COMMANDS
+from nnunet_ssl.cli.main import COMMANDS, module_of
 from nnunet_ssl.settings import SemiSupervisedSettings, allowed_values
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 
@@ -28,7 +28,7 @@ def with_option_tables(page: str) -> str:
     """The page on the command line, with the table of each command's section made from its parser."""
     for command in COMMANDS:
         parser = argparse.ArgumentParser(add_help=False)
-        importlib.import_module(f"nnunet_ssl.cli.{command}").add_arguments(parser)
+        importlib.import_module(module_of(command)).add_arguments(parser)
         page = _with_table(page, rf"^## {command}\n", "| option | meaning |", option_rows(parser))
     return page
 

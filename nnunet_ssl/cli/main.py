@@ -1,7 +1,7 @@
 """The ``nnunet-ssl`` command: one subcommand per module of this folder.
 
-A subcommand's module has ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int`` and imports nothing heavy before
-``run``, so that ``nnunet-ssl --help`` answers at once.
+A subcommand's module bears its name, with ``_`` for ``-``. It has ``HELP``, ``add_arguments(parser)`` and
+``run(args) -> int`` and imports nothing heavy before ``run``, so that ``nnunet-ssl --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ COMMANDS = (
     "export",
     "adapt",
     "accept",
+    "self-train",
     "evaluate",
     "compare",
     "overlay",
@@ -36,6 +37,11 @@ COMMANDS = (
     "benchmark",
     "demo",
 )
+
+
+def module_of(command: str) -> str:
+    """The module of a subcommand."""
+    return f"nnunet_ssl.cli.{command.replace('-', '_')}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         try:
-            module = importlib.import_module(f"nnunet_ssl.cli.{name}")
+            module = importlib.import_module(module_of(name))
         except ImportError as error:
             # Without a prefix character its options are taken as they are, so that the reason is what the user sees.
             broken = commands.add_parser(name, help="unavailable", add_help=False, prefix_chars=" ")

@@ -28,7 +28,7 @@ from nnunet_ssl.data.labeled_folders import (
     unlabeled_copies,
 )
 from nnunet_ssl.data.leak_guard import check_leaks
-from nnunet_ssl.data.nnunet_files import read_dataset_json
+from nnunet_ssl.data.nnunet_files import MEND, read_dataset_json, read_descriptions
 from nnunet_ssl.data.raw_cases import (
     IMAGES_FOLDER,
     LABELED_IMAGES_FOLDER,
@@ -38,6 +38,7 @@ from nnunet_ssl.data.raw_cases import (
     files_per_case,
     find_raw_cases,
     labeled_images,
+    name_problems,
 )
 from nnunet_ssl.data.records import source_files
 from nnunet_ssl.data.splits import SPLITS_FILE, Fold, add_labeled, current_splits, labeled_cases, read_splits
@@ -48,8 +49,6 @@ from nnunet_ssl.files import AGAIN, list_names
 from nnunet_ssl.text import some_of
 
 _LABELS_FOLDER, _REFERENCES = "labelsTr", "gt_segmentations"
-_MEND = "Correct it, or copy it from where the dataset came from."
-_MOST_PROBLEMS = 50
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def accept(
     Raises:
         UserError: anything is wrong with any of the cases, or something cannot be written; nothing has changed then.
     """
-    description = _describe(dataset)
+    _, description = read_descriptions(dataset.raw, dataset.preprocessed)
     folders = labeled_folders(dataset.preprocessed)
     for folder in (LABELED_IMAGES_FOLDER, _LABELS_FOLDER):
         if not (dataset.raw / folder).is_dir():
@@ -181,25 +180,7 @@ def _not_accepted(error: OSError) -> UserError:
 
 def _raise_problems(problems: Sequence[CaseProblem]) -> None:
     if problems:
-        lines = [f"\n  {problem.identifier}: {problem.reason}" for problem in problems[:_MOST_PROBLEMS]]
-        more = f"\n  and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
-        raise UserError(f"Nothing was accepted, because of {len(problems)} problem(s):{''.join(lines)}{more}")
-
-
-def _describe(dataset: DatasetFolders) -> dict[str, Any]:
-    """The dataset.json in nnUNet_preprocessed, if the one in nnUNet_raw fits it."""
-    again = f"Plan and preprocess again: nnUNetv2_plan_and_preprocess -d {dataset.raw.name}."
-    planned = read_dataset_json(dataset.preprocessed / "dataset.json", otherwise=again)
-    raw = read_dataset_json(dataset.raw / "dataset.json", otherwise=_MEND)
-    if "dataset" in raw:
-        raise UserError(
-            f"{dataset.raw / 'dataset.json'} names its files one by one ('dataset'). Cases can be accepted only where "
-            f"they lie in {LABELED_IMAGES_FOLDER} and {_LABELS_FOLDER}."
-        )
-    for key in ("labels", "file_ending", "regions_class_order"):
-        if planned.get(key) != raw.get(key):
-            raise UserError(f"{key!r} in {dataset.raw / 'dataset.json'} is not what was planned with. {again}")
-    return planned
+        raise UserError(f"Nothing was accepted, because of {name_problems(problems)}")
 
 
 # The cases, and their labels
@@ -351,7 +332,7 @@ def _update_lists(work: _Acceptance) -> None:
     cases = work.journal.cases
     number = len(labeled_images(raw, work.description))
     for root, folder in (("raw", raw), ("preprocessed", preprocessed)):
-        description = read_dataset_json(folder / "dataset.json", otherwise=_MEND)
+        description = read_dataset_json(folder / "dataset.json", otherwise=MEND)
         _put_json(work, root, "dataset.json", {**description, "numTraining": number + len(cases)})
     work.changes.append(("numTraining in dataset.json", f"{number} -> {number + len(cases)}"))
     folds, source = _folds(work)

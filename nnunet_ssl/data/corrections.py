@@ -159,21 +159,40 @@ def read_correction(
     # nnU-Net's readers print what troubles them; what matters comes with the error.
     with contextlib.redirect_stdout(io.StringIO()):
         image, properties = read_image(reader, correction.case.images)
-        array, own_properties = _read_segmentation(reader, correction.file)
     name = _shown(correction.file.name)
-    if len(array) != 1:
-        raise BadImageError(f"{name} has {len(array)} values for each voxel; save one 3D label map")
-    with np.errstate(invalid="ignore"):
-        labels = array[0].astype(np.int64)
-    if not np.array_equal(labels, array[0]):
-        raise BadImageError(f"{name} has values that are no whole numbers, so it is no label map")
-    difference = _difference(Geometry.of(labels, own_properties), Geometry.of(image[0], properties))
+    labels, difference = read_label_map(reader, correction.file, Geometry.of(image[0], properties))
     if difference is not None:
         raise BadImageError(f"{name} does not lie on its image: {difference}. {_GRID}")
     _check_values(labels, values, name, allow_empty)
     if correction.file.name.lower().endswith(".nrrd"):
         _check_names(correction.file, values, name)
     return labels, image, properties
+
+
+def read_label_map(reader: Any, file: Path, image: Geometry) -> tuple[NDArray[np.int64], str | None]:
+    """Read a segmentation of any origin.
+
+    Args:
+        reader: one of nnU-Net's readers.
+        file: to read.
+        image: where the voxels of its image lie.
+
+    Returns:
+        the label map (Z, Y, X), and in what its voxels do not lie on those of the image, if they do not.
+
+    Raises:
+        BadImageError: the file cannot be read, or holds no label map.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        array, properties = _read_segmentation(reader, file)
+    name = _shown(file.name)
+    if len(array) != 1:
+        raise BadImageError(f"{name} has {len(array)} values for each voxel; save one 3D label map")
+    with np.errstate(invalid="ignore"):
+        labels = array[0].astype(np.int64)
+    if not np.array_equal(labels, array[0]):
+        raise BadImageError(f"{name} has values that are no whole numbers, so it is no label map")
+    return labels, _difference(Geometry.of(labels, properties), image)
 
 
 def _read_segmentation(reader: Any, file: Path) -> tuple[NDArray[Any], dict[str, Any]]:
@@ -249,8 +268,16 @@ def write_labels(reader: Any, labels: NDArray[np.integer], file: Path, propertie
     except Exception as error:
         raise BadImageError(f"its labels cannot be stored as {file.name}: {one_line(error)}") from error
     # A full disk is no error to every library.
-    stored = reader.read_seg(str(file))[0][0]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            stored = reader.read_seg(str(file))[0][0]
+    except Exception as error:
+        raise BadImageError(
+            f"its labels cannot be stored as {file.name}: what was written cannot be read again. Is the disk full?"
+        ) from error
     if not np.array_equal(stored, labels):
-        raise BadImageError(f"its labels cannot be stored as {file.name}: they read differently")
+        raise BadImageError(
+            f"its labels cannot be stored as {file.name}: what was written reads differently. Is the disk full?"
+        )
     spacing = file.with_name(f"{file.name.rpartition('.')[0]}.json")
     return [file, spacing] if spacing.is_file() else [file]

@@ -7,10 +7,10 @@ first, and whole images only where these agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -19,6 +19,8 @@ from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER
 from nnunet_ssl.data.unlabeled_cases import UnlabeledCase, ready_cases
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import some_of
+
+Case = TypeVar("Case")
 
 # Both tolerances are in standard deviations of the image. Two preprocessings of one image differ by rounding, and
 # slightly more where normalization uses a mask that the label changes.
@@ -83,7 +85,7 @@ def check_leaks(
 
     leaks: list[str] = []
     copies: list[str] = []
-    for case, twin in _copies_of(unlabeled, labeled, signatures, images):
+    for case, twin in copies_of(unlabeled, labeled, signatures, images.open):
         (leaks if twin.identifier in held_back else copies).append(_pair(case, twin))
     if leaks:
         found = (
@@ -130,14 +132,21 @@ class _Images:
         return found
 
 
-def _copies_of(
-    cases: list[UnlabeledCase],
-    others: list[UnlabeledCase],
-    signatures: Mapping[UnlabeledCase, dict[str, Any]],
-    images: _Images,
-) -> list[tuple[UnlabeledCase, UnlabeledCase]]:
-    """Each case with the first of the others that is the same image."""
-    by_shape: dict[tuple[int, ...], list[UnlabeledCase]] = {}
+def copies_of(
+    cases: Sequence[Case],
+    others: Sequence[Case],
+    signatures: Mapping[Case, dict[str, Any]],
+    read: Callable[[Case], Any],
+) -> list[tuple[Case, Case]]:
+    """Each case with the first of the others that is the same image.
+
+    Args:
+        cases: to look for.
+        others: to compare them with.
+        signatures: of all of them, see :func:`image_signature`.
+        read: an image; only called where signatures agree.
+    """
+    by_shape: dict[tuple[int, ...], list[Case]] = {}
     for other in others:
         by_shape.setdefault(_kind(signatures[other]), []).append(other)
     values = {kind: np.array([signatures[one]["values"] for one in group]) for kind, group in by_shape.items()}
@@ -149,7 +158,7 @@ def _copies_of(
         distance = np.abs(values[kind] - np.array(signatures[case]["values"])).max(axis=1, initial=0.0)
         for index in np.flatnonzero(distance <= _SIGNATURE_TOLERANCE):
             other = by_shape[kind][index]
-            if case == other or same_image(images.open(case), images.open(other)):
+            if case == other or same_image(read(case), read(other)):
                 pairs.append((case, other))
                 break
     return pairs

@@ -12,6 +12,9 @@ from typing import Any
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import shorten
 
+MEND = "Correct it, or copy it from where the dataset came from."
+"""What to do about a broken file of a dataset."""
+
 _PLANS: dict[str, type] = {
     "dataset_name": str,
     "plans_name": str,
@@ -98,6 +101,30 @@ def read_dataset_json(file: Path, *, otherwise: str) -> dict[str, Any]:
     if not any(isinstance(description.get(name), dict) for name in ("channel_names", "modality")):
         raise UserError(f"{file} has no 'channel_names' that are a table. {otherwise}")
     return description
+
+
+def read_descriptions(raw: Path, preprocessed: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dataset's dataset.json in nnUNet_raw and in nnUNet_preprocessed.
+
+    Args:
+        raw: ``nnUNet_raw/DatasetXXX_Name``.
+        preprocessed: ``nnUNet_preprocessed/DatasetXXX_Name``.
+
+    Raises:
+        UserError: one cannot be read, they contradict each other, or cases lie elsewhere than nnU-Net's folders.
+    """
+    again = f"Plan and preprocess again: nnUNetv2_plan_and_preprocess -d {raw.name}."
+    planned = read_dataset_json(preprocessed / "dataset.json", otherwise=again)
+    description = read_dataset_json(raw / "dataset.json", otherwise=MEND)
+    if "dataset" in description:
+        raise UserError(
+            f"{raw / 'dataset.json'} names its files one by one ('dataset'). Labeled cases have to lie in imagesTr and "
+            "labelsTr for this."
+        )
+    for key in ("labels", "file_ending", "regions_class_order"):
+        if planned.get(key) != description.get(key):
+            raise UserError(f"{key!r} in {raw / 'dataset.json'} is not what was planned with. {again}")
+    return description, planned
 
 
 def read_fingerprint(preprocessed_dataset: Path) -> dict[str, Any]:

@@ -45,8 +45,10 @@ class Model:
         fold: a number, or "all".
         checkpoint: name of its file in the fold's folder.
         sha256: of that file, in hexadecimal digits.
-        trained_on: labeled cases of the fold's train list.
+        trained_on: labeled cases of the fold's train list; with ``dataset``, all whose labels the model has seen,
+            itself or through the models that labeled its cases.
         validated_on: labeled cases of the fold's validation list.
+        dataset: that it was trained on, if not the queue's: one that self-training has made of it.
     """
 
     trainer: str
@@ -57,9 +59,10 @@ class Model:
     sha256: str
     trained_on: tuple[str, ...] = ()
     validated_on: tuple[str, ...] = ()
+    dataset: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.trainer} fold {self.fold}"
+        return f"{self.trainer} fold {self.fold}" + (f" of {self.dataset}" if self.dataset else "")
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,8 @@ def write_queue(folder: Path, queue: Queue) -> None:
     """
     check_queue(queue)
     content = {"version": VERSION, **asdict(queue)}
+    # Of nearly all queues, no model comes from elsewhere.
+    content["models"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in queue.models]
     content["cases"] = {case: {"images": list(images)} for case, images in queue.cases.items()}
     write_text(folder / QUEUE_FILE, json.dumps(content, indent=1) + "\n", otherwise=ELSEWHERE)
 
@@ -261,6 +266,7 @@ def _model(content: dict[str, Any]) -> Model:
         sha256=digest,
         trained_on=tuple(_list_of(str, content["trained_on"], "trained_on")),
         validated_on=tuple(_list_of(str, content["validated_on"], "validated_on")),
+        dataset=None if content.get("dataset") is None else _name(content["dataset"], "dataset"),
     )
 
 

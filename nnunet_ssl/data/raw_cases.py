@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ class CaseProblem:
 
     identifier: str
     reason: str
+
+
+def name_problems(problems: Sequence[CaseProblem], limit: int = 50) -> str:
+    """What is wrong with cases, one a line, for a message."""
+    lines = [f"\n  {problem.identifier}: {problem.reason}" for problem in problems[:limit]]
+    more = f"\n  and {len(problems) - limit} more" if len(problems) > limit else ""
+    return f"{len(problems)} problem(s):{''.join(lines)}{more}"
 
 
 def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> tuple[list[RawCase], list[CaseProblem]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_ssl.data.nnunet_files import read_any_json, read_json
+from nnunet_ssl.data.nnunet_files import MEND, read_any_json, read_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
 from nnunet_ssl.text import shorten, some_of
@@ -22,7 +22,6 @@ from nnunet_ssl.text import shorten, some_of
 SPLITS_FILE = "splits_final.json"
 LISTS = ("train", "val", "unlabeled")
 NNUNETS_FOLDS = 5
-_MEND = "Correct it, or copy it from where the dataset came from."
 _MEND_SPLITS = (
     "Correct it, or move it away, so that nnunet-ssl split or the next training starts from nnU-Net's own folds."
 )
@@ -202,7 +201,7 @@ def labeled_cases(preprocessed_folder: Path, raw_folder: Path | None) -> list[st
         UserError: neither folder has any.
     """
     if raw_folder is not None and (raw_folder / "dataset.json").is_file():
-        description = read_json(raw_folder / "dataset.json", otherwise=_MEND, entries={"file_ending": str})
+        description = read_json(raw_folder / "dataset.json", otherwise=MEND, entries={"file_ending": str})
         if "dataset" in description or (raw_folder / "imagesTr").is_dir():
             dataset = get_filenames_of_train_images_and_targets(str(raw_folder), description)
             cases = sorted(str(case) for case, files in dataset.items() if Path(files["label"]).is_file())
@@ -211,7 +210,7 @@ def labeled_cases(preprocessed_folder: Path, raw_folder: Path | None) -> list[st
     references = preprocessed_folder / "gt_segmentations"
     if references.is_dir() and (preprocessed_folder / "dataset.json").is_file():
         file = preprocessed_folder / "dataset.json"
-        ending = read_json(file, otherwise=_MEND, entries={"file_ending": str})["file_ending"]
+        ending = read_json(file, otherwise=MEND, entries={"file_ending": str})["file_ending"]
         cases = sorted(file.name[: -len(ending)] for file in references.glob(f"*{ending}"))
         if cases:
             return cases

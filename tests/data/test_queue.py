@@ -35,7 +35,7 @@ QUEUE = Queue(
     labels={"background": 0, "whole, all": [1, 2], "core": [2], "ignore": 3},
     regions_class_order=(1, 2),
     cases={"case_1": ("imagesUn/case_1_0000.nii.gz",), "käse 2": ("/data/käse 2_0000.nii.gz",)},
-    models=(MODEL, replace(MODEL, trainer="nnUNetTrainer", fold="all")),
+    models=(MODEL, replace(MODEL, trainer="nnUNetTrainer", fold="all", dataset="Dataset951_Round")),
     mirroring=False,
 )
 ROWS = [
