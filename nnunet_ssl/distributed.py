@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from nnunet_ssl.errors import UserError
+
 _alone = False
 
 
@@ -174,6 +176,21 @@ def device_of_this_process(device: torch.device) -> torch.device:
     What starts the processes, :mod:`nnunet_ssl.torchrun` or ``nnUNetv2_train -num_gpus``, has made it the current one.
     """
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def check_device(device: torch.device) -> None:
+    """Whether PyTorch can use the device; nnU-Net trains on a GPU unless it is told otherwise.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this PyTorch is built without CUDA" if built is None else f"it is built for CUDA {built}"
+        raise UserError(
+            f"PyTorch finds no GPU ({why}). Add -device cpu to train on the CPU; with a GPU in this machine, install "
+            "its driver and a PyTorch that fits it."
+        )
 
 
 @dataclass(frozen=True)

@@ -43,49 +43,68 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 @dataclass
-class Sigterm:
-    """What becomes of a SIGTERM within :func:`handled_sigterm`.
+class StopSignal:
+    """What becomes of SIGTERM, or of SIGINT as Ctrl-C sends it, within :func:`handled_signals`.
 
     Attributes:
         held: whether it is noted, for a loop to end at its next good moment, instead of raising SystemExit at once.
-        came: whether it was noted.
-        shields: whether processes that are forked now leave it to this one, as long as this one lives. A scheduler may
-            send it to all of them, and a worker that dies while it holds a lock makes the others wait for ever.
+        came: number of the signal that was noted; 0: none.
+        shields: whether processes that are forked now leave it to this one, as long as this one lives. A scheduler or
+            a terminal may send it to all of them, and a worker that dies while it holds a lock makes the others wait
+            for ever.
     """
 
     held: bool = False
-    came: bool = False
+    came: int = 0
     shields: bool = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a signal was noted."""
+        return self.came != 0
+
+    @property
+    def number(self) -> int:
+        """Of the signal that stops the training; another process of it may have noted which."""
+        return self.came or signal.SIGTERM
+
+    @property
+    def name(self) -> str:
+        """As a user knows it."""
+        return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
 
 
 @contextmanager
-def handled_sigterm() -> Iterator[Sigterm]:
-    """Within, SIGTERM ends this process in an orderly way: by SystemExit with code 143, at once or when it suits.
+def handled_signals() -> Iterator[StopSignal]:
+    """Within, SIGTERM and Ctrl-C end this process in an orderly way, at once or when it suits.
 
-    Schedulers send it some time before they kill. Processes that are forked within end at it as ever, where they are
-    not shielded. Python handles signals in its main thread alone: from another one nothing changes.
+    They do so by SystemExit with code 143 and 130. Schedulers send SIGTERM some time before they kill. Processes that
+    are forked within end at these signals as ever, where they are not shielded. Python handles signals in its main
+    thread alone: from another one nothing changes. Ctrl-C stays ignored where it was, as in a shell's background jobs.
     """
-    owner, state = os.getpid(), Sigterm()
+    owner, state = os.getpid(), StopSignal()
 
     def handle(number: int, frame: object) -> None:
         if os.getpid() != owner:
             if state.shields and os.getppid() == owner:
                 return
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         elif state.held:
-            state.came = True
+            state.came = state.came or number
         else:
             raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
-    before = signal.signal(signal.SIGTERM, handle)
+    handled = [one for one in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield state
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def killed_workers(loaders: Mapping[str, Sequence[BaseProcess]]) -> list[str]:
@@ -98,6 +117,8 @@ def killed_workers(loaders: Mapping[str, Sequence[BaseProcess]]) -> list[str]:
         f"worker {number} of {len(workers)} that make {name} was ended by {signal.Signals(-worker.exitcode).name}"
         for name, workers in loaders.items()
         for number, worker in enumerate(workers, start=1)
-        # Loaders themselves end workers by SIGTERM.
-        if worker.exitcode is not None and worker.exitcode < 0 and worker.exitcode != -signal.SIGTERM
+        # Loaders themselves end workers by SIGTERM, and a user by Ctrl-C.
+        if worker.exitcode is not None
+        and worker.exitcode < 0
+        and -worker.exitcode not in (signal.SIGTERM, signal.SIGINT)
     ]

@@ -391,3 +391,11 @@ def test_the_share_counts_patches_cut_anywhere_and_all_are_searched(planned_2d, 
     assert {name: counts.tolist() for name, counts in trainer.epoch_log.counts.items()} == expected
     assert foreground.draw("b").structure == -1, "no longer predicted where the patch was centered on it"
     assert {tuple(foreground.draw("a").voxel.tolist()) for _ in range(50)} == {(0, 1, 1), (5, 10, 10)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_message_says_what_to_do(planned_2d, monkeypatch, tmp_path):
+    trainer = make_trainer(CrossMatchTrainer, planned_2d, monkeypatch, tmp_path)
+    trainer.device = torch.device("cuda")
+    with pytest.raises(UserError, match=r"PyTorch finds no GPU \(.*Add -device cpu"):
+        trainer.initialize()

@@ -32,7 +32,7 @@ from nnunet_ssl.benchmark.results import add_run
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
-from nnunet_ssl.processes import derived_seed, handled_sigterm, seed_this_process
+from nnunet_ssl.processes import derived_seed, handled_signals, seed_this_process
 
 HELD = 75
 """Exit code of a process that leaves its training to the one that holds its lock (EX_TEMPFAIL)."""
@@ -105,7 +105,7 @@ def main(task_file: Path, *, with_parent: bool) -> int:
     """Train, validate, evaluate, and add the result to the campaign's table; ends with its parent if so asked."""
     if with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    with handled_sigterm(), lock(lock_file(task_file), wait=False) as held:
+    with handled_signals(), lock(lock_file(task_file), wait=False) as held:
         if not held:
             return HELD
         train(Task.read(task_file), task_file)

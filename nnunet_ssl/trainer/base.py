@@ -6,7 +6,6 @@ step needs: a second loader, passes of many streams, named loss terms with a sch
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,14 +23,14 @@ from nnunet_ssl.data.loader import UnlabeledDataset
 from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.records import folder_name
-from nnunet_ssl.distributed import LossOfRanks, Ranks, device_of_this_process, joined
+from nnunet_ssl.distributed import LossOfRanks, Ranks, check_device, device_of_this_process, joined
 from nnunet_ssl.errors import MethodError, show_user_errors_alone
 from nnunet_ssl.evaluation.curves import save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet, check_network
 from nnunet_ssl.networks.passes import Outputs
 from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork
-from nnunet_ssl.processes import Sigterm, derived_seed, handled_sigterm, seed_this_process
+from nnunet_ssl.processes import StopSignal, derived_seed, handled_signals, seed_this_process
 from nnunet_ssl.settings import SemiSupervisedSettings, teacher_settings
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views, known_voxels, label_of
 from nnunet_ssl.trainer.cascade import segmented_by_previous_stage
@@ -107,7 +106,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.current_stage = self.stages()[0]
         self.predictions = Predictions(self.epoch_log, self.label_manager, self.print_to_log_file)
         self._steps_in_epoch = 0
-        self._sigterm = Sigterm()
+        self._stop = StopSignal()
 
     # ---- hooks of a method ------------------------------------------------------------------------------------------
 
@@ -217,7 +216,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # ---- network and unlabeled data ---------------------------------------------------------------------------------
 
     def initialize(self) -> None:
-        """As nnU-Net; of several processes, each with its share of the batch and with the device it was given."""
+        """As nnU-Net, after :func:`check_device`; each of several processes has its share of a batch and its device."""
+        check_device(self.device)
         if self.settings.seed is not None:
             seed_this_process(derived_seed(self.settings.seed))
         # nnU-Net would wrap the network in DistributedDataParallel.
@@ -298,7 +298,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._unlabeled_dataset = self._prepare_dataset()
         super().on_train_start()
         # From here on there is something to save first.
-        self._sigterm.held = True
+        self._stop.held = True
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """As nnU-Net; a fold without validation cases has its training cases in their place, as fold all has."""
@@ -330,7 +330,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's two loaders; that of unlabeled batches is started with them. All end with the training."""
-        self._sigterm.shields = True
+        self._stop.shields = True
         train, val = super().get_dataloaders()
         self.loaders.augmenters.update(training=train, validation=val)
         self.loaders.extend_training(self.extra_targets, weak=self.unlabeled_views().weak_labeled)
@@ -342,33 +342,33 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         self.dataloader_unlabeled = self.loaders.add_unlabeled(loader, ranks=self.ranks.count, device=self.device)
         self.loaders.begin(seed, rank=self.ranks.rank, epoch=self.current_epoch)
-        self._sigterm.shields = False
+        self._stop.shields = False
         return train, val
 
     def run_training(self) -> None:
         """As nnU-Net, and end all worker processes whatever happens.
 
         Raises:
-            SystemExit: SIGTERM came; with code 143, after a checkpoint from which ``--c`` goes on.
+            SystemExit: SIGTERM or Ctrl-C came; with code 143 or 130, after a checkpoint from which ``--c`` goes on.
             RuntimeError: a worker was killed, a term is not finite, or a checkpoint could not be written.
         """
-        with handled_sigterm() as self._sigterm, self.loaders.finished():
+        with handled_signals() as self._stop, self.loaders.finished():
             try:
                 super().run_training()
             except RuntimeError as error:
                 # The signal may go to the workers too, and they end first.
-                if not (self._sigterm.came and "workers" in str(error)):
+                if not (self._stop.wanted and "workers" in str(error)):
                     raise
-                self._stop_at_sigterm()
+                self._stop_at_signal()
 
-    def _stop_at_sigterm(self) -> None:
+    def _stop_at_signal(self) -> None:
         file = Path(self.output_folder) / "checkpoint_latest.pth"
         self.write_checkpoint_of_epoch(str(file), next_epoch=self.current_epoch)
         self.print_to_log_file(
-            f"SIGTERM in epoch {self.current_epoch}, after {self._steps_in_epoch} steps of it: stopped, weights are in "
-            f"{file}. --c goes on from these weights at the start of the epoch."
+            f"{self._stop.name} in epoch {self.current_epoch}, after {self._steps_in_epoch} steps of it: stopped, "
+            f"weights are in {file}. --c goes on from these weights at the start of the epoch."
         )
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + self._stop.number)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -403,7 +403,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         optimizer = self.guarded_optimizer
         norm, moved = optimizer.clip(), optimizer.step_scaled()
-        found = read_step(terms, norm, stop=self._sigterm.came, voxels=self.predictions.draw(), distributed=self.is_ddp)
+        found = read_step(terms, norm, stop=self._stop.wanted, voxels=self.predictions.draw(), distributed=self.is_ddp)
         cases = f"labeled {', '.join(labeled.keys)}; unlabeled {', '.join(unlabeled.keys)}"
         moved |= optimizer.check_and_step(found.terms, found.gradient, cases=cases, epoch=self.current_epoch)
         if moved:
@@ -414,7 +414,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.predictions.remember(found.voxels, self.configuration_manager.patch_size)
         self._steps_in_epoch += 1
         if found.stop:
-            self._stop_at_sigterm()
+            self._stop_at_signal()
         return step_values(found.terms, weights)
 
     def _enter_stage(self) -> None:

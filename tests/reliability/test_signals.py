@@ -21,10 +21,13 @@ from method_steps import TRAINERS, make_short
 from own_process import children, exit_code, shared_memory, until
 
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
-from nnunet_ssl.processes import handled_sigterm, killed_workers
+from nnunet_ssl.processes import handled_signals, killed_workers
 from nnunet_ssl.trainer.loaders import Loaders
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 
 
 def train(*arguments):
@@ -90,9 +93,9 @@ def test_sigterm_leaves_a_checkpoint_and_no_process(method, to_workers_too, plan
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_command_ends_as_asked(sent, code, planned_2d, tmp_path):
-    """A signal to nnUNetv2_train and its workers, as from a scheduler or from Ctrl-C; a shell calls -2 130."""
+    """A signal to nnUNetv2_train and its workers, as from a scheduler or from Ctrl-C."""
     command = [Path(sysconfig.get_path("scripts"), "nnUNetv2_train"), planned_2d.dataset_id, "tiny", 0]
     command += ["-tr", "CrossMatchTrainer_1epoch", "-device", "cpu"]
     environment = {**planned_2d.environment, "nnUNet_results": str(tmp_path)}
@@ -122,8 +125,9 @@ def test_the_command_ends_as_asked(sent, code, planned_2d, tmp_path):
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)
     assert not shared_memory(pids)
     latest = checkpoint_of(tmp_path)
-    assert (latest is not None) == (sent == signal.SIGTERM)
-    assert latest is None or torch.load(latest, weights_only=True)["current_epoch"] == 0
+    assert torch.load(latest, weights_only=True)["current_epoch"] == 0
+    assert f"{'Ctrl-C' if sent == signal.SIGINT else 'SIGTERM'} in epoch 0, after" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def test_sigterm_before_the_first_step_ends_at_once(planned_2d, folder):
@@ -164,19 +168,19 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_stays(planned_2d, folder):
     assert file.read_bytes() == before and [path.name for path in folder.glob("*.p*")] == [file.name]
 
 
-def sent_sigterm(seconds):
-    """A forked process that was sent SIGTERM, after it has ended or ``seconds`` are over."""
+def sent(number, seconds):
+    """A forked process that was sent a signal, after it has ended or ``seconds`` are over."""
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     child.start()
     time.sleep(0.3)
-    child.terminate()
+    os.kill(child.pid, number)
     child.join(seconds)
     return child
 
 
 def start_orphan(pids):
     """Forks a shielded process, whose number it sends, and ends before it."""
-    with handled_sigterm() as state:
+    with handled_signals() as state:
         state.shields = True
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
@@ -184,22 +188,23 @@ def start_orphan(pids):
         os._exit(0)
 
 
-def test_shielded_processes_leave_sigterm_to_the_one_that_forked_them():
+@BOTH
+def test_shielded_processes_leave_signals_to_the_one_that_forked_them(number):
     fork = multiprocessing.get_context("fork")
-    with handled_sigterm() as state:
+    with handled_signals() as state:
         state.shields = True
-        child = sent_sigterm(seconds=1)
-        assert child.is_alive() and not state.came
+        child = sent(number, seconds=1)
+        assert child.is_alive() and not state.wanted
         child.kill()
         child.join(20)
         state.shields = False
-        assert sent_sigterm(seconds=20).exitcode == -signal.SIGTERM
+        assert sent(number, seconds=20).exitcode == -number
     here, there = fork.Pipe()
     parent = fork.Process(target=start_orphan, args=(there,))
     parent.start()
     orphan = here.recv()
     parent.join(20)
-    os.kill(orphan, signal.SIGTERM)
+    os.kill(orphan, number)
 
     def gone() -> bool:
         file = Path(f"/proc/{orphan}/stat")
@@ -244,26 +249,47 @@ def test_workers_end_although_one_was_killed_in_a_lock(monkeypatch):
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_sigterm_in_forked_processes_and_other_threads_is_as_ever():
-    before = signal.getsignal(signal.SIGTERM)
-    with handled_sigterm() as state:
+@BOTH
+def test_signals_in_forked_processes_and_other_threads_are_as_ever(number):
+    before = signal.getsignal(number)
+    with handled_signals() as state:
         state.held = True
-        child = sent_sigterm(seconds=20)
-        assert child.exitcode == -signal.SIGTERM and not state.came
+        child = sent(number, seconds=20)
+        assert child.exitcode == -number and not state.wanted
+        os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert state.came
+        assert state.came == number, "the first of several"
+        assert state.name == ("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
         assert killed_workers({"batches": [child]}) == []
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
     def elsewhere():
-        with handled_sigterm() as state:
+        with handled_signals() as state:
             states.append(state)
 
     states: list = []
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert len(states) == 1 and signal.getsignal(signal.SIGTERM) is before
+    assert len(states) == 1 and signal.getsignal(number) is before
+
+
+@BOTH
+def test_signals_end_a_process_with_their_code_where_nothing_holds_them(number):
+    with pytest.raises(SystemExit) as stopped, handled_signals():
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    assert stopped.value.code == 128 + number
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored():
+    """As in a background job of a shell."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with handled_signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_checkpoint_of_an_epoch_that_was_cut_off_logs_whole_epochs_alone(planned_2d, folder):
