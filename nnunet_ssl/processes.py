@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -72,6 +73,13 @@ class StopSignal:
     def name(self) -> str:
         """As a user knows it."""
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+
+    def message(self, epoch: int, steps: int, file: Path) -> str:
+        """What a training that stops says: where it was, and the checkpoint that it wrote."""
+        return (
+            f"{self.name} in epoch {epoch}, after {steps} steps of it: stopped, weights are in {file}. --c goes on "
+            "from these weights at the start of the epoch."
+        )
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from nnunet_ssl.errors import MethodError, UserError
+from nnunet_ssl.text import closest, did_you_mean
 
 PLANS_KEY = "semi_supervised"
 
@@ -120,8 +121,8 @@ class SemiSupervisedSettings:
     ramp_length: float = ramp_length_setting(0.3)
     memory_mode: str = setting(
         "auto",
-        "stacked: all streams in one pass; split: one stream at a time, less memory; auto: split on a CPU; on a GPU "
-        "stacked, and split if the memory does not suffice",
+        "stacked: all streams in one pass; split: one stream at a time, less memory; auto: split on a CPU and, with "
+        "batch normalization, on several GPUs (SyncBatchNorm); else stacked, and split if the memory does not suffice",
         choices=("auto", "stacked", "split"),
     )
     activation_checkpointing: bool = setting(
@@ -150,14 +151,21 @@ class SemiSupervisedSettings:
             raise UserError(" ".join(filter(None, problems)))
 
     @classmethod
-    def from_plans(cls: type[Settings], configuration: Mapping[str, Any]) -> Settings:
-        """Read the settings of one resolved configuration of the plans (``inherits_from`` already applied).
+    def from_plans(
+        cls: type[Settings], configuration: Mapping[str, Any], plans: Mapping[str, Any] | None = None
+    ) -> Settings:
+        """Read the settings of one configuration.
+
+        Args:
+            configuration: of the plans, resolved (``inherits_from`` already applied).
+            plans: that it comes from, to look for settings in a wrong place.
 
         Raises:
-            UserError: the entry is no table, has keys this method does not know, or values out of range; the text
-                names all of them.
+            UserError: the entry is no table, has keys this method does not know, or values out of range, and the text
+                names all of them; or the entry has another name or is in another place, where nothing reads it.
         """
         given = configuration.get(PLANS_KEY, {})
+        _check_place(configuration, plans or {})
         if not isinstance(given, Mapping):
             raise UserError(
                 f"The plans' '{PLANS_KEY}' must be a table of settings such as {{\"ramp_length\": 0.3}}, "
@@ -168,8 +176,8 @@ class SemiSupervisedSettings:
         problems = []
         if unknown:
             problems.append(
-                f"The plans' '{PLANS_KEY}' holds {', '.join(map(repr, unknown))}, which {cls.__name__} does not know. "
-                f"Known settings: {', '.join(sorted(known))}."
+                f"The plans' '{PLANS_KEY}' holds {', '.join(map(repr, unknown))}, which {cls.__name__} does not "
+                f"know.{did_you_mean(unknown, known)} Known settings: {', '.join(sorted(known))}."
             )
         try:
             settings = cls(**{name: value for name, value in given.items() if name in known})
@@ -243,6 +251,22 @@ def teacher_settings(settings: SemiSupervisedSettings) -> TeacherSettings:
     raise MethodError(
         f"The network has a teacher: derive {type(settings).__name__} from TeacherSettings, which say how it moves."
     )
+
+
+def _check_place(configuration: Mapping[str, Any], plans: Mapping[str, Any]) -> None:
+    """Whether there are settings that nothing would read."""
+    for key in configuration:
+        if key != PLANS_KEY and closest(key, [PLANS_KEY], cutoff=0.8):
+            raise UserError(
+                f"The configuration in the plans has the entry {key!r}, which nothing reads. Did you mean "
+                f"'{PLANS_KEY}'? Rename it."
+            )
+    for key in plans:
+        if closest(key, [PLANS_KEY], cutoff=0.8):
+            raise UserError(
+                f"The plans have the entry {key!r} outside of the configurations, where nothing reads it. Move it into "
+                f"the configuration that you train, as '{PLANS_KEY}'."
+            )
 
 
 def _problem(option: dataclasses.Field[Any], value: Any) -> str | None:

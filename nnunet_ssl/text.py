@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 def some_of(names: Iterable[str], limit: int = 10) -> str:
@@ -10,6 +11,28 @@ def some_of(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """The known name that somebody who wrote another one may have meant.
+
+    >>> closest("ramp_lenght", ["seed", "ramp_length"]), closest("x", ["seed", "ramp_length"])
+    ('ramp_length', None)
+    """
+    by_letters = {one.casefold(): one for one in known}
+    found = get_close_matches(name.casefold(), by_letters, n=1, cutoff=cutoff)
+    return by_letters[found[0]] if found else None
+
+
+def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
+    """A question to go on with after a message on unknown names, with a space before it; empty where none is alike.
+
+    >>> did_you_mean(["doctr", "zzz"], ["doctor", "demo"])
+    ' Did you mean doctor?'
+    """
+    known = list(known)
+    meant = [found for name in names if (found := closest(name, known))]
+    return f" Did you mean {', '.join(meant)}?" if meant else ""
 
 
 def shorten(value: object, limit: int = 80) -> str:

@@ -6,13 +6,12 @@ import ast
 import contextlib
 import io
 import os
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import nnunet_ssl
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import unwrap
+from nnunet_ssl.text import did_you_mean, unwrap
 
 RECOMMENDED = "UniMatchTrainer"
 """What README says to try first: commands use it unless told otherwise, and name it in what they print."""
@@ -63,7 +62,7 @@ def find_trainer(name: str) -> type[Any]:
     except Exception as error:
         # This is how nnU-Net says that there is none, in many words; anything else is a reason to show.
         reason = "" if str(error).startswith("Could not find") else f" ({unwrap(f'{type(error).__name__}: {error}')})"
-        raise UserError(f"nnU-Net does not find the trainer {name}{reason}. {_what_to_do(name)}") from error
+        raise UserError(f"nnU-Net does not find the trainer {name}{reason}.{_what_to_do(name)}") from error
 
 
 def _what_to_do(name: str) -> str:
@@ -71,10 +70,8 @@ def _what_to_do(name: str) -> str:
     names = [*trainer_descriptions(ours)]
     folders = [Path(part) for part in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if part.strip()]
     if not any(folder.resolve() == ours for folder in folders):
-        return f"nnUNet_extTrainer does not name the folder of this package's: {EXPORT}. It has {', '.join(names)}."
-    similar = get_close_matches(name, names, n=1)
-    meant = f"Did you mean {similar[0]}? " if similar else ""
+        return f" nnUNet_extTrainer does not name the folder of this package's: {EXPORT}. It has {', '.join(names)}."
     return (
-        f"{meant}This package has {', '.join(names)}, each also with a length such as _250epochs. "
-        "nnUNet_extTrainer names the folders of others."
+        f"{did_you_mean([name], names)} This package has {', '.join(names)}, each also with a length such as "
+        "_250epochs. nnUNet_extTrainer names the folders of others."
     )

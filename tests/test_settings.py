@@ -46,6 +46,7 @@ def test_inheritance_of_configurations_reaches_the_settings():
         ([], ["semi_supervised", "[]"]),
         ({"ramp_length": 7, "memory_mode": "fast"}, ["'ramp_length'", "7", "'memory_mode'", "'fast'"]),
         ({"ramp_lenght": 0.2, "memory_mode": "fast"}, ["'ramp_lenght'", "'memory_mode'", "'fast'"]),
+        ({"ramp_lenght": 0.2, "memorymode": 1}, ["Did you mean memory_mode, ramp_length?"]),
     ],
 )
 def test_mistakes_are_named(given, words):
@@ -64,3 +65,12 @@ def test_settings_are_frozen_and_plain():
 
 def test_every_setting_has_a_help_text():
     assert all(option.metadata["help"] for option in dataclasses.fields(CrossMatchSettings))
+
+
+@pytest.mark.parametrize("name", ["semisupervised", "semi-supervised", "Semi_supervised", "semi_supervized"])
+def test_settings_under_another_name_or_in_another_place_are_not_passed_over(name):
+    with pytest.raises(UserError, match=f"entry '{name}', which nothing reads. Did you mean 'semi_supervised'"):
+        CrossMatchSettings.from_plans({"batch_size": 2, name: {"ramp_length": 0.0}})
+    plans = {"configurations": {}, "plans_name": "nnUNetPlans", "semi_supervised": {"ramp_length": 0.0}}
+    with pytest.raises(UserError, match="outside of the configurations, where nothing reads it"):
+        CrossMatchSettings.from_plans({}, plans)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunet_ssl.text import one_line, shorten, some_of, unwrap
+from nnunet_ssl.text import closest, did_you_mean, one_line, shorten, some_of, unwrap
 
 
 def test_names() -> None:
@@ -26,3 +26,10 @@ def test_errors() -> None:
     assert one_line(RuntimeError("report\n\nwhat happened\n")) == "what happened"
     assert one_line(ValueError("report\nwhat happened")) == "ValueError: what happened"
     assert one_line(MemoryError()) == "MemoryError"
+
+
+def test_what_may_be_meant() -> None:
+    known = ["ramp_length", "memory_mode"]
+    assert closest("Ramp_Lenght", known) == "ramp_length" and closest("x", known) is None
+    assert did_you_mean(["memorymode", "zzz", "ramp"], known) == " Did you mean memory_mode?"
+    assert did_you_mean(["zzz"], known) == "" == did_you_mean([], known)

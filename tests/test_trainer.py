@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from nnunet_ssl.data import predicted_foreground
 from nnunet_ssl.data.predicted_foreground import ANYWHERE, Aim, PredictedForeground, coordinates_of, subsampled
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.trainer.epoch_log import EpochLog
 
 
 @pytest.fixture
@@ -399,3 +401,13 @@ def test_without_a_gpu_one_message_says_what_to_do(planned_2d, monkeypatch, tmp_
     trainer.device = torch.device("cuda")
     with pytest.raises(UserError, match=r"PyTorch finds no GPU \(.*Add -device cpu"):
         trainer.initialize()
+
+
+def test_the_first_steps_tell_how_long_an_epoch_takes():
+    lines: list[str] = []
+    log = EpochLog(None, lines.append, counts_skipped_steps=False)
+    for step in range(1, 31):
+        log.time_step(250)
+        assert len(lines) == (step > 10), "told once, after ten steps that follow a first one"
+        log.start()
+    assert re.fullmatch(r"0\.00 s per step, so about 0\.0 min per epoch of 250 steps, without validation", lines[0])

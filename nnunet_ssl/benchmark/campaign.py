@@ -19,7 +19,7 @@ from typing import Any
 from nnunet_ssl.benchmark.arms import Arm
 from nnunet_ssl.data.few_labels import label_few
 from nnunet_ssl.data.nnunet_files import read_json, read_plans
-from nnunet_ssl.data.splits import Fold, append_fold, current_splits, labeled_cases
+from nnunet_ssl.data.splits import Fold, append_fold, current_splits, labeled_cases, name_folds
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
 
@@ -236,7 +236,7 @@ def plan_settings(
     for number in [*folds, draw_fold]:
         if not 0 <= number < len(splits):
             raise UserError(
-                f"There is no fold {number}: {source or preprocessed_folder} has folds 0 to {len(splits) - 1}."
+                f"There is no fold {number}: {source or preprocessed_folder} has {name_folds(len(splits))}."
             )
     wanted: dict[str, Fold] = {}
     for count in labeled:

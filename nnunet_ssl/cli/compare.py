@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.cli.lookup import dataset_folder, dataset_name, nnunet_folder
+from nnunet_ssl.cli.lookup import dataset_folder, trained_model
 from nnunet_ssl.cli.prediction_arguments import (
     add_label_options,
     add_processes_option,
@@ -21,6 +21,9 @@ from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.folders import FolderResult
+
+FEW_CASES = 10
+"""Pairs below which the tables are followed by what so few cannot show."""
 
 HELP = "compare trainers on the same cases: spread, paired differences, confidence intervals, figure"
 
@@ -141,8 +144,10 @@ def run(args: argparse.Namespace) -> int:
         header, rows = compare(models, structures, metric, best=best_runs)
         print(f"\n{metric}\n{format_table(header, rows)}")
         tables.append((metric, header, rows))
+    notes = limits_of(models)
+    print("".join(f"\n{note}" for note in notes))
     if args.o:
-        _write(args.o, models, best_runs, structures, tables)
+        _write(args.o, models, best_runs, structures, tables, notes)
     return 1 if problems else 0
 
 
@@ -189,14 +194,38 @@ def _check_cases(models: dict[str, list[FolderResult]]) -> None:
         print("\nNot all have the same cases: each mean is over a model's own, each difference over those in common.")
 
 
+def limits_of(models: dict[str, list[FolderResult]]) -> list[str]:
+    """What the tables cannot show, for few cases and few trainings.
+
+    The smallest two-sided p of the signed-rank test on n pairs is 2 / 2ⁿ, where all differences have one sign.
+    """
+    from nnunet_ssl.evaluation.comparison import common_cases
+
+    baseline, *others = (common_cases(runs) for runs in models.values())
+    pairs = min(len(baseline & cases) for cases in others)
+    notes = []
+    if 2 <= pairs < FEW_CASES:
+        notes.append(
+            f"Few cases: with {pairs} pairs p cannot be below {2 / 2**pairs:.2g}, however large the difference is. An "
+            "interval from so few cases is too narrow."
+        )
+    if all(len(runs) == 1 for runs in models.values()):
+        notes.append(
+            "One training each: the intervals hold the chance of the cases, not that of trainings. Another training "
+            "with the same settings may differ as much. Compare several: give their folders under one name."
+        )
+    return notes
+
+
 def _write(
     folder: Path,
     models: dict[str, list[FolderResult]],
     best_runs: dict[str, list[FolderResult]],
     structures: list[str],
     tables: Sequence[tuple[str, list[str], list[list[Any]]]],
+    notes: Sequence[str],
 ) -> None:
-    """Write values, tables (metric, header, rows) and the figure of the first metric."""
+    """Write values, tables (metric, header, rows), what they cannot show, and the figure of the first metric."""
     from nnunet_ssl.evaluation.pictures import save_comparison
     from nnunet_ssl.evaluation.result_files import write_csv
     from nnunet_ssl.evaluation.tables import format_table
@@ -207,7 +236,7 @@ def _write(
         rows_of |= {f"{name} best, run {number}": run for number, run in enumerate(runs)}
     write_csv(folder / "comparison.csv", rows_of, key="model")
     markdown = [f"{metric}\n\n{format_table(header, rows, style='markdown')}\n" for metric, header, rows in tables]
-    write_text(folder / "comparison.md", "\n".join(markdown), otherwise=ELSEWHERE)
+    write_text(folder / "comparison.md", "\n".join([*markdown, *(f"{note}\n" for note in notes)]), otherwise=ELSEWHERE)
     latex = [f"% {metric}\n{format_table(header, rows, style='latex')}\n" for metric, header, rows in tables]
     write_text(folder / "comparison.tex", "\n".join(latex), otherwise=ELSEWHERE)
     save_comparison(folder / "comparison.png", models, structures, tables[0][0])
@@ -220,10 +249,9 @@ def _validations(args: argparse.Namespace) -> dict[str, list[Path]]:
         return {}
     if not (args.d and args.c):
         raise UserError("-tr names trained models: give their dataset and configuration too, with -d and -c.")
-    dataset = nnunet_folder("nnUNet_results", "nnU-Net keeps trained models there.") / dataset_name(args.d)
     folders: dict[str, list[Path]] = {}
     for trainer in args.tr:
-        model = dataset / f"{trainer}__{args.p}__{args.c}"
+        model = trained_model(args.d, trainer, args.p, args.c)
         for fold in args.f:
             validation = model / f"fold_{fold}" / "validation"
             # What nnU-Net writes last.

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.cli.demo_steps import Steps, duration
 from nnunet_ssl.cli.lookup import RECOMMENDED, trainer_descriptions, trainers_folder
+from nnunet_ssl.data.nnunet_files import read_json, read_plans
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import write_text
+from nnunet_ssl.files import ELSEWHERE, write_text
 
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.comparison import PairedDifference
@@ -46,6 +47,7 @@ the others only. Whether unlabeled images help with your data:
   nnUNetv2_train DATASET 3d_fullres 0 -tr {trainer}
 """
 _SETTINGS = "demo.json"
+_AFRESH = "Choose another folder with -o, or start afresh with --overwrite."
 _OWN_FOLDERS = ("logs", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "trainers", "predictions")
 _TRAINER = '''\
 """{base}, shortened for nnunet-ssl demo."""
@@ -180,7 +182,7 @@ class _Dataset:
         return self.raw.name[7:10]
 
     def plans(self) -> dict[str, Any]:
-        return _read_json(self.preprocessed / "nnUNetPlans.json")
+        return read_plans(self.preprocessed / "nnUNetPlans.json", otherwise=_AFRESH)
 
     def trained(self, trainer: str) -> Path:
         return self.results / f"{trainer}__nnUNetPlans__{CONFIGURATION}" / f"fold_{FOLD}"
@@ -195,14 +197,11 @@ def _prepare_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: boo
         for name in _OWN_FOLDERS:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
-    elif file.is_file() and _read_json(file) != settings:
-        raise UserError(
-            f"{folder} holds a demo with other settings ({_read_json(file)}). Choose another folder with -o, or start "
-            "afresh with --overwrite."
-        )
+    elif file.is_file() and (before := read_json(file, otherwise=_AFRESH)) != settings:
+        raise UserError(f"{folder} holds a demo with other settings ({before}). {_AFRESH}")
     for name in _OWN_FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(settings, indent=2) + "\n", otherwise=ELSEWHERE)
 
 
 def _environment(folder: Path, processes: int) -> dict[str, str]:
@@ -346,7 +345,3 @@ def _gain(trainer: str, found: PairedDifference) -> str:
     interval = f"95 % interval over {found.cases} test cases {found.low:+.3f} to {found.high:+.3f}"
     shown = "" if found.low > 0 or found.high < 0 else "; it holds 0, so this shows no difference"
     return f"{trainer}: {abs(found.mean):.3f} Dice {more} than {BASELINE} on average ({interval}{shown})."
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))

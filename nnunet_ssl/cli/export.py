@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.cli.lookup import dataset_name, find_trainer, nnunet_folder
+from nnunet_ssl.cli.lookup import find_trainer, model_name, trained_model
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, cannot_write, replacing
@@ -64,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.o)
     if output.exists() and (not output.is_dir() or _is_zip(output) or any(output.iterdir())):
         raise UserError(f"{output} is there already: move it away, or choose another name with -o.")
-    model = _model_folder(args)
+    model = trained_model(args.d, args.tr, args.p, args.c)
     checkpoints = {fold: _checkpoint_file(model, fold, args.chk) for fold in args.f}
     trainer = find_trainer(args.tr)
     if not hasattr(trainer, "settings_class"):
         raise _no_semi_supervised_trainer(args)
-    exported = Path(model.parent.name, f"{_stock_name(trainer)}__{args.p}__{args.c}")
+    exported = Path(model.parent.name, model_name(_stock_name(trainer), args.p, args.c))
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -97,24 +97,6 @@ def _is_zip(output: Path) -> bool:
 
 
 # Where things are
-
-
-def _model_folder(args: argparse.Namespace) -> Path:
-    results = nnunet_folder("nnUNet_results", "nnU-Net keeps trained models there.")
-
-    dataset = results / dataset_name(args.d)
-    model = dataset / f"{args.tr}__{args.p}__{args.c}"
-    if not model.is_dir():
-        if dataset.is_dir():
-            there = [folder.name.split("__") for folder in sorted(dataset.iterdir())]
-            trained = [f"-tr {name[0]} -p {name[1]} -c {name[2]}" for name in there if len(name) == 3]
-        else:
-            trained = [f"-d {folder.name}" for folder in sorted(results.glob("Dataset*"))]
-        raise UserError(
-            f"There is no trained model {model}. Trained are: {', '.join(trained) or 'none'}. Correct -d, -c, -p or "
-            "-tr, or nnUNet_results."
-        )
-    return model
 
 
 def _checkpoint_file(model: Path, fold: str, name: str) -> Path:

@@ -10,7 +10,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.cli.lookup import dataset_name, find_program, find_trainer, nnunet_folder, plan_again, read_plans
+from nnunet_ssl.cli.lookup import (
+    dataset_name,
+    find_program,
+    find_trainer,
+    model_name,
+    nnunet_folder,
+    plan_again,
+    read_plans,
+)
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import AGAIN, cannot_write, replacing
@@ -73,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fold_folder(results: Path, trainer: str, args: argparse.Namespace) -> Path:
-    return results / f"{trainer}__{args.p}__{args.c}" / f"fold_{args.f}"
+    return results / model_name(trainer, args.p, args.c) / f"fold_{args.f}"
 
 
 def _prepare(folder: Path, results: Path, args: argparse.Namespace) -> None:
@@ -124,7 +132,7 @@ def _longest(results: Path, epochs: int, args: argparse.Namespace) -> Path:
 
     base = re.sub(f"{_LENGTH}$", "", args.tr)
     variant = re.compile(f"{re.escape(base)}({_LENGTH})?")
-    trainers = sorted({folder.name.split("__")[0] for folder in results.glob(f"{base}*__{args.p}__{args.c}")})
+    trainers = sorted({folder.name.split("__")[0] for folder in results.glob(model_name(f"{base}*", args.p, args.c))})
     finals = [
         _fold_folder(results, name, args) / _CHECKPOINTS[0]
         for name in trainers

@@ -18,6 +18,7 @@ from typing import Any
 
 from nnunet_ssl.data.nnunet_files import read_plans as plans_of_file
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.text import did_you_mean
 from nnunet_ssl.trainer_lookup import RECOMMENDED as RECOMMENDED
 from nnunet_ssl.trainer_lookup import find_trainer as find_trainer
 from nnunet_ssl.trainer_lookup import trainer_descriptions as trainer_descriptions
@@ -92,7 +93,36 @@ def listing(what: str, names: list[str]) -> str:
     return f"{what}: {', '.join(names) if names else 'none'}."
 
 
-# Trainers
+# Trainers and models
+
+
+def model_name(trainer: str, plans: str, configuration: str) -> str:
+    """The folder of a trained model within its dataset's, as nnU-Net names it."""
+    return f"{trainer}__{plans}__{configuration}"
+
+
+def trained_model(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
+    """The folder of a trained model.
+
+    Raises:
+        UserError: there is none; the text says which there are.
+    """
+    results = nnunet_folder("nnUNet_results", "nnU-Net keeps trained models there.")
+    folder = results / dataset_name(dataset)
+    model = folder / model_name(trainer, plans, configuration)
+    if model.is_dir():
+        return model
+    if folder.is_dir():
+        there = [one.name.split("__") for one in sorted(folder.iterdir())]
+        names = [name for name in there if len(name) == 3]
+        trained = [f"-tr {name[0]} -p {name[1]} -c {name[2]}" for name in names]
+        meant = did_you_mean([trainer], {name[0] for name in names} - {trainer})
+    else:
+        trained, meant = [f"-d {one.name}" for one in sorted(results.glob("Dataset*"))], ""
+    raise UserError(
+        f"There is no trained model {model}.{meant} Trained are: {', '.join(trained) or 'none'}. Correct -d, -c, -p or "
+        "-tr, or nnUNet_results."
+    )
 
 
 def import_errors(folder: Path) -> Iterator[tuple[str, str]]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import unwrap
+from nnunet_ssl.text import did_you_mean, unwrap
 from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 COMMANDS = (
@@ -44,9 +46,25 @@ def module_of(command: str) -> str:
     return f"nnunet_ssl.cli.{command.replace('-', '_')}"
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Python's, which before 3.14 does not say what a misspelt command or option may have been meant as."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with usage, message and the likely meaning."""
+        if wrong := re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message):
+            message += did_you_mean([wrong[1]], re.findall(r"[\w-]+", wrong[2]))
+        super().error(message)
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """End for arguments that no option takes."""
+        options = [option for action in self._actions for option in action.option_strings]
+        wrong = [one.partition("=")[0] for one in unknown if one.startswith("-")]
+        self.error(f"unrecognized arguments: {' '.join(unknown)}.{did_you_mean(wrong, options)}")
+
+
+def build_parser() -> Parser:
     """The parser of the whole command. A subcommand that cannot be imported says so, and the others still work."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnunet-ssl",
         description="Semi-supervised training for nnU-Net v2. Training and prediction are nnU-Net's own commands: "
         f"nnUNetv2_train ... -tr {RECOMMENDED}.",
@@ -61,11 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
             # Without a prefix character its options are taken as they are, so that the reason is what the user sees.
             broken = commands.add_parser(name, help="unavailable", add_help=False, prefix_chars=" ")
             broken.add_argument("ignored", nargs="*")
-            broken.set_defaults(run=_unavailable, reason=str(error))
+            broken.set_defaults(run=_unavailable, reason=str(error), parser=parser)
             continue
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser
 
 
@@ -75,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Further codes: 1 for an unexpected error, 2 for a mistake the user can correct, 130 when interrupted, 141 when
     nobody reads the output to its end.
     """
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        args.parser.refuse(unknown)
     try:
         with warnings.catch_warnings():
             if not (args.debug or sys.warnoptions):

@@ -19,6 +19,7 @@ import nnunet_ssl
 from nnunet_ssl.cli.lookup import listing, trainer_descriptions, trainers_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.settings import SemiSupervisedSettings, allowed_values
+from nnunet_ssl.text import did_you_mean
 
 HELP = "list the trainers: idea, source, gain, cost of a step, memory, settings"
 
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     methods = every_method()
     unknown = sorted(set(args.trainer) - set(methods))
     if unknown:
-        raise UserError(f"There is no trainer {', '.join(unknown)}; {listing('there are', [*methods])}")
+        meant = did_you_mean(unknown, methods)
+        raise UserError(f"There is no trainer {', '.join(unknown)}.{meant} {listing('There are', [*methods])}")
     chosen = [method for name, method in methods.items() if name in args.trainer or not args.trainer]
     print(markdown_table(chosen) if args.markdown else in_words(chosen))
     return 0

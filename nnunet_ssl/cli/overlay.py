@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from nnunet_ssl.cli.lookup import dataset_folder
@@ -37,8 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXPLANATION
     parser.add_argument("folders", nargs="+", metavar="NAME=FOLDER", help="predictions")
-    parser.add_argument("-g", type=Path, metavar="REFERENCES", help="reference segmentations (default: labelsTr of -d)")
-    parser.add_argument("-i", type=Path, metavar="IMAGES", help="images (default: imagesTr of -d)")
+    parser.add_argument(
+        "-g",
+        type=Path,
+        metavar="REFERENCES",
+        help="reference segmentations (default: labelsTr or labelsTs of -d, where the cases are)",
+    )
+    parser.add_argument(
+        "-i", type=Path, metavar="IMAGES", help="images (default: imagesTr or imagesTs of -d, where the cases are)"
+    )
     parser.add_argument("-ch", type=int, default=0, metavar="CHANNEL", help="channel to draw (default: 0)")
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
     chosen = parser.add_mutually_exclusive_group()
@@ -62,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
     segmentations = segmentations_of(args, list(folders.values()))
     if not args.d and not (args.g and args.i):
         raise UserError("Give the folders of references and images with -g and -i, or the dataset with -d.")
-    references = args.g or dataset_folder(args.d, "labelsTr") / "labelsTr"
-    images = args.i or dataset_folder(args.d, "imagesTr") / "imagesTr"
-
-    make_folder(args.o)
     held = [set(segmentations.cases(folder)) for folder in folders.values()]
     common = set.intersection(*held)
+    references = args.g or _folder_with(common, segmentations.file_ending, args.d, "labelsTr", "-g")
+    images = args.i or _folder_with(common, f"_0000{segmentations.file_ending}", args.d, "imagesTr", "-i")
+
+    make_folder(args.o)
     others = set.union(*held) - common
     if others and common and not args.cases:
         print(f"Left out, because not all folders have them: {some_of(sorted(others))}")
@@ -96,6 +103,29 @@ def run(args: argparse.Namespace) -> int:
     if not common:
         raise UserError(f"There is no case that all of {', '.join(map(str, folders.values()))} have.")
     return 1 if problems else 0
+
+
+def _folder_with(cases: Collection[str], ending: str, dataset: str, name: str, option: str) -> Path:
+    """A folder of a dataset for training cases, or its like for test cases, whichever has files of more cases.
+
+    Args:
+        cases: that were predicted.
+        ending: of their files there.
+        dataset: its number or name.
+        name: of the folder for training cases, such as labelsTr.
+        option: names a folder instead.
+
+    Raises:
+        UserError: neither has a file of any case.
+    """
+    train = dataset_folder(dataset, name) / name
+    folders = {train: 0, train.with_name(f"{name.removesuffix('Tr')}Ts"): 0}
+    for folder in folders:
+        folders[folder] = sum((folder / f"{case}{ending}").is_file() for case in cases)
+    if cases and not any(folders.values()):
+        wanted = f"{min(cases)}{ending}"
+        raise UserError(f"There is no {wanted} in {' or '.join(map(str, folders))}. Name the folder with {option}.")
+    return max(folders, key=lambda folder: folders[folder])
 
 
 def _one_folder_each(arguments: Sequence[str]) -> dict[str, Path]:

@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _choose_folds(splits: list[Fold], asked: list[int] | None, source: str) -> list[int]:
     from nnunet_ssl.benchmark.pilot import disjoint_folds
+    from nnunet_ssl.data.splits import name_folds
 
     if asked is None:
         numbers = disjoint_folds(splits)
@@ -138,7 +139,7 @@ def _choose_folds(splits: list[Fold], asked: list[int] | None, source: str) -> l
         return numbers
     for number in asked:
         if not 0 <= number < len(splits):
-            raise UserError(f"There is no fold {number}: {source} has folds 0 to {len(splits) - 1}.")
+            raise UserError(f"There is no fold {number}: {source} has {name_folds(len(splits))}.")
     if len(disjoint_folds([splits[number] for number in asked])) < len(asked):
         raise UserError(
             f"--folds {' '.join(map(str, asked))}: in {source} these share validation cases, or one has none. Each "

@@ -9,6 +9,7 @@ from typing import Any
 
 from nnunet_ssl.cli.lookup import listing, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
+from nnunet_ssl.data.raw_cases import unread_folders_message
 from nnunet_ssl.errors import UserError
 
 HELP = "preprocess the images in imagesUn (training does it by itself; this does it beforehand)"
@@ -65,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
         )
     raw_dataset, preprocessed_dataset = raw / name, preprocessed / name
     if not (raw_dataset / "imagesUn").is_dir():
+        unread = unread_folders_message(raw_dataset)
         raise UserError(
-            f"There is no folder {raw_dataset / 'imagesUn'}. Create it and put the unlabeled images there, named as in "
-            "imagesTr (CASE_0000 + file ending, one file per channel)."
+            f"There is no folder {raw_dataset / 'imagesUn'}. {unread and f'{unread} '}Create it and put the unlabeled "
+            "images there, named as in imagesTr (CASE_0000 + file ending, one file per channel)."
         )
     plans = read_plans(preprocessed_dataset, args.p, args.d)
 

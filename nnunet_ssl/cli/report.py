@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nnunet_ssl import __version__
 from nnunet_ssl.cli.findings import Finding
-from nnunet_ssl.cli.lookup import dataset_name, described
+from nnunet_ssl.cli.lookup import dataset_name, described, model_name
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.settings import PLANS_KEY
 from nnunet_ssl.text import by_axis, unwrap
@@ -68,7 +68,7 @@ class Training:
     @property
     def results(self) -> Path:
         """The folder of the fold, whether there is one or not."""
-        model = f"{self.trainer}__{self.plans}__{self.configuration}"
+        model = model_name(self.trainer, self.plans, str(self.configuration))
         return Path(os.environ["nnUNet_results"], self.dataset, model, f"fold_{self.fold}")
 
 

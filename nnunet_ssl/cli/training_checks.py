@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
 from nnunet_ssl.cli.lookup import described, find_trainer
@@ -14,6 +14,8 @@ from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_ssl.data.raw_cases import CaseProblem, RawCase
 
 
 def check_dataset(
@@ -49,14 +51,15 @@ def check_dataset(
     manager = plans_manager.get_configuration(configuration)
     labeled = preprocessed / manager.data_identifier
     yield from safely(check_labeled(labeled, description, otherwise=to_plan))
-    yield from safely(check_unlabeled(raw, preprocessed, manager.data_identifier, description, fold))
+    unlabeled = UnlabeledImages.of(raw, preprocessed, manager.data_identifier, description)
+    yield from safely(check_unlabeled(unlabeled, raw, preprocessed, fold))
     try:
         trainer = find_trainer(trainer_name)
     except UserError:
         return  # check_trainer has reported it
-    settings = [*safely(check_settings(trainer, manager.configuration))]
+    settings = [*safely(check_settings(trainer, manager.configuration, plans))]
     yield from settings
-    yield from safely(check_fold(preprocessed, plans_manager, configuration, fold, trainer))
+    yield from safely(check_fold(unlabeled, preprocessed, plans_manager, configuration, fold, trainer))
     unsupported = [*safely(check_network(trainer, plans_manager, configuration, description))]
     yield from unsupported
     # Bad settings leave nothing to compute, and have been reported.
@@ -77,84 +80,123 @@ def check_labeled(folder: Path, dataset_json: dict[str, Any], *, otherwise: str)
     read_fingerprint(folder.parent)  # unlabeled images are compared with it
 
 
-def check_unlabeled(
-    raw: Path, preprocessed: Path, data_identifier: str, dataset_json: dict[str, Any], fold: int | str
-) -> Iterator[Finding]:
-    """Where the unlabeled cases are, and how many of them a training can use."""
-    from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, files_per_case, find_raw_cases
-    from nnunet_ssl.data.records import read_record, records_folder
-    from nnunet_ssl.data.splits import SPLITS_FILE, unlabeled_list
-    from nnunet_ssl.data.unlabeled_cases import no_unlabeled_cases_message, ready_cases
+class UnlabeledImages(NamedTuple):
+    """What there is in imagesUn.
 
-    images_folder = raw / IMAGES_FOLDER
-    named, problems = find_raw_cases(images_folder, dataset_json["file_ending"], files_per_case(raw, dataset_json))
+    Attributes:
+        named: cases that have all their files.
+        problems: what else is there, and why it is left out.
+        ready: names of the preprocessed cases, also of those whose images are elsewhere.
+        failed: why cases could not be preprocessed earlier.
+        labeled: the first image file of each labeled case, to find copies of it.
+    """
+
+    named: list[RawCase]
+    problems: list[CaseProblem]
+    ready: set[str]
+    failed: dict[str, str]
+    labeled: dict[str, Path]
+
+    @classmethod
+    def of(cls, raw: Path, preprocessed: Path, data_identifier: str, dataset_json: dict[str, Any]) -> UnlabeledImages:
+        """Look for them, and for what earlier runs made of them."""
+        from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, files_per_case, find_raw_cases, labeled_images
+        from nnunet_ssl.data.records import read_record, records_folder
+        from nnunet_ssl.data.unlabeled_cases import ready_cases
+
+        images_folder, channels = raw / IMAGES_FOLDER, files_per_case(raw, dataset_json)
+        named, problems = find_raw_cases(images_folder, dataset_json["file_ending"], channels)
+        ready = set(ready_cases(preprocessed, data_identifier))
+        records = records_folder(preprocessed, data_identifier)
+        failed = {
+            case.identifier: record.get("reason", "")
+            for case in named
+            if case.identifier not in ready
+            and (record := read_record(records / f"{case.identifier}.json")) is not None
+            and record.get("status") == "failed"
+        }
+        return cls(named, problems, ready, failed, labeled_images(raw, dataset_json))
+
+    @property
+    def waiting(self) -> list[RawCase]:
+        """What a training will preprocess when it starts."""
+        return [case for case in self.named if case.identifier not in self.ready and case.identifier not in self.failed]
+
+
+def check_unlabeled(unlabeled: UnlabeledImages, raw: Path, preprocessed: Path, fold: int | str) -> Iterator[Finding]:
+    """Where the unlabeled cases are, and how many of them a training can use."""
+    from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, unread_folders_message
+    from nnunet_ssl.data.splits import SPLITS_FILE, unlabeled_list
+    from nnunet_ssl.data.unlabeled_cases import no_unlabeled_cases_message
+
+    images_folder, problems = raw / IMAGES_FOLDER, unlabeled.problems
     for problem in problems[:10]:
         yield warn(f"{images_folder}: {problem.identifier} is left out: {problem.reason}")
     if len(problems) > 10:
         yield warn(f"{images_folder}: {len(problems) - 10} more cases are left out for such reasons")
-
-    ready = ready_cases(preprocessed, data_identifier)
-    records = records_folder(preprocessed, data_identifier)
-    failed = {
-        case.identifier: record.get("reason", "")
-        for case in named
-        if case.identifier not in ready
-        and (record := read_record(records / f"{case.identifier}.json")) is not None
-        and record.get("status") == "failed"
-    }
-    for identifier, reason in list(failed.items())[:10]:
+    for identifier, reason in list(unlabeled.failed.items())[:10]:
         yield warn(f"{images_folder}: {identifier} could not be preprocessed: {reason}")
-    missing = len(named) - len(failed) - sum(case.identifier in ready for case in named)
-    later = "" if not missing else f", {missing} will be when training starts (or now: nnunet-ssl preprocess)"
     listed = unlabeled_list(preprocessed / SPLITS_FILE, fold)
-    if not named and not ready and not listed:
+    if not unlabeled.named and not unlabeled.ready and not listed:
         yield fail(no_unlabeled_cases_message(raw, preprocessed, fold))
         return
+    if unread := unread_folders_message(raw):
+        yield warn(unread)
+    waiting = len(unlabeled.waiting)
+    later = "" if not waiting else f", {waiting} will be when training starts (or now: nnunet-ssl preprocess)"
     yield ok(
-        f"{len(named)} unlabeled cases in {images_folder}, {len(ready)} preprocessed{later}; "
+        f"{len(unlabeled.named)} unlabeled cases in {images_folder}, {len(unlabeled.ready)} preprocessed{later}; "
         f"{len(listed)} in the 'unlabeled' list of fold {fold}"
     )
 
 
 def check_fold(
-    preprocessed: Path, plans: PlansManager, configuration: str, fold: int | str, trainer: type[Any]
+    unlabeled: UnlabeledImages,
+    preprocessed: Path,
+    plans: PlansManager,
+    configuration: str,
+    fold: int | str,
+    trainer: type[Any],
 ) -> Iterator[Finding]:
     """The fold's lists against the preprocessed cases and against each other, images included."""
     from nnunet_ssl.data import fold_check, splits
-    from nnunet_ssl.data.leak_guard import check_leaks
+    from nnunet_ssl.data.leak_guard import check_image_files, check_leaks
     from nnunet_ssl.data.unlabeled_cases import collect_unlabeled_cases, preprocessed_cases
 
     manager = plans.get_configuration(configuration)
     file, labeled = preprocessed / splits.SPLITS_FILE, preprocessed / manager.data_identifier
-    cases = preprocessed_cases(labeled)
+    cases, ours = preprocessed_cases(labeled), hasattr(trainer, "settings_class")
     if not cases:
         return  # check_labeled has reported it
     train_all = fold_check.train_all(preprocessed.name, configuration, plans.plans_name, trainer.__name__)
-    yield from map(warn, fold_check.check_fold(file, fold, labeled, cases, train_all=train_all))
+    notes = fold_check.check_fold(file, fold, labeled, cases, train_all=train_all, needs_validation=not ours)
+    yield from map(warn, notes)
     if fold == "all":
         yield ok("fold all trains on every labeled case; there is no validation case to protect")
         return
-    lists = splits.fold_lists(file, fold)
-    if lists is None:
-        if not file.is_file():
-            yield ok(f"{file} does not exist: nnU-Net will write its own five folds when training starts")
-        return
-    train, val = lists["train"], lists["val"]
-    if not val and not hasattr(trainer, "settings_class"):
-        yield fail(f"{trainer.__name__} trains no fold without validation cases: name some in {file}, or use fold all")
-    notes: list[str] = []
-    unlabeled = collect_unlabeled_cases(preprocessed, manager.data_identifier, fold)
-    if hasattr(trainer, "settings_class"):
-        check_leaks(
-            unlabeled=unlabeled,
-            labeled_folder=labeled,
-            train=train,
-            val=val,
-            allow_transductive=_allows_transductive(trainer, manager.configuration),
-            log=notes.append,
-        )
-    yield from map(warn, notes)
-    yield ok(f"fold {fold}: {len(train)} labeled, {len(unlabeled)} unlabeled (ready now), {len(val)} validation cases")
+    if not file.is_file():
+        yield ok(f"{file} does not exist: nnU-Net will write its own five folds when training starts")
+    folds, _ = splits.current_splits(preprocessed, None, sorted(cases))
+    if not 0 <= int(fold) < len(folds):
+        return  # nnU-Net draws the cases when it trains
+    train, val = folds[int(fold)]["train"], folds[int(fold)]["val"]
+    ready = collect_unlabeled_cases(preprocessed, manager.data_identifier, fold)
+    if ours:
+        reported: list[str] = []
+        common: dict[str, Any] = {
+            "train": train,
+            "val": val,
+            "allow_transductive": _allows_transductive(trainer, manager.configuration),
+            "log": reported.append,
+        }
+        check_leaks(unlabeled=ready, labeled_folder=labeled, **common)
+        check_image_files(unlabeled=unlabeled.waiting, labeled=unlabeled.labeled, **common)
+        yield from map(warn, reported)
+    waiting = len(unlabeled.waiting)
+    yield ok(
+        f"fold {fold}: {len(train)} labeled, {len(ready) + waiting} unlabeled"
+        f"{f' ({waiting} not preprocessed yet)' if waiting else ''}, {len(val)} validation cases"
+    )
 
 
 def _allows_transductive(trainer: type[Any], configuration: dict[str, Any]) -> bool:
@@ -168,14 +210,14 @@ def _allows_transductive(trainer: type[Any], configuration: dict[str, Any]) -> b
         return isinstance(given, dict) and given.get("allow_transductive") is True
 
 
-def check_settings(trainer: type[Any], configuration: dict[str, Any]) -> Iterator[Finding]:
+def check_settings(trainer: type[Any], configuration: dict[str, Any], plans: dict[str, Any]) -> Iterator[Finding]:
     """The configuration's ``semi_supervised`` entry against the trainer's settings."""
     from nnunet_ssl.settings import PLANS_KEY
 
     if not hasattr(trainer, "settings_class"):
         yield warn(f"{trainer.__name__} is no semi-supervised trainer: it does not use unlabeled cases")
         return
-    settings = trainer.settings_class.from_plans(configuration)
+    settings = trainer.settings_class.from_plans(configuration, plans)
     given = ", ".join(f"{name} = {value!r}" for name, value in configuration.get(PLANS_KEY, {}).items())
     yield ok(f"settings of {trainer.__name__}: {given or 'defaults'}; memory_mode is {settings.memory_mode}")
 

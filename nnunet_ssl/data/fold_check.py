@@ -16,7 +16,15 @@ def train_all(dataset: str, configuration: str, plans: str, trainer: str) -> str
     return command if plans == "nnUNetPlans" else f"{command} -p {plans}"
 
 
-def check_fold(file: Path, fold: int | str, labeled: Path, cases: Collection[str], *, train_all: str) -> list[str]:
+def check_fold(
+    file: Path,
+    fold: int | str,
+    labeled: Path,
+    cases: Collection[str],
+    *,
+    train_all: str,
+    needs_validation: bool = False,
+) -> list[str]:
     """Whether the fold can be trained, known before any work is done.
 
     Args:
@@ -25,6 +33,7 @@ def check_fold(file: Path, fold: int | str, labeled: Path, cases: Collection[str
         labeled: the folder of the preprocessed labeled cases.
         cases: those cases.
         train_all: the command that trains on all of them.
+        needs_validation: whether the trainer is one of nnU-Net's, which train no fold without validation cases.
 
     Returns:
         what a user should know of a fold that can be trained.
@@ -50,7 +59,7 @@ def check_fold(file: Path, fold: int | str, labeled: Path, cases: Collection[str
         return [hidden] if hiding else []
     number, folds = int(fold), NNUNETS_FOLDS if splits is None else len(splits)
     if splits is not None and 0 <= number < folds:
-        return _notes(splits[number], f"fold {fold} in {file}", labeled, cases)
+        return _notes(splits[number], f"fold {fold} in {file}", labeled, cases, needs_validation=needs_validation)
     if 0 <= number < folds:
         return []
     there = f"There is no fold {fold}: {file} has {name_folds(folds)}."
@@ -64,11 +73,16 @@ def check_fold(file: Path, fold: int | str, labeled: Path, cases: Collection[str
     return [f"{there} nnU-Net draws 80 % at random of all labeled cases to train on, and validates the others."]
 
 
-def _notes(lists: Fold, where: str, labeled: Path, cases: Collection[str]) -> list[str]:
+def _notes(lists: Fold, where: str, labeled: Path, cases: Collection[str], *, needs_validation: bool) -> list[str]:
     """What a user should know of one fold's lists; errors as :func:`check_fold` has them."""
     train, val, unlabeled = (set(lists.get(name, ())) for name in LISTS)
     if not train:
         raise UserError(f"There is no case in the 'train' list of {where}. Name there what to train on.")
+    if needs_validation and not val:
+        raise UserError(
+            f"There is no case in the 'val' list of {where}, and nnU-Net's own trainers train no fold without "
+            "validation cases. Name some there, or use fold all."
+        )
     missing = sorted((train | val) - set(cases))
     if missing:
         raise UserError(

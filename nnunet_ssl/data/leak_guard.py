@@ -7,7 +7,8 @@ first, and whole images only where these agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import filecmp
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER
+from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER, RawCase
 from nnunet_ssl.data.unlabeled_cases import UnlabeledCase, ready_cases
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import some_of
@@ -83,10 +84,68 @@ def check_leaks(
     ]
     signatures = images.signatures([*unlabeled, *labeled])
 
+    twins = copies_of(unlabeled, labeled, signatures, images.open)
+    pairs = [(_pair(case, twin), twin.identifier) for case, twin in twins]
+    _report_copies(pairs, held_back, allow_transductive=allow_transductive, log=log)
+    twice = _duplicates(unlabeled, signatures, images)
+    if twice:
+        log(f"{len(twice)} unlabeled case(s) have the same image as another one: {some_of(twice)}.")
+
+
+def check_image_files(
+    *,
+    unlabeled: Iterable[RawCase],
+    labeled: Mapping[str, Path],
+    train: list[str],
+    val: list[str],
+    allow_transductive: bool,
+    log: Callable[[str], None],
+) -> None:
+    """As :func:`check_leaks`, of cases that are not preprocessed yet: only copied files are found.
+
+    Args:
+        unlabeled: cases of imagesUn.
+        labeled: the first image file of each labeled case; what does not exist is passed over.
+        train: as for :func:`check_leaks`, as are the other arguments and errors.
+        val: likewise.
+        allow_transductive: likewise.
+        log: likewise.
+    """
+    by_size: dict[int, list[str]] = {}
+    for name in [*sorted(set(val) - set(train)), *sorted(train)]:
+        if name in labeled and labeled[name].is_file():
+            by_size.setdefault(labeled[name].stat().st_size, []).append(name)
+    pairs = []
+    for case in unlabeled:
+        image = case.images[0]
+        # An empty file is no image. A dangling link is told elsewhere.
+        size = image.stat().st_size if image.is_file() else 0
+        alike = by_size.get(size, []) if size else []
+        twin = next((name for name in alike if filecmp.cmp(image, labeled[name], shallow=False)), None)
+        if twin is not None:
+            pairs.append((f"{IMAGES_FOLDER}/{case.identifier} = {LABELED_IMAGES_FOLDER}/{twin}", twin))
+    _report_copies(pairs, set(val) - set(train), allow_transductive=allow_transductive, log=log)
+
+
+def _report_copies(
+    pairs: Iterable[tuple[str, str]],
+    held_back: Collection[str],
+    *,
+    allow_transductive: bool,
+    log: Callable[[str], None],
+) -> None:
+    """Refuse or report unlabeled cases that have a labeled one's image.
+
+    Args:
+        pairs: in words, with the labeled case.
+        held_back: labeled cases that validate and do not train.
+        allow_transductive: see :func:`check_leaks`, as for what is raised.
+        log: see there.
+    """
     leaks: list[str] = []
     copies: list[str] = []
-    for case, twin in copies_of(unlabeled, labeled, signatures, images.open):
-        (leaks if twin.identifier in held_back else copies).append(_pair(case, twin))
+    for pair, twin in pairs:
+        (leaks if twin in held_back else copies).append(pair)
     if leaks:
         found = (
             f"{len(leaks)} unlabeled case(s) are validation cases of this fold: {some_of(leaks)}. "
@@ -100,9 +159,6 @@ def check_leaks(
         log(f"{found} Allowed by 'allow_transductive'.")
     if copies:
         log(f"{len(copies)} unlabeled case(s) have the same image as a labeled training case: {some_of(copies)}.")
-    twice = _duplicates(unlabeled, signatures, images)
-    if twice:
-        log(f"{len(twice)} unlabeled case(s) have the same image as another one: {some_of(twice)}.")
 
 
 class _Images:

@@ -28,6 +28,7 @@ from nnunet_ssl.data.raw_cases import (
     files_per_case,
     find_raw_cases,
     labeled_images,
+    unread_folders_message,
 )
 from nnunet_ssl.data.records import PreprocessedFolder
 from nnunet_ssl.data.unlabeled_cases import ready_cases
@@ -132,6 +133,8 @@ def preprocess_unlabeled(
     """
     _check_arguments(num_processes, num_parts, part_id)
     refuse_unfinished(preprocessed_dataset_folder)
+    if raw_dataset_folder is not None and (unread := unread_folders_message(raw_dataset_folder)):
+        log(f"WARNING: {unread}")
     place = PreprocessedFolder.of_plans(preprocessed_dataset_folder, plans_manager, configuration)
     labeled = describe_labeled_images(preprocessed_dataset_folder, plans_manager, len(channel_names(dataset_json)))
     report = PreprocessingReport(place.folder, labeled)
@@ -154,7 +157,9 @@ def preprocess_unlabeled(
         remove_abandoned(place.folder.parent, place.temporary_prefix)
         _make_folders(place)
         reader = plans_manager.image_reader_writer_class()
-        labeled = replace(labeled, directions=directions_of(reader, labeled_images(raw_dataset_folder, dataset_json)))
+        labeled = replace(
+            labeled, directions=directions_of(reader, sorted(labeled_images(raw_dataset_folder, dataset_json).values()))
+        )
         # Folds that are started at the same time share the work: each in its own order, skipping what is done.
         random.SystemRandom().shuffle(to_do)
         job = CaseJob(plans_manager.plans, configuration, dataset_json, labeled, place)

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.text import closest
+
 IMAGES_FOLDER = "imagesUn"
+_NNUNETS_FOLDERS = {"imagesTr", "labelsTr", "imagesTs", "labelsTs"}
 LABELED_IMAGES_FOLDER = "imagesTr"
+# Of images in the formats that nnU-Net reads, and of those that people convert from.
+_IMAGE_ENDINGS = (
+    *(".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz", ".png", ".bmp", ".tif", ".tiff"),
+    *(".jpg", ".jpeg", ".dcm", ".h5"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ def name_problems(problems: Sequence[CaseProblem], limit: int = 50) -> str:
 def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> tuple[list[RawCase], list[CaseProblem]]:
     """Cases named as nnU-Net names them, ``CASE_0000`` + file ending, one file per channel.
 
-    Hidden files, folders and files of another ending are passed over. A missing folder has no cases.
+    Hidden files, folders and files that are no images are passed over. A missing folder has no cases.
 
     Args:
         images_folder: such as ``nnUNet_raw/DatasetXXX_Name/imagesUn``.
@@ -51,9 +59,10 @@ def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> 
         num_channels: files that a case must have.
 
     Returns:
-        the complete cases and, for all others, what is wrong with them, both sorted by name.
+        the complete cases and, for all others, what is wrong with them, both sorted by name. An image of another ending
+        is a problem under its file's name, since a case of that name may be there.
     """
-    channels, unnamed = _channel_files(images_folder, file_ending)
+    channels, unnamed, foreign = _channel_files(images_folder, file_ending)
     cases: list[RawCase] = []
     problems = [
         CaseProblem(
@@ -61,6 +70,12 @@ def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> 
             _as_text(f"{name} has no channel number; name it {name.removesuffix(file_ending)}_0000{file_ending}"),
         )
         for name in unnamed
+    ] + [
+        CaseProblem(
+            _as_text(name),
+            f"it does not end in {file_ending} as the images of this dataset do; convert it, or remove it from here",
+        )
+        for name in foreign
     ]
     for identifier, names in channels.items():
         missing = [f"{identifier}_{c:04d}{file_ending}" for c in range(num_channels) if c not in names]
@@ -102,17 +117,19 @@ def files_per_case(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> in
     if "dataset" in dataset_json:
         counts = Counter(len(case["images"]) for case in dataset_json["dataset"].values())
     else:
-        channels, _ = _channel_files(raw_dataset_folder / LABELED_IMAGES_FOLDER, dataset_json["file_ending"])
+        channels, _, _ = _channel_files(raw_dataset_folder / LABELED_IMAGES_FOLDER, dataset_json["file_ending"])
         counts = Counter(len(names) for names in channels.values())
     return counts.most_common(1)[0][0] if counts else num_channels
 
 
-def labeled_images(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> list[Path]:
-    """The first image file of each labeled case, sorted; none without imagesTr."""
+def labeled_images(raw_dataset_folder: Path, dataset_json: dict[str, Any]) -> dict[str, Path]:
+    """The first image file of each labeled case by its name, sorted; none without imagesTr."""
     if "dataset" in dataset_json:
-        return sorted(raw_dataset_folder / case["images"][0] for case in dataset_json["dataset"].values())
-    channels, _ = _channel_files(raw_dataset_folder / LABELED_IMAGES_FOLDER, dataset_json["file_ending"])
-    return sorted(raw_dataset_folder / LABELED_IMAGES_FOLDER / names[0] for names in channels.values() if 0 in names)
+        listed = sorted(dataset_json["dataset"].items())
+        return {name: raw_dataset_folder / case["images"][0] for name, case in listed}
+    channels, _, _ = _channel_files(raw_dataset_folder / LABELED_IMAGES_FOLDER, dataset_json["file_ending"])
+    folder = raw_dataset_folder / LABELED_IMAGES_FOLDER
+    return {name: folder / names[0] for name, names in sorted(channels.items()) if 0 in names}
 
 
 def channel_names(dataset_json: dict[str, Any]) -> dict[str, str]:
@@ -120,24 +137,46 @@ def channel_names(dataset_json: dict[str, Any]) -> dict[str, str]:
     return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
 
 
-def _channel_files(folder: Path, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
-    """{case: {channel: file name}}, and the names that have the ending but no channel number."""
+def misnamed_folders(raw_dataset_folder: Path) -> list[str]:
+    """Folders whose names are almost that of the unlabeled images, in a dataset without a folder of this name."""
+    if not raw_dataset_folder.is_dir() or (raw_dataset_folder / IMAGES_FOLDER).is_dir():
+        return []
+    names = {entry.name for entry in raw_dataset_folder.iterdir() if entry.is_dir()} - _NNUNETS_FOLDERS
+    meant = re.compile(r"images?_?-?un|unlabel+ed", re.IGNORECASE)
+    return sorted(name for name in names if meant.match(name) or closest(name, [IMAGES_FOLDER], cutoff=0.8))
+
+
+def unread_folders_message(raw_dataset_folder: Path) -> str:
+    """That there are :func:`misnamed_folders` and what to do; empty where there are none."""
+    names = ", ".join(misnamed_folders(raw_dataset_folder))
+    return (
+        names and f"{raw_dataset_folder} has {names}, which nothing reads: unlabeled images belong in {IMAGES_FOLDER}."
+    )
+
+
+def _channel_files(folder: Path, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str], list[str]]:
+    """{case: {channel: file name}}, names that have the ending but no channel number, and images of other endings."""
     pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(file_ending), re.ASCII | re.DOTALL)
     channels: dict[str, dict[int, str]] = {}
     unnamed: list[str] = []
+    foreign: list[str] = []
     if not folder.is_dir():
-        return channels, unnamed
+        return channels, unnamed, foreign
     with os.scandir(folder) as entries:
         for entry in entries:
             # A dangling link is not passed over: that its image cannot be read must be seen.
-            if entry.name.startswith(".") or not entry.name.endswith(file_ending) or _is_folder(entry):
+            if entry.name.startswith(".") or _is_folder(entry):
+                continue
+            if not entry.name.endswith(file_ending):
+                if entry.name.lower().endswith(_IMAGE_ENDINGS):
+                    foreign.append(entry.name)
                 continue
             match = pattern.fullmatch(entry.name)
             if match is None:
                 unnamed.append(entry.name)
             else:
                 channels.setdefault(match["case"], {})[int(match["channel"])] = entry.name
-    return channels, unnamed
+    return channels, unnamed, foreign
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

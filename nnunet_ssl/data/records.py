@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.raw_cases import RawCase
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import shorten
+from nnunet_ssl.text import shorten, some_of
 
 # Raise it when records or preprocessed cases of an older version must not be used any more.
 FORMAT_VERSION = 1
@@ -41,6 +41,9 @@ _CONFIGURATION_KEYS = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
+
+# Of these nnU-Net has no default.
+_NEEDED = ("spacing", "normalization_schemes", "use_mask_for_norm")
 
 # What nnU-Net's normalizations read of the labeled images' intensities. Others may read all of it.
 INTENSITIES_READ: dict[str, tuple[str, ...]] = {
@@ -75,9 +78,15 @@ class PreprocessedFolder:
         """That of a configuration.
 
         Raises:
-            UserError: see :func:`folder_name`.
+            UserError: see :func:`folder_name`; or the plans lack what preprocessing reads.
         """
-        identifier = plans_manager.get_configuration(configuration).data_identifier
+        resolved = plans_manager.get_configuration(configuration)
+        if missing := [key for key in _NEEDED if key not in resolved.configuration]:
+            raise UserError(
+                f"Configuration {configuration!r} of the plans {plans_manager.plans_name} has no {some_of(missing)}, "
+                "which nnU-Net v2 writes there. Make the plans again with nnUNetv2_plan_experiment."
+            )
+        identifier = resolved.data_identifier
         return cls(
             unlabeled_folder(preprocessed_dataset_folder, identifier),
             records_folder(preprocessed_dataset_folder, identifier),

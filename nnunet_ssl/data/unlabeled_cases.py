@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER
+from nnunet_ssl.data.raw_cases import IMAGES_FOLDER, LABELED_IMAGES_FOLDER, unread_folders_message
 from nnunet_ssl.data.records import has_files, read_record, records_folder, unlabeled_folder
 from nnunet_ssl.data.splits import SPLITS_FILE, check_unlabeled, fold_lists
 from nnunet_ssl.files import list_names
@@ -100,6 +100,8 @@ def no_unlabeled_cases_message(
     if fold is not None:
         splits_file = preprocessed_dataset_folder / SPLITS_FILE
         message += f", and fold {fold} in {splits_file} has no 'unlabeled' list"
+    if unread := unread_folders_message(raw_dataset_folder):
+        message += f". {unread.removesuffix('.')}"
     return (
         f"{message}. Put images there, named as in {LABELED_IMAGES_FOLDER} (CASE_0000{ending}, one file per channel), "
         "or leave only some of the training cases labeled with nnunet-ssl split."

@@ -96,7 +96,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             # nnU-Net takes the GPU whose number is the rank, which on a second machine is none.
             self.device = device_of_this_process(device)
             self.grad_scaler = self.grad_scaler if self.device.type == "cuda" else None
-        self.settings = self.settings_class.from_plans(self.configuration_manager.configuration)
+        self.settings = self.settings_class.from_plans(self.configuration_manager.configuration, plans)
         self.num_epochs = self.training_epochs or self.num_epochs
         # nnU-Net's inference calls it on the class and gets the stock network; training calls it on the instance.
         self.build_network_architecture = self.build_network_for_training
@@ -364,10 +364,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _stop_at_signal(self) -> None:
         file = Path(self.output_folder) / "checkpoint_latest.pth"
         self.write_checkpoint_of_epoch(str(file), next_epoch=self.current_epoch)
-        self.print_to_log_file(
-            f"{self._stop.name} in epoch {self.current_epoch}, after {self._steps_in_epoch} steps of it: stopped, "
-            f"weights are in {file}. --c goes on from these weights at the start of the epoch."
-        )
+        self.print_to_log_file(self._stop.message(self.current_epoch, self._steps_in_epoch, file))
         raise SystemExit(128 + self._stop.number)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
@@ -413,6 +410,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.epoch_log.skipped_steps += 1
         self.predictions.remember(found.voxels, self.configuration_manager.patch_size)
         self._steps_in_epoch += 1
+        self.epoch_log.time_step(self.num_iterations_per_epoch)
         if found.stop:
             self._stop_at_signal()
         return step_values(found.terms, weights)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nnunet_ssl.evaluation.class_shares import collapse_warning, collapsed
 
 LOG_PREFIX = "ssl/"
+_TIMED_STEPS = 10
 
 
 class EpochLog:
@@ -33,6 +34,7 @@ class EpochLog:
         self._logger = logger
         self._write_line = write_line
         self._counts_skipped_steps = counts_skipped_steps
+        self._timed = 0
         self.start()
 
     @property
@@ -45,6 +47,21 @@ class EpochLog:
         self.seconds_waiting = 0.0
         self.skipped_steps = 0
         self._counts: dict[str, Tensor] = {}
+
+    def time_step(self, steps_of_epoch: int) -> None:
+        """Call it after each step: the first ones of a training tell how long an epoch will take.
+
+        The very first step, which is slower, is not counted.
+        """
+        if self._timed == 0:
+            self._timed_since = perf_counter()
+        self._timed += 1
+        if self._timed == _TIMED_STEPS + 1:
+            seconds = (perf_counter() - self._timed_since) / _TIMED_STEPS
+            self._write_line(
+                f"{seconds:.2f} s per step, so about {seconds * steps_of_epoch / 60:.1f} min per epoch of "
+                f"{steps_of_epoch} steps, without validation"
+            )
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -110,7 +110,7 @@ def test_a_dataset_that_is_ready(dataset: Dataset, capsys: pytest.CaptureFixture
     assert "FAIL" not in text
     assert "ok    nnU-Net finds UniMatchTrainer (of nnunet_ssl.methods.unimatch)" in text
     assert "1 unlabeled cases in" in text and "2 in the 'unlabeled' list of fold 0" in text
-    assert "fold 0: 2 labeled, 2 unlabeled (ready now), 2 validation cases" in text
+    assert "fold 0: 2 labeled, 3 unlabeled (1 not preprocessed yet), 2 validation cases" in text
     assert "memory_mode = 'split'" in text
     assert "(batches of 4 + 4)" in text
     assert dataset.listing() == before, "the doctor changes nothing"
@@ -201,6 +201,39 @@ def _leak_by_image(dataset: Dataset) -> None:
     dataset.write_case(CASES[4], image)
 
 
+def _leak_by_file(dataset: Dataset) -> None:
+    """A copy that is not preprocessed yet."""
+    (dataset.raw / "imagesTr" / "case_2_0000.nii.gz").write_bytes(b"an image")
+    (dataset.raw / "imagesTr" / "case_0_0000.nii.gz").write_bytes(b"an Image")
+    (dataset.raw / "imagesUn" / "new_1_0000.nii.gz").write_bytes(b"an image")
+
+
+def _leak_by_file_without_splits(dataset: Dataset) -> None:
+    """nnU-Net's own fold 0 validates some of them."""
+    (dataset.preprocessed / "splits_final.json").unlink()
+    for case in CASES:
+        (dataset.raw / "imagesTr" / f"{case}_0000.nii.gz").write_bytes(case.encode())
+        (dataset.raw / "imagesUn" / f"new_{case}_0000.nii.gz").write_bytes(case.encode())
+
+
+def _copied_training_image(dataset: Dataset) -> None:
+    (dataset.raw / "imagesTr" / "case_0_0000.nii.gz").write_bytes(b"an image")
+    (dataset.raw / "imagesUn" / "new_1_0000.nii.gz").write_bytes(b"an image")
+
+
+def _other_folder(dataset: Dataset) -> None:
+    (dataset.raw / "imagesUn").rename(dataset.raw / "images_unlabeled")
+
+
+def _other_ending(dataset: Dataset) -> None:
+    (dataset.raw / "imagesUn" / "more_0000.nii").touch()
+
+
+def _settings_elsewhere(dataset: Dataset) -> None:
+    dataset.plans["semi_supervised"] = {"ramp_length": 0}
+    dataset.write()
+
+
 def _no_unlabeled(dataset: Dataset) -> None:
     (dataset.raw / "imagesUn" / "new_0_0000.nii.gz").unlink()
     dataset.write_splits([{"train": CASES[:2], "val": CASES[2:4]}])
@@ -238,6 +271,12 @@ def _failed_before(dataset: Dataset) -> None:
         (_byte_order_mark("nnUNetPlans.json"), "FAIL", "nnUNetPlans.json begins with a byte-order mark"),
         (_broken_fingerprint, "FAIL", "dataset_fingerprint.json is no valid JSON"),
         (_labeled_and_unlabeled, "FAIL", "case_1"),
+        (_leak_by_file, "FAIL", "imagesUn/new_1 = imagesTr/case_2"),
+        (_leak_by_file_without_splits, "FAIL", "unlabeled case(s) are validation cases of this fold"),
+        (_copied_training_image, "warn", "same image as a labeled training case: imagesUn/new_1 = imagesTr/case_0"),
+        (_other_folder, "warn", "has images_unlabeled, which nothing reads"),
+        (_other_ending, "warn", "more_0000.nii is left out: it does not end in .nii.gz"),
+        (_settings_elsewhere, "FAIL", "outside of the configurations"),
         (_leak_by_name, "FAIL", "imagesTr/case_2"),
         (_leak_by_image, "FAIL", "imagesTr/case_4 = imagesTr/case_2"),
         (_no_unlabeled, "FAIL", "nnunet-ssl split"),
@@ -288,7 +327,9 @@ def test_a_fold_that_is_not_there_is_refused_where_others_hide_labels(dataset: D
 def test_nnunets_trainer_needs_validation_cases(dataset: Dataset) -> None:
     _no_validation_case(dataset)
     lines = report("-d", "7", "-c", "2d", "-tr", "nnUNetTrainer")
-    assert [line for line in lines if line.startswith("FAIL") and "nnUNetTrainer trains no fold without" in line]
+    about_it = [line for line in lines if "'val' list" in line]
+    assert len(about_it) == 1 and about_it[0].startswith("FAIL")
+    assert "nnU-Net's own trainers train no fold without validation cases" in about_it[0]
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,41 @@ def test_overlay_draws_the_worst_cases(base, tmp_path, capsys):
     assert "none was not drawn" in capsys.readouterr().out
 
 
+def test_overlay_finds_images_and_references_of_test_cases(base, tmp_path, capsys, monkeypatch):
+    raw = tmp_path / "nnUNet_raw" / "Dataset042_P"
+    shutil.copytree(references(base).parent, raw)
+    monkeypatch.setenv("nnUNet_raw", str(raw.parent))
+    (raw / "labelsTs").mkdir()
+    (raw / "imagesTs").mkdir()
+    predicted = copied(base, tmp_path / "predicted", 1, [0])
+    for file, new in (
+        (next(predicted.iterdir()), predicted),
+        (references(base) / f"{first_case(base)}.nii.gz", raw / "labelsTs"),
+    ):
+        shutil.copy(file, new / "test.nii.gz")
+    (predicted / f"{first_case(base)}.nii.gz").unlink()
+    call = ["overlay", "-d", "42", f"a={predicted}", "-o", str(tmp_path / "pictures")]
+    assert main(call) == 2
+    said = capsys.readouterr().err
+    assert f"There is no test_0000.nii.gz in {raw / 'imagesTr'} or {raw / 'imagesTs'}. Name the folder with -i" in said
+    shutil.copy(raw / "imagesTr" / f"{first_case(base)}_0000.nii.gz", raw / "imagesTs" / "test_0000.nii.gz")
+    assert main(call) == 0
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["test.png"]
+
+
+def test_compare_says_what_few_cases_and_trainings_do_not_show(base, tmp_path, capsys):
+    cases = [0, 1, 2, 3]
+    folders = [f"{name}={copied(base, tmp_path / name, shift, cases)}" for name, shift in (("a", 2), ("b", 1))]
+    call = ["-g", str(references(base)), "-d", "42", "--chill", "-np", "1", "--metrics", "dice"]
+    assert main(["compare", *folders, *call, "-o", str(tmp_path / "written")]) == 0
+    out = capsys.readouterr().out
+    assert "  0.125  " in out and "with 4 pairs p cannot be below 0.12, however" in out, "as low as it can be"
+    assert "One training each" in out
+    assert "with 4 pairs" in (tmp_path / "written" / "comparison.md").read_text()
+    assert main(["compare", *folders, f"b={copied(base, tmp_path / 'again', 1, cases)}", *call]) == 0
+    assert "One training each" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -223,7 +258,7 @@ def test_overlay_draws_the_worst_cases(base, tmp_path, capsys):
         (["compare", "one=PRED", "two=PRED", "-d", "42", "--best", "three=PRED"], "three"),
         (["compare", "one=PRED", "two=PRED", "-d", "42", "--metrics", "DSC"], "dice"),
         (["compare", "-tr", "Off0Trainer", "Off1Trainer"], "-d and -c"),
-        (["compare", "-d", "42", "-c", "2d", "-tr", "Off0Trainer", "Off9Trainer"], "--val"),
+        (["compare", "-d", "42", "-c", "2d", "-tr", "Off0Trainer", "Off9Trainer"], "-tr Off1Trainer -p"),
         (["overlay", "one=PRED", "-o", "OUT"], "-g and -i"),
         (["overlay", "one=PRED", "-d", "42", "-o", "OUT", "--worst", "0"], "--worst"),
         (["overlay", "one=PRED", "one=GT", "-d", "42", "-o", "OUT"], "several folders"),

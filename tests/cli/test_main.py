@@ -74,6 +74,24 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     assert capsys.readouterr().err.startswith("usage: nnunet-ssl")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said", "meant"),
+    [
+        (["doctr"], "invalid choice: 'doctr'", "Did you mean doctor?"),
+        (["doctor", "--raport"], "unrecognized arguments: --raport.", "Did you mean --report?"),
+        (["split", "-d", "1", "--labeld=2", "--labeled", "2"], "--labeld=2", "Did you mean --labeled?"),
+        (["--debgu", "trainers"], "unrecognized arguments: --debgu.", ""),
+        (["trainers", "zzz"], "unrecognized arguments: zzz.", ""),
+    ],
+)
+def test_misspelt_commands_and_options_come_with_what_may_be_meant(arguments, said, meant, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.rstrip().endswith(meant) and error.count("Did you mean") == bool(meant)
+
+
 @pytest.fixture
 def trainers_command_does(monkeypatch: pytest.MonkeyPatch):
     """Replace what ``nnunet-ssl trainers`` runs."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nnunet_ssl.cli.main import main
+from nnunet_ssl.cli.pilot import _choose_folds
+from nnunet_ssl.errors import UserError
 
 CALL = {"-d": ["997"], "-c": ["tiny"]}
 
@@ -38,3 +40,8 @@ def test_mistakes_are_explained(planned_2d, tmp_path, monkeypatch, capsys, chang
     assert message in printed.err and printed.err.startswith("nnunet-ssl pilot: error: ")
     assert "Traceback" not in printed.err
     assert not (tmp_path / "pilot").exists(), "a mistake leaves nothing"
+
+
+def test_a_split_file_without_folds():
+    with pytest.raises(UserError, match=r"There is no fold 0: splits\.json has no folds\."):
+        _choose_folds([], [0], "splits.json")

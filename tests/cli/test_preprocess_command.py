@@ -180,6 +180,9 @@ def test_missing_folders_are_explained(
     images(root).rmdir()
     assert main(["preprocess", "-d", "7"]) == 2
     assert f"There is no folder {images(root)}" in capsys.readouterr().err
+    (images(root).parent / "imagesUnlabeled").mkdir()
+    assert main(["preprocess", "-d", "7"]) == 2
+    assert "has imagesUnlabeled, which nothing reads: unlabeled images belong in imagesUn." in capsys.readouterr().err
     monkeypatch.setenv("nnUNet_preprocessed", str(root / "nowhere"))
     assert main(["preprocess", "-d", "7"]) == 2
     assert "nowhere, which is no folder" in capsys.readouterr().err
@@ -196,3 +199,24 @@ def test_without_preprocessed_labeled_cases_a_configuration_must_be_named(
     assert main(["preprocess", "-d", "7", "-np", "0"]) == 2
     assert "Choose one with -c; the plans have: 2d, 3d_fullres." in capsys.readouterr().err
     assert main(["preprocess", "-d", "7", "-np", "0", "-c", "2d"]) == 0
+
+
+def test_an_image_of_another_ending_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(images(root) / "U0_0000.nii.gz", 9)
+    write_image(images(root) / "U0_0000.nii", 9)
+    assert main(["preprocess", "-d", "7", "-np", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 ready (1 preprocessed now), 0 removed, 1 failed" in printed
+    assert "failed   U0_0000.nii  it does not end in .nii.gz as the images of this dataset do" in printed
+    assert (preprocessed(root, f"{PLANS}_unlabeled") / "U0.b2nd").is_file()
+
+
+def test_plans_without_what_preprocessing_reads(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(images(root) / "U0_0000.nii.gz", 9)
+    file = root / "preprocessed" / "Dataset007_Tiny" / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    del plans["configurations"]["3d_fullres"]["normalization_schemes"]
+    file.write_text(json.dumps(plans))
+    assert main(["preprocess", "-d", "7", "-np", "0", "-c", "3d_fullres"]) == 2
+    error = capsys.readouterr().err
+    assert "Configuration '3d_fullres' of the plans nnUNetPlans has no normalization_schemes, which nnU-Net" in error

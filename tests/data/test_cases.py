@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nnunet_ssl.data.raw_cases import RawCase, files_per_case, find_raw_cases
+from nnunet_ssl.data.raw_cases import RawCase, files_per_case, find_raw_cases, misnamed_folders
 from nnunet_ssl.data.records import records_folder, unlabeled_folder
 from nnunet_ssl.data.unlabeled_cases import (
     UnlabeledCase,
@@ -59,10 +59,31 @@ def test_every_incomplete_case_is_named_with_its_files(tmp_path: Path) -> None:
 
 
 def test_only_visible_files_of_the_ending_count(tmp_path: Path) -> None:
-    folder = touch(tmp_path, "._a_0000.nii.gz", ".DS_Store", "a_0000.nii", "a_0000xnii.gz", "a_0000.nii.gz.part")
+    folder = touch(tmp_path, "._a_0000.nii.gz", ".DS_Store", "a_0000xnii.gz", "a_0000.nii.gz.part", "a_0000.json")
     (folder / "b_0000.nii.gz").mkdir()
     assert find_raw_cases(folder, ".nii.gz", 1) == ([], [])
+
+
+def test_images_of_another_ending_are_named(tmp_path: Path) -> None:
+    folder = touch(tmp_path, "a_0000.nii", "a_0000.nii.gz", "b_0000.NII.GZ", "c.mha")
+    cases, problems = find_raw_cases(folder, ".nii.gz", 1)
+    assert [case.identifier for case in cases] == ["a"]
+    assert [problem.identifier for problem in problems] == ["a_0000.nii", "b_0000.NII.GZ", "c.mha"]
+    assert all("does not end in .nii.gz" in problem.reason for problem in problems)
     assert [case.identifier for case in find_raw_cases(folder, ".nii", 1)[0]] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["imagesUN", "images_un", "imagesUnlabeled", "imageUn", "unlabelled", "imgsUn"])
+def test_a_folder_whose_name_is_almost_right_is_named(tmp_path: Path, name: str) -> None:
+    for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs", "imagesTs_pred", name):
+        (tmp_path / folder).mkdir()
+    if (tmp_path / "imagesUn").is_dir():
+        pytest.skip("the file system takes the two names for one")
+    assert misnamed_folders(tmp_path) == [name]
+    message = no_unlabeled_cases_message(tmp_path, tmp_path)
+    assert f"has {name}, which nothing reads: unlabeled images belong in imagesUn. Put" in message
+    (tmp_path / "imagesUn").mkdir()
+    assert misnamed_folders(tmp_path) == []
 
 
 def test_missing_folder_has_no_cases(tmp_path: Path) -> None:
