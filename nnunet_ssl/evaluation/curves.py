@@ -26,9 +26,38 @@ _TITLES = {
     "seconds": "seconds per epoch",
     "other": "other",
 }
+# Abbreviations of the papers that methods log under.
+_WORDS = {"ip": "image perturbation (ip)", "tkd": "distillation by the teacher (tkd)", "dkd": "self-distillation (dkd)"}
+# From wide and solid to narrow and dotted, so that a line shows through those that are drawn over it.
+_STYLES: tuple[tuple[float, Any], ...] = (
+    (2.6, "-"),
+    (2.0, (0, (5, 3))),
+    (1.6, (0, (3, 1, 1, 1))),
+    (1.4, (0, (1, 1.5))),
+)
 
 
-def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, title: str = "") -> None:
+def class_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """The foreground classes, or the regions, in the order in which nnU-Net numbers them.
+
+    Args:
+        dataset_json: nnU-Net's description of the dataset.
+
+    >>> class_names({"labels": {"background": 0, "wall": 2, "chamber": 1, "ignore": 3}})
+    ['chamber', 'wall']
+    >>> class_names({"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]})
+    ['whole', 'core']
+    """
+    labels = {name: value for name, value in dataset_json["labels"].items() if name != "ignore"}
+    foreground = [name for name, value in labels.items() if value not in (0, [0], (0,))]
+    if any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values()):
+        return foreground
+    return sorted(foreground, key=lambda name: np.atleast_1d(labels[name])[0])
+
+
+def save_training_curves(
+    path: Path, logging: Mapping[str, Sequence[Any]], *, title: str = "", names: Sequence[str] = ()
+) -> None:
     """Draw what was logged under keys that start with ``ssl/``; the file is replaced atomically.
 
     One panel each for ``ssl/loss/<term>``, ``ssl/weight/<term>``, ``ssl/coverage`` with ``ssl/coverage_per_class``
@@ -40,6 +69,7 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
         path: the picture, a PNG file.
         logging: one value per epoch by key, as nnU-Net's LocalLogger holds them.
         title: shown above the first panel.
+        names: of the classes or regions; without, they are numbered from 1.
     """
     panels: dict[str, dict[str, np.ndarray]] = {name: {} for name in (*_FIRST, *_LAST)}
     for key, values in logging.items():
@@ -57,27 +87,32 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
         # A term has one color in all panels.
-        colors = {name: f"C{index % 10}" for index, name in enumerate({**panels["loss"], **panels["weight"]})}
+        terms = {**panels["loss"], **panels["weight"]}
+        places = {name: place for place, name in enumerate(name for name in terms if name != "total")}
         epochs = max(len(series) for panel in panels.values() for series in panel.values())
         for axis, panel in zip(axes, drawn, strict=True):
             axis.set_title(_TITLES.get(panel, panel), fontsize=10, loc="left")
             axis.grid(alpha=0.3)
             if panel in ("share", "patches"):
-                _draw_shares(axis, panels[panel])
+                _draw_shares(axis, panels[panel], names)
                 if panel == "share":
                     # Shares of small structures are many times smaller than those of large ones, and may be 0.
                     axis.set_yscale("symlog", linthresh=1e-4)
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.03 if panel == "patches" else None)
                 continue
-            for name, series in panels[panel].items():
+            for place, (name, series) in enumerate(panels[panel].items()):
                 overall = name == {"loss": "total", "coverage": "overall"}.get(panel)
+                # A term looks alike in all panels.
+                place = places.get(name, place)
+                width, dashes = _STYLES[0] if overall else _STYLES[place % len(_STYLES)]
                 axis.plot(
                     series,
-                    label=name,
-                    color="black" if overall else colors.get(name),
-                    linewidth=2.2 if overall else 1.4,
+                    label=_named(name, names),
+                    color="black" if overall else f"C{place % 10}",
+                    linewidth=width,
+                    linestyle=dashes,
                     marker="o" if epochs <= 20 else None,
-                    markersize=3.5,
+                    markersize=2 * width,
                 )
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
             if panel in ("coverage", *groups) and axis.dataLim.ymin >= 0 and axis.dataLim.ymax <= 1:
@@ -95,11 +130,23 @@ def save_training_curves(path: Path, logging: Mapping[str, Sequence[Any]], *, ti
             figure.savefig(unfinished, format="png")
 
 
-def _draw_shares(axis: Axes, lines: Mapping[str, np.ndarray]) -> None:
+def _named(line: str, names: Sequence[str]) -> str:
+    """What a line is called in the legend."""
+    kind, _, number = line.rpartition(" ")
+    if kind == "class" and int(number) <= len(names):
+        return names[int(number) - 1]
+    return _WORDS.get(line, line.replace("_", " "))
+
+
+def _draw_shares(axis: Axes, lines: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
     """Each class's share of the unlabeled and of the labeled voxels or patches, and where it has collapsed."""
     for index, (name, predicted) in enumerate((n, line) for n, line in lines.items() if n.startswith("unlabeled ")):
         number, color = name.split()[-1], f"C{index % 10}"
-        axis.plot(predicted, color=color, label=f"class {number}", marker="o" if len(predicted) <= 20 else None, ms=3.5)
+        label, marker = _named(f"class {number}", names), "o" if len(predicted) <= 20 else None
+        # Narrower from class to class, so that a line shows through those that are drawn over it.
+        axis.plot(
+            predicted, color=color, label=label, marker=marker, ms=3.5, linewidth=_STYLES[index % len(_STYLES)][0]
+        )
         axis.plot(lines.get(f"labeled {number}", []), color=color, linestyle="--", linewidth=1)
         epochs = np.flatnonzero(lines.get(f"collapsed {number}", np.empty(0)) == 1)
         if len(epochs):

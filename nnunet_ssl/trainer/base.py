@@ -25,7 +25,7 @@ from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.records import folder_name
 from nnunet_ssl.distributed import LossOfRanks, Ranks, check_device, device_of_this_process, joined
 from nnunet_ssl.errors import MethodError, show_user_errors_alone
-from nnunet_ssl.evaluation.curves import save_training_curves
+from nnunet_ssl.evaluation.curves import class_names, save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet, check_network
 from nnunet_ssl.networks.passes import Outputs
 from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
@@ -443,7 +443,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().on_epoch_end()
         if self.local_rank == 0:
             title = f"{type(self).__name__}, {self.plans_manager.dataset_name}, fold {self.fold}"
-            save_training_curves(Path(self.output_folder) / "progress_ssl.png", self.epoch_log.lists, title=title)
+            file, names = Path(self.output_folder) / "progress_ssl.png", class_names(self.dataset_json)
+            save_training_curves(file, self.epoch_log.lists, title=title, names=names)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """As nnU-Net; with the setting ``validate_both``, before it the other of student and teacher.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nnunet_ssl.evaluation import curves
-from nnunet_ssl.evaluation.curves import save_training_curves
+from nnunet_ssl.evaluation.curves import class_names, save_training_curves
 
 
 def logged(epochs):
@@ -50,9 +50,10 @@ def test_panels_and_lines(tmp_path, figures, epochs):
     assert file.read_bytes().startswith(b"\x89PNG")
     assert [entry.name for entry in tmp_path.iterdir()] == ["progress_ssl.png"], "nothing unfinished is left"
     drawn = lines(figures[0])
+    tkd = "distillation by the teacher (tkd)"
     assert [set(names) for names in drawn.values()] == [
-        {"supervised", "tkd", "total"},
-        {"tkd"},
+        {"supervised", tkd, "total"},
+        {tkd},
         {"overall", "class 1", "class 2"},
         {"unlabeled wait"},
     ]
@@ -60,8 +61,31 @@ def test_panels_and_lines(tmp_path, figures, epochs):
     assert losses["supervised"].get_ydata()[-1] == logged(epochs)["ssl/loss/supervised"][-1]
     assert len(losses["supervised"].get_xdata()) == epochs
     assert (losses["supervised"].get_marker() == "o") == (epochs <= 20), "a single epoch shows as a point"
-    assert losses["tkd"].get_color() == drawn["weights of the terms"]["tkd"].get_color()
-    assert losses["tkd"].get_color() != losses["supervised"].get_color()
+    assert losses[tkd].get_color() == drawn["weights of the terms"][tkd].get_color()
+    assert losses[tkd].get_color() != losses["supervised"].get_color()
+
+
+def test_classes_have_their_names_and_lines_that_cover_each_other_differ(tmp_path, figures):
+    logging = {
+        **{f"ssl/weight/{name}": [0.5, 1.0] for name in ("a", "b", "c", "d")},
+        "ssl/coverage_per_class": [[0.5, 0.25]] * 2,
+        "ssl/share/unlabeled_per_class": [[0.1, 0.1]] * 2,
+    }
+    save_training_curves(tmp_path / "a.png", logging, names=["chamber", "wall"])
+    weights, coverage, share = figures[0].axes
+    for axis in (coverage, share):
+        assert {line.get_label() for line in axis.lines if line.get_label()[0] != "_"} == {"chamber", "wall"}
+    looks = [(line.get_linewidth(), line._dash_pattern) for line in weights.lines]
+    assert all(below > above for (below, _), (above, _) in itertools.pairwise(looks)), "the upper ones are narrower"
+    assert len({str(dashes) for _, dashes in looks}) == 4 and looks[0][1] == (0.0, None), "the lowest is solid"
+    widths = [line.get_linewidth() for line in share.lines if line.get_label()[0] != "_"]
+    assert widths[0] > widths[1]
+
+
+def test_names_of_classes_are_in_nnunets_order():
+    assert class_names({"labels": {"background": 0, "wall": 2, "chamber": 1, "ignore": 3}}) == ["chamber", "wall"]
+    regions = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    assert class_names({"labels": regions, "regions_class_order": [1, 2]}) == ["whole", "core"]
 
 
 def test_odd_values(tmp_path, figures):
@@ -91,8 +115,8 @@ def test_every_other_group_has_its_own_panel(tmp_path, figures):
     save_training_curves(tmp_path / "a.png", logging)
     drawn = lines(figures[0])
     assert {title: set(names) for title, names in drawn.items()} == {
-        "loss: terms without their weights, and the total": {"a_from_b"},
-        "learned": {"a_from_b", "b_from_a"},
+        "loss: terms without their weights, and the total": {"a from b"},
+        "learned": {"a from b", "b from a"},
         "norm": {"gradient"},
         "seconds per epoch": {"unlabeled wait"},
     }
