@@ -32,27 +32,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.files import write_text
+from nnunet_ssl.testing.short import short_trainers
 
 EPOCHS, STOP_AFTER, STOPPED = 4, 2, 75  # the last: an exit code that no error has
-SHORT = """
-import os
-
-{imports}
-
-
-class Short:
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = {epochs}, 10, 2
-        self.save_every = 1
-
-    def on_epoch_end(self):
-        super().on_epoch_end()
-        if str(self.current_epoch) == os.environ.get("STOP_AFTER_EPOCHS"):
-            raise SystemExit({stopped})
-
-{classes}
-"""
 HEAD = ["trainer", "memory mode", "compiled", "finite losses", "Dice", "device = CPU", "export = CPU", "s", "failed"]
 
 
@@ -184,9 +166,7 @@ def _arguments() -> argparse.Namespace:
 def _short_trainers(folder: Path, names: list[str]) -> Path:
     """A folder of trainers that train for a few iterations."""
     folder.mkdir()
-    imports = [f"from {trainer_class(name).__module__} import {name}" for name in names]
-    classes = [f"\nclass {name}_short(Short, {name}):\n    pass\n" for name in names]
-    text = SHORT.format(imports="\n".join(imports), classes="\n".join(classes), epochs=EPOCHS, stopped=STOPPED)
+    text = short_trainers(map(trainer_class, names), epochs=EPOCHS, iterations=10, stopped=STOPPED)
     (folder / "short_trainers.py").write_text(text, encoding="utf-8")
     return folder
 

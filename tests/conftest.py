@@ -17,43 +17,16 @@ import pytest
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 
 from method_steps import TRAINERS
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from warm_commands import CAN_FORK, WarmCommands
 
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
+from nnunet_ssl.testing.short import short_trainers
 
 WARM = WarmCommands()
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-
-# Trainers of a few steps, found by nnU-Net in a folder of their own beside this package's.
-SHORT_TRAINERS = """
-import os
-
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-{imports}
-
-
-class Short:
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 2, 3, 2
-        self.save_every = 1
-
-    def on_epoch_end(self):
-        super().on_epoch_end()
-        if str(self.current_epoch) == os.environ.get("STOP_AFTER_EPOCHS"):
-            raise SystemExit("stopped for the test")
-
-
-class nnUNetTrainer_short(Short, nnUNetTrainer):
-    pass
-{classes}
-""".format(
-    imports="\n".join(f"from {trainer.__module__} import {trainer.__name__}" for trainer in TRAINERS),
-    classes="".join(
-        f"\n\nclass {trainer.__name__}_short(Short, {trainer.__name__}):\n    pass\n" for trainer in TRAINERS
-    ),
-)
+SHORT_TRAINERS = short_trainers([nnUNetTrainer, *TRAINERS], epochs=2, iterations=3)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from nnunet_ssl.benchmark.report import Report, difference, standard_error
 from nnunet_ssl.benchmark.results import Run
 from nnunet_ssl.benchmark.schedule import Machine, epochs_done, results_of, run_trainings
 from nnunet_ssl.data.splits import Fold
-from nnunet_ssl.evaluation.comparison import Scores, all_cases, scores
+from nnunet_ssl.evaluation.comparison import Scores, all_cases
 from nnunet_ssl.evaluation.tables import format_table
 
 WORTH = 0.02
@@ -128,7 +128,9 @@ def estimate(report: Report, folds: Mapping[str, Fold], arm: str) -> Estimate | 
         if arm in runs and BASELINE in runs:
             models = {name: [run.result for run in runs[name]] for name in (arm, BASELINE)}
             cases = all_cases(models)
-            pairs[setting] = [scores(models[name], cases, report.structures[-1], "dice") for name in (arm, BASELINE)]
+            pairs[setting] = [
+                report.scores_of(models[name], cases, report.structures[-1], "dice") for name in (arm, BASELINE)
+            ]
     if len(pairs) < 2:
         return next((within_fold(ours, theirs) for ours, theirs in pairs.values()), None)
     gains, shares = [], []

@@ -17,9 +17,8 @@ from scipy.stats import t as student_t
 from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.benchmark.results import Run
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.comparison import RESAMPLES, Scores, all_cases, scores
+from nnunet_ssl.evaluation.comparison import RESAMPLES, Scores, all_cases, average_scores, scores
 from nnunet_ssl.evaluation.folders import FolderResult
-from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, CaseResult
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.files import ELSEWHERE, write_text
 
@@ -135,11 +134,12 @@ class Report:
                 f"The table holds trainings of {len(campaigns)} campaigns ({', '.join(campaigns)}). Only arms of one "
                 "campaign are compared: keep a table for each."
             )
-        self.runs = [_with_mean(run) for run in runs]
+        self.runs = list(runs)
         self.settings = sorted(
             {run.setting for run in runs}, key=lambda name: [int(part) for part in re.findall(r"\d+", name)]
         )
-        self.structures = list(self.runs[0].result.cases[0].metrics)
+        structures = list(self.runs[0].result.cases[0].metrics)
+        self.structures = [*structures, MEAN] if len(structures) > 1 else structures
         arms = list(dict.fromkeys(run.about["arm"] for run in runs))
         self.baseline = BASELINE if BASELINE in arms else arms[0]
         self.arms = [self.baseline, *(arm for arm in arms if arm != self.baseline)]
@@ -162,12 +162,18 @@ class Report:
         """Dice by arm, of the mean of structures, or of the only one."""
         return {gain.arm: gain for gain in self.gains(setting, "dice") if gain.structure == self.structures[-1]}
 
+    def scores_of(self, runs: Sequence[FolderResult], cases: Sequence[str], structure: str, metric: str) -> Scores:
+        """Values of runs of one arm, for a structure or for :data:`MEAN`."""
+        if structure == MEAN:
+            return average_scores(runs, self.structures[:-1], metric, cases)
+        return scores(runs, cases, structure, metric)
+
     def _find_gains(self, setting: str, metric: str) -> list[Gain]:
         models = {arm: [run.result for run in runs] for arm, runs in self.in_setting(setting).items()}
         cases = all_cases(models)
         gains = []
         for structure in self.structures:
-            found = {arm: scores(results, cases, structure, metric) for arm, results in models.items()}
+            found = {arm: self.scores_of(results, cases, structure, metric) for arm, results in models.items()}
             for arm, one in found.items():
                 about = (arm, structure, metric, len(one.values), one.mean, one.spread_of_runs)
                 compared = arm != self.baseline and self.baseline in found
@@ -279,24 +285,6 @@ def _cost_table(costs: Sequence[Cost]) -> tuple[list[str], list[list[object]]]:
             ]
         rows.append(row)
     return header, rows
-
-
-def _with_mean(run: Run) -> Run:
-    """With the mean over the structures as one more, where there are several; nan where it is of any of them."""
-    cases = []
-    for case in run.result.cases:
-        metrics = dict(case.metrics)
-        if len(metrics) > 1:
-            means = {name: float(np.mean([_value(one, name) for one in metrics.values()])) for name in METRICS}
-            metrics[MEAN] = CaseMetrics(**means)
-        cases.append(CaseResult(case.case, metrics))
-    return Run(run.about, FolderResult(cases))
-
-
-def _value(metrics: CaseMetrics, name: str) -> float:
-    value = getattr(metrics, name)
-    # As in comparison.scores: rightly nothing where nothing is.
-    return 1.0 if name in ("dice", "jaccard") and math.isnan(value) else value
 
 
 def _median(values: Sequence[float]) -> float:

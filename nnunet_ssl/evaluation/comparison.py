@@ -116,9 +116,11 @@ def scores(runs: Sequence[FolderResult], cases: Sequence[str], structure: str, m
     return Scores(tuple(cases), np.array(rows, float).reshape(len(runs), len(cases)))
 
 
-def average_scores(runs: Sequence[FolderResult], structures: Sequence[str], metric: str) -> Scores:
-    """:func:`scores` averaged over structures, of all cases of the runs."""
-    cases = all_cases({"": runs})
+def average_scores(
+    runs: Sequence[FolderResult], structures: Sequence[str], metric: str, cases: Sequence[str] | None = None
+) -> Scores:
+    """:func:`scores` averaged over structures, by default of all cases of the runs; nan where it is of any of them."""
+    cases = all_cases({"": runs}) if cases is None else cases
     values = np.mean([scores(runs, cases, structure, metric).values for structure in structures], axis=0)
     return Scores(tuple(cases), values)
 
