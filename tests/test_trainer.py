@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -411,3 +412,16 @@ def test_the_first_steps_tell_how_long_an_epoch_takes():
         assert len(lines) == (step > 10), "told once, after ten steps that follow a first one"
         log.start()
     assert re.fullmatch(r"0\.00 s per step, so about 0\.0 min per epoch of 250 steps, without validation", lines[0])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_shows_the_steps_of_an_epoch(monkeypatch, terminal):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stdout", stream)
+    log = EpochLog(None, print, counts_skipped_steps=False)
+    for _ in range(2):
+        log.start()
+        for _ in range(2):
+            log.time_step(250)
+    assert stream.getvalue() == ("1 of 250 steps\r2 of 250 steps\r" * 2 if terminal else "")

@@ -217,6 +217,11 @@ def check_settings(trainer: type[Any], configuration: dict[str, Any], plans: dic
     if not hasattr(trainer, "settings_class"):
         yield warn(f"{trainer.__name__} is no semi-supervised trainer: it does not use unlabeled cases")
         return
+    if "pretrain_info" in plans:
+        yield warn(
+            f"{plans['plans_name']} names a pretrained checkpoint, which only nnUNetv2_train_pretrained loads. To "
+            f"start {trainer.__name__} from it, use nnunet-ssl adapt and -pretrained_weights"
+        )
     settings = trainer.settings_class.from_plans(configuration, plans)
     given = ", ".join(f"{name} = {value!r}" for name, value in configuration.get(PLANS_KEY, {}).items())
     yield ok(f"settings of {trainer.__name__}: {given or 'defaults'}; memory_mode is {settings.memory_mode}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_ssl.distributed import num_processes
 from nnunet_ssl.evaluation.class_shares import collapse_warning, collapsed
 
 LOG_PREFIX = "ssl/"
@@ -44,6 +46,7 @@ class EpochLog:
 
     def start(self) -> None:
         """Begin an epoch: all counters are zero."""
+        self._steps = 0
         self.seconds_waiting = 0.0
         self.skipped_steps = 0
         self._counts: dict[str, Tensor] = {}
@@ -51,8 +54,12 @@ class EpochLog:
     def time_step(self, steps_of_epoch: int) -> None:
         """Call it after each step: the first ones of a training tell how long an epoch will take.
 
-        The very first step, which is slower, is not counted.
+        The very first step, which is slower, is not counted. A terminal shows how far the epoch is.
         """
+        self._steps += 1
+        if sys.stdout.isatty() and num_processes() == 1:
+            # The next line of the log, which is longer, takes its place.
+            print(f"{self._steps} of {steps_of_epoch} steps", end="\r", flush=True)
         if self._timed == 0:
             self._timed_since = perf_counter()
         self._timed += 1

@@ -234,6 +234,12 @@ def _settings_elsewhere(dataset: Dataset) -> None:
     dataset.write()
 
 
+def _plans_of_a_pretraining(dataset: Dataset) -> None:
+    """As nnU-Net's nnUNetv2_plan_like_dynamic leaves them, after 2.8.1."""
+    dataset.plans["pretrain_info"] = {"checkpoint_path": "x.pth"}
+    dataset.write()
+
+
 def _no_unlabeled(dataset: Dataset) -> None:
     (dataset.raw / "imagesUn" / "new_0_0000.nii.gz").unlink()
     dataset.write_splits([{"train": CASES[:2], "val": CASES[2:4]}])
@@ -277,6 +283,7 @@ def _failed_before(dataset: Dataset) -> None:
         (_other_folder, "warn", "has images_unlabeled, which nothing reads"),
         (_other_ending, "warn", "more_0000.nii is left out: it does not end in .nii.gz"),
         (_settings_elsewhere, "FAIL", "outside of the configurations"),
+        (_plans_of_a_pretraining, "warn", "use nnunet-ssl adapt and -pretrained_weights"),
         (_leak_by_name, "FAIL", "imagesTr/case_2"),
         (_leak_by_image, "FAIL", "imagesTr/case_4 = imagesTr/case_2"),
         (_no_unlabeled, "FAIL", "nnunet-ssl split"),
