@@ -206,7 +206,7 @@ def _allows_transductive(trainer: type[Any], configuration: dict[str, Any]) -> b
     try:
         return bool(trainer.settings_class.from_plans(configuration).allow_transductive)
     except UserError:
-        given = configuration[PLANS_KEY]
+        given = configuration.get(PLANS_KEY)
         return isinstance(given, dict) and given.get("allow_transductive") is True
 
 

@@ -234,6 +234,11 @@ def _settings_elsewhere(dataset: Dataset) -> None:
     dataset.write()
 
 
+def _settings_under_another_name(dataset: Dataset) -> None:
+    dataset.plans["configurations"]["2d"]["semisupervised"] = {"ramp_length": 0}
+    dataset.write()
+
+
 def _plans_of_a_pretraining(dataset: Dataset) -> None:
     """As nnU-Net's nnUNetv2_plan_like_dynamic leaves them, after 2.8.1."""
     dataset.plans["pretrain_info"] = {"checkpoint_path": "x.pth"}
@@ -283,6 +288,7 @@ def _failed_before(dataset: Dataset) -> None:
         (_other_folder, "warn", "has images_unlabeled, which nothing reads"),
         (_other_ending, "warn", "more_0000.nii is left out: it does not end in .nii.gz"),
         (_settings_elsewhere, "FAIL", "outside of the configurations"),
+        (_settings_under_another_name, "FAIL", "'semisupervised', which nothing reads"),
         (_plans_of_a_pretraining, "warn", "use nnunet-ssl adapt and -pretrained_weights"),
         (_leak_by_name, "FAIL", "imagesTr/case_2"),
         (_leak_by_image, "FAIL", "imagesTr/case_4 = imagesTr/case_2"),
