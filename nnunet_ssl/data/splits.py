@@ -17,7 +17,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_ssl.data.nnunet_files import MEND, read_any_json, read_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
-from nnunet_ssl.text import shorten, some_of
+from nnunet_ssl.text import closest, shorten, some_of
 
 SPLITS_FILE = "splits_final.json"
 LISTS = ("train", "val", "unlabeled")
@@ -48,6 +48,11 @@ def read_splits(file: Path) -> list[Fold]:
             )
         for name in LISTS:
             _check_list(fold, name, f"fold {number} in {file}")
+        if unread := [name for name in fold if name not in LISTS and closest(name, ["unlabeled"], cutoff=0.9)]:
+            raise UserError(
+                f"Fold {number} in {file} has the list {unread[0]!r}, which nothing reads. Did you mean 'unlabeled'? "
+                "Rename it."
+            )
     return splits
 
 

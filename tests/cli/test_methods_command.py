@@ -55,6 +55,12 @@ def test_a_trainer_that_there_is_not(capsys):
     assert "no trainer NoTrainer" in (error := capsys.readouterr().err) and "CrossMatchTrainer" in error
 
 
+def test_the_readme_names_the_recommended_trainers_gain():
+    gain = measured_gains()["gains"][RECOMMENDED]
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"% interval of the gain {gain['low']:.3f} to {gain['high']:.3f})" in readme
+
+
 def test_gains_are_of_trainers_that_there_are(capsys):
     gains = measured_gains()["gains"]
     assert gains.keys() <= every_method().keys() and RECOMMENDED in gains

@@ -212,6 +212,10 @@ def test_unlabeled_list_without_splits(tmp_path):
         ([{"train": ["a", "b", "a"], "val": []}], "The 'train' list of fold 0 .* names a more than once"),
         ([{"train": [], "val": "LA_001"}], "The 'val' list of fold 0 .* must be a list of case names, found 'LA_001'"),
         ([{"train": [], "val": []}, {"val": []}], "There is no list 'train' in fold 1"),
+        (
+            [{"train": [], "val": [], "unlabelled": ["a"]}],
+            "the list 'unlabelled', which nothing reads. Did you mean 'unl",
+        ),
         ({"0": {}}, "must hold a list of folds"),
         ([["a"]], "must be a table"),
         ("[{", "no valid JSON"),
