@@ -60,10 +60,10 @@ def check_dataset(
     settings = [*safely(check_settings(trainer, manager.configuration, plans))]
     yield from settings
     yield from safely(check_fold(unlabeled, preprocessed, plans_manager, configuration, fold, trainer))
-    unsupported = [*safely(check_network(trainer, plans_manager, configuration, description))]
-    yield from unsupported
-    # Bad settings leave nothing to compute, and have been reported.
-    if not unsupported and not any(finding.level == "FAIL" for finding in settings):
+    network = [*safely(check_network(trainer, plans_manager, configuration, description))]
+    yield from network
+    # Bad settings or a bad network leave nothing to compute, and have been reported.
+    if not any(finding.level == "FAIL" for finding in [*settings, *network]):
         yield from safely(check_memory(trainer, plans_manager, configuration, description))
 
 
@@ -217,11 +217,6 @@ def check_settings(trainer: type[Any], configuration: dict[str, Any], plans: dic
     if not hasattr(trainer, "settings_class"):
         yield warn(f"{trainer.__name__} is no semi-supervised trainer: it does not use unlabeled cases")
         return
-    if "pretrain_info" in plans:
-        yield warn(
-            f"{plans['plans_name']} names a pretrained checkpoint, which only nnUNetv2_train_pretrained loads. To "
-            f"start {trainer.__name__} from it, use nnunet-ssl adapt and -pretrained_weights"
-        )
     settings = trainer.settings_class.from_plans(configuration, plans)
     given = ", ".join(f"{name} = {value!r}" for name, value in configuration.get(PLANS_KEY, {}).items())
     yield ok(f"settings of {trainer.__name__}: {given or 'defaults'}; memory_mode is {settings.memory_mode}")
@@ -230,19 +225,20 @@ def check_settings(trainer: type[Any], configuration: dict[str, Any], plans: dic
 def check_network(
     trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]
 ) -> Iterator[Finding]:
-    """A finding if trainer and plans make a network that cannot be trained with unlabeled cases."""
+    """Findings if the network cannot be trained with unlabeled cases, or starts without the weights the plans name."""
     if not hasattr(trainer, "settings_class"):
         return
 
     from nnunet_ssl.networks import architectures
 
+    notes: list[str] = []
+    build, manager = trainer.build_network_architecture, plans.get_configuration(configuration)
     try:
         # This does not refuse a network that needs memory to be built; check_memory will say what went wrong there.
-        architectures.check_network(
-            trainer.build_network_architecture, plans, plans.get_configuration(configuration), dataset_json
-        )
+        architectures.check_network(build, plans, manager, dataset_json, notes.append)
     except NotImplementedError as error:
         yield fail(str(error))
+    yield from map(warn, notes)
 
 
 def check_memory(

@@ -21,6 +21,14 @@ UNet: TypeAlias = PlainConvUNet | ResidualEncoderUNet
 SUPPORTED = {architecture.__name__: architecture for architecture in (PlainConvUNet, ResidualEncoderUNet)}
 """Their classes, by name."""
 
+PRETRAIN_INFO = "pretrain_info"
+"""Where nnU-Net's nnUNetv2_preprocess_like_nnssl, after version 2.8.1, notes the pretrained weights in its plans."""
+
+PRETRAINED_ELSEWHERE = (
+    "The plans {plans} name pretrained weights, in 'pretrain_info'. nnUNetv2_train does not load them: make a file of "
+    "them with nnunet-ssl adapt -p {plans}, and start with -pretrained_weights."
+)
+
 _HOMES_OF_LAYERS = ("torch.nn.", "dynamic_network_architectures.")
 
 
@@ -71,14 +79,24 @@ def check_network(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
     dataset_json: dict[str, Any],
+    log: Callable[[str], object],
 ) -> None:
-    """Refuse plans and trainer whose network cannot be trained here, without memory for it; arguments as above.
+    """Refuse plans and trainer whose network cannot be trained here, without memory for it.
 
     A network that cannot be built without memory is not refused here.
+
+    Args:
+        build: see :func:`build_unet`.
+        plans_manager: see :func:`build_unet`.
+        configuration_manager: see :func:`build_unet`.
+        dataset_json: the dataset's.
+        log: is told if the plans name pretrained weights, which nnUNetv2_train does not load.
 
     Raises:
         UserError, NotImplementedError: see :func:`build_unet`.
     """
+    if PRETRAIN_INFO in plans_manager.plans:
+        log(PRETRAINED_ELSEWHERE.format(plans=plans_manager.plans_name))
     channels = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
     heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
     try:

@@ -283,7 +283,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             UserError: the fold cannot be trained, or there is no unlabeled case, or one that is a validation case.
         """
         build = type(self).build_network_architecture
-        check_network(build, self.plans_manager, self.configuration_manager, self.dataset_json)
+        check_network(build, self.plans_manager, self.configuration_manager, self.dataset_json, self.print_to_log_file)
         # Of several processes, none has let nnU-Net write a split file yet: that comes after the network's wrapping.
         if self.local_rank == 0:
             self.unlabeled_source.check_fold(self.print_to_log_file)

@@ -116,6 +116,29 @@ def test_nnunet_starts_from_the_pretrained_encoder(dataset, name, channels, pref
     assert f"-p {name} -tr {RECOMMENDED} -pretrained_weights {dataset.output}\n" in printed
 
 
+def test_plans_can_name_the_checkpoint(dataset, capsys):
+    """As those of nnUNetv2_preprocess_like_nnssl do, which nnU-Net has after 2.8.1."""
+    name, file = "ResidualEncoderUNet", dataset.home / "nnssl.pth"
+    pretrained = build(architecture(name), 1)
+    torch.save(nnssl_checkpoint(pretrained), file)
+    plans = json.loads((dataset.folder / f"{name}.json").read_text())
+    information = {"checkpoint_path": str(file), "checkpoint_name": "mae", "key_to_encoder": "encoder.stages"}
+    for named, status in (({"pretrain_info": information}, 0), ({"pretrain_info": {}}, 2), ({}, 2)):
+        (dataset.folder / "ptPlans__mae.json").write_text(json.dumps(plans | named))
+        given = ["-d", "7", "-c", "3d_fullres", "-p", "ptPlans__mae", "-o", str(dataset.output)]
+        assert main(["adapt", *given]) == status
+        printed = capsys.readouterr()
+        if status:
+            assert "The plans ptPlans__mae name no pretrained checkpoint. Name one of nnssl with -i." in printed.err
+        else:
+            assert f"encoder and stem of {file}" in printed.out
+            weights = torch.load(dataset.output, weights_only=True)["network_weights"]
+            assert all(
+                torch.equal(weights[f"encoder.{key}"], one) for key, one in pretrained.encoder.state_dict().items()
+            )
+            dataset.output.unlink()
+
+
 def test_nnunet_itself_refuses_an_encoder_alone(dataset):
     """What this command is for, and what a user sees who does without."""
     checkpoint = nnssl_checkpoint(build(architecture("ResidualEncoderUNet"), 1), prefix="")

@@ -289,7 +289,7 @@ def _failed_before(dataset: Dataset) -> None:
         (_other_ending, "warn", "more_0000.nii is left out: it does not end in .nii.gz"),
         (_settings_elsewhere, "FAIL", "outside of the configurations"),
         (_settings_under_another_name, "FAIL", "'semisupervised', which nothing reads"),
-        (_plans_of_a_pretraining, "warn", "use nnunet-ssl adapt and -pretrained_weights"),
+        (_plans_of_a_pretraining, "warn", "nnunet-ssl adapt -p nnUNetPlans, and start with -pretrained_weights"),
         (_leak_by_name, "FAIL", "imagesTr/case_2"),
         (_leak_by_image, "FAIL", "imagesTr/case_4 = imagesTr/case_2"),
         (_no_unlabeled, "FAIL", "nnunet-ssl split"),
