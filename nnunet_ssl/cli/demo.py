@@ -164,7 +164,7 @@ def _train(steps: Steps, dataset: _Dataset, trainer: str, device: str, predictio
         [
             *("nnUNetv2_predict", "-i", str(dataset.raw / "imagesTs")),
             *("-o", str(predictions), "-d", dataset.number, "-c", CONFIGURATION),
-            *("-f", str(FOLD), "-tr", trainer, "-device", device, "-npp", "1", "-nps", "1"),
+            *("-f", str(FOLD), "-tr", trainer, "-device", device, "-npp", "0", "-nps", "0"),
         ],
     )
 
