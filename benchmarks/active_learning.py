@@ -24,9 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_ssl.data.queue import ROWS_FILE
-
 from nnunet_ssl.cli.lookup import find_program
+from nnunet_ssl.data.queue import ROWS_FILE
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.files import write_text
 
