@@ -31,6 +31,7 @@ COMMANDS = (
     "export",
     "adapt",
     "accept",
+    "rank",
     "self-train",
     "evaluate",
     "compare",

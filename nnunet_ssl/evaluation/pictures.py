@@ -31,7 +31,7 @@ AXIS_LABELS = {
     "assd_voxels": "ASSD (voxels)",
 }
 
-_COLORS = ("#ff5a4f", "#29b6f6", "#ffd23f", "#7bd148", "#c77dff", "#ff9f1c", "#2ec4b6", "#f78fb3")
+COLORS = ("#ff5a4f", "#29b6f6", "#ffd23f", "#7bd148", "#c77dff", "#ff9f1c", "#2ec4b6", "#f78fb3")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def save_comparison(
                 range(len(names)), [one.by_case() for one in found], color="gray", alpha=0.35, linewidth=0.8, zorder=1
             )
             for position, of_model in enumerate(found):
-                color = _COLORS[position % len(_COLORS)]
+                color = COLORS[position % len(COLORS)]
                 axis.scatter([position] * len(cases), of_model.by_case(), s=18, color=color, zorder=2)
                 # Nothing is drawn where the mean is nan.
                 ends = [position - 0.25, position + 0.25]
@@ -252,7 +252,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _cycle(count: int) -> list[str]:
-    return [_COLORS[index % len(_COLORS)] for index in range(count)]
+    return [COLORS[index % len(COLORS)] for index in range(count)]
 
 
 def _contour(axis, mask: NDArray[np.bool_], **style) -> None:  # type: ignore[no-untyped-def]

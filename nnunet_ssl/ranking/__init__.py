@@ -1,0 +1,1 @@
+"""Unlabeled cases ranked by how far several models agree on them: ``nnunet-ssl rank``."""
