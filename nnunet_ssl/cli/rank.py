@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-f", nargs="+", metavar="FOLD", default=["0", "1", "2", "3", "4"], help="folds (default: 0 1 2 3 4)"
     )
     parser.add_argument(
+        "--models-of",
+        metavar="NEW",
+        help="the models are those of this dataset, which nnunet-ssl self-train has made of DATASET",
+    )
+    parser.add_argument(
         "-chk", metavar="CHECKPOINT", default="checkpoint_final.pth", help="checkpoint (default: %(default)s)"
     )
     parser.add_argument("-o", type=Path, required=True, metavar="QUEUE", help="folder to make, or to go on in")
@@ -91,22 +96,19 @@ def run(args: argparse.Namespace) -> int:
     folds, trainers = _checked(args)
     dataset = _find_dataset(args.d)
 
-    from nnunet_ssl.data.splits import current_splits, labeled_cases
     from nnunet_ssl.ranking.cases import find_unlabeled
     from nnunet_ssl.ranking.folder import agree, open_folder, read_done
-    from nnunet_ssl.ranking.models import Wanted, check_alike, check_there, describe
+    from nnunet_ssl.ranking.models import Wanted, check_alike, check_there
     from nnunet_ssl.ranking.run import Ranking, Thresholds
 
-    wanted = Wanted(dataset.results, trainers, args.p, args.c, folds, args.chk)
+    trained = dataset if args.models_of is None else _find_dataset(args.models_of)
+    wanted = Wanted(trained.results, trainers, args.p, args.c, folds, args.chk)
     check_there(wanted)
     for trainer in trainers:
         find_trainer(trainer)
     check_alike(wanted, dataset.description)
     device = _device(args.device)
-    labeled = labeled_cases(dataset.preprocessed, dataset.raw)
-    splits, _ = current_splits(dataset.preprocessed, dataset.raw, labeled)
-    models = describe(wanted, splits, labeled)
-    named: list[Fold] = [splits[fold] for fold in folds if isinstance(fold, int)]
+    models, named = _models(wanted, dataset, trained)
     found = find_unlabeled(dataset.raw, dataset.description, named, models)
     queue = _queue(args, dataset, found, models)
     with open_folder(args.o):
@@ -171,6 +173,23 @@ def _device(asked: str | None) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: PyTorch finds no GPU. Use -device cpu.")
     return torch.device(device)
+
+
+def _models(wanted: Wanted, dataset: _Dataset, trained: _Dataset) -> tuple[list[Model], list[Fold]]:
+    """The models, and the folds of the ranked dataset whose hidden cases they may rank."""
+    from nnunet_ssl.data.splits import current_splits, labeled_cases
+    from nnunet_ssl.ranking.models import describe
+    from nnunet_ssl.ranking.rounds import source_folds, students
+
+    labeled = labeled_cases(trained.preprocessed, trained.raw)
+    splits, _ = current_splits(trained.preprocessed, trained.raw, labeled)
+    models = describe(wanted, splits, labeled)
+    if trained.raw == dataset.raw:
+        return models, [splits[fold] for fold in wanted.folds if isinstance(fold, int)]
+    roots = dataset.raw.parent, dataset.preprocessed.parent
+    models = students(models, trained.raw.name, dataset.raw.name, *roots)
+    splits, _ = current_splits(dataset.preprocessed, dataset.raw, labeled_cases(dataset.preprocessed, dataset.raw))
+    return models, source_folds(wanted.folds, trained.raw.name, splits, *roots)
 
 
 def _queue(args: argparse.Namespace, dataset: _Dataset, found: UnlabeledCases, models: list[Model]) -> Queue:

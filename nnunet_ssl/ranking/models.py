@@ -138,7 +138,11 @@ def check_alike(wanted: Wanted, dataset_json: dict[str, Any]) -> None:
 
 
 def _part(content: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: content.get(key) for key in keys}
+    part = {key: content.get(key) for key in keys}
+    if isinstance(labels := part.get("labels"), dict):
+        # No output of a network: a dataset may have it where the one that self-training has made it from has not.
+        part["labels"] = {name: value for name, value in labels.items() if name != "ignore"}
+    return part
 
 
 def _same(one: Any, other: Any) -> bool:

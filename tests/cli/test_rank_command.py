@@ -385,3 +385,24 @@ def test_two_dimensional_images(planned_2d, monkeypatch, tmp_path) -> None:
         assert read(file).GetSize() == image.GetSize()
     assert sitk.GetArrayFromImage(read(files.uncertainty)).squeeze().shape == image.GetSize()[::-1]
     assert 0 < sitk.GetArrayFromImage(read(files.uncertainty)).max() <= 1
+
+
+def test_models_of_the_next_round(home) -> None:
+    """The same weights, as models of a dataset that self-training has made: the same consensus, of the same cases."""
+    keep(home, "unlabeled_000", "unlabeled_001")
+    assert rank(home) == 0
+    teachers = (home / "queue").rename(home / "teachers")
+    self_train = ["self-train", "-d", "998", "--queue", str(teachers), "--as", "951", "-np", "0"]
+    assert main([*self_train, "--cases", "unlabeled_000"]) == 0
+    new = "Dataset951_Phantoms_SelfTrained"
+    shutil.copytree(home / "results" / DATASET, home / "results" / new)
+    for model in (home / "results" / new).iterdir():
+        shutil.copy(home / "preprocessed" / new / "dataset.json", model)
+    assert rank(home, "--models-of", "951") == 0
+    queue = read_queue(home / "queue")
+    assert {model.dataset for model in queue.models} == {new}
+    assert queue.models[0].trained_on == ("phantom_000", "phantom_001", "phantom_002")
+    assert queue.dataset == DATASET and list(queue.cases) == ["unlabeled_000", "unlabeled_001"]
+    for case in queue.cases:
+        first, second = (read(case_files(folder, case, ".nii.gz").consensus) for folder in (teachers, home / "queue"))
+        assert np.array_equal(sitk.GetArrayFromImage(first), sitk.GetArrayFromImage(second))
