@@ -77,8 +77,8 @@ class StopSignal:
     def message(self, epoch: int, steps: int, file: Path) -> str:
         """What a training that stops says: where it was, and the checkpoint that it wrote."""
         return (
-            f"{self.name} in epoch {epoch}, after {steps} steps of it: stopped, weights are in {file}. --c goes on "
-            "from these weights at the start of the epoch."
+            f"{self.name} in epoch {epoch}, after {steps} steps: the training stops, and its weights are in {file}. "
+            "--c continues with these weights at the start of the epoch."
         )
 
 
@@ -122,7 +122,7 @@ def killed_workers(loaders: Mapping[str, Sequence[BaseProcess]]) -> list[str]:
         loaders: each loader's worker processes, by what the loader makes.
     """
     return [
-        f"worker {number} of {len(workers)} that make {name} was ended by {signal.Signals(-worker.exitcode).name}"
+        f"worker {number} of {len(workers)} that make {name} was killed by {signal.Signals(-worker.exitcode).name}"
         for name, workers in loaders.items()
         for number, worker in enumerate(workers, start=1)
         # Loaders themselves end workers by SIGTERM, and a user by Ctrl-C.

@@ -176,7 +176,7 @@ class SemiSupervisedSettings:
         problems = []
         if unknown:
             problems.append(
-                f"The plans' '{PLANS_KEY}' holds {', '.join(map(repr, unknown))}, which {cls.__name__} does not "
+                f"The plans' '{PLANS_KEY}' contains {', '.join(map(repr, unknown))}, which {cls.__name__} does not "
                 f"know.{did_you_mean(unknown, known)} Known settings: {', '.join(sorted(known))}."
             )
         try:
@@ -208,8 +208,8 @@ class TeacherSettings(SemiSupervisedSettings):
     )
     validate_both: bool = setting(
         False,
-        "after the training, also validate the other of student and teacher, into validation_student or "
-        "validation_teacher",
+        "after the training, also validate the one of student and teacher that is not used for prediction, into "
+        "validation_student or validation_teacher",
         choices=(True, False),
     )
 
@@ -226,7 +226,7 @@ class CutMixSettings(SemiSupervisedSettings):
     nnunet_ssl.errors.UserError: The setting 'cutmix_min_volume' in the plans' 'semi_supervised' is 0.5; it must not ...
     """
 
-    cutmix_probability: float = setting(0.5, "share of strong views that get a CutMix box", minimum=0.0, maximum=1.0)
+    cutmix_probability: float = setting(0.5, "share of strong views with a CutMix box", minimum=0.0, maximum=1.0)
     cutmix_min_volume: float = setting(0.02, "smallest share of the patch in a box", minimum=0.001, maximum=0.9)
     cutmix_max_volume: float = setting(0.4, "largest share of the patch in a box", minimum=0.001, maximum=0.9)
     cutmix_aspect_ratio: float = setting(0.3, "smallest ratio between two sides of a box", minimum=0.05, maximum=1.0)

@@ -70,7 +70,10 @@ def _what_to_do(name: str) -> str:
     names = [*trainer_descriptions(ours)]
     folders = [Path(part) for part in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if part.strip()]
     if not any(folder.resolve() == ours for folder in folders):
-        return f" nnUNet_extTrainer does not name the folder of this package's: {EXPORT}. It has {', '.join(names)}."
+        return (
+            f" nnUNet_extTrainer does not name this package's folder of trainers: {EXPORT}. The trainers there: "
+            f"{', '.join(names)}."
+        )
     return (
         f"{did_you_mean([name], names)} This package has {', '.join(names)}, each also with a length such as "
         "_250epochs. nnUNet_extTrainer names the folders of others."

@@ -56,7 +56,7 @@ def of_nnunet(planned_2d, make, tmp_path) -> Path:
 
 def test_a_checkpoint_of_nnunet(make, of_nnunet):
     said = refusal(make(), of_nnunet)
-    assert said.startswith("To start from the weights of this checkpoint, use -pretrained_weights and not --c")
+    assert said.startswith("To start from the weights of this checkpoint, use -pretrained_weights. --c continues only")
     assert f"{of_nnunet} could not be read as tensors and plain values" in said
     assert "numpy.core.multiarray.scalar" in said.replace("_core", "core")
     assert said.endswith("nnUNetTrainer wrote it.") and len(said) < 500
@@ -78,7 +78,9 @@ def test_a_damaged_checkpoint(make, tmp_path):
     content = (tmp_path / "c.pth").read_bytes()
     (tmp_path / "c.pth").write_bytes(content[: len(content) // 2])
     said = refusal(trainer, tmp_path / "c.pth")
-    assert "it is damaged, or no checkpoint" in said and said.endswith("checkpoint_latest.pth and checkpoint_best.pth.")
+    assert "it is damaged, or not a checkpoint" in said and said.endswith(
+        "checkpoint_latest.pth and checkpoint_best.pth."
+    )
 
 
 @pytest.mark.parametrize("part", ["data.pkl", "data/0"])
@@ -128,7 +130,7 @@ def test_another_method(make, tmp_path):
     make(SimCVDTrainer).save_checkpoint(str(tmp_path / "c.pth"))
     said = refusal(make(), tmp_path / "c.pth")
     assert said.startswith("Continue with -tr SimCVDTrainer, or start from its weights with -pretrained_weights")
-    assert "does not hold what CrossMatchTrainer trains" in said and len(said) < 500
+    assert "does not contain what CrossMatchTrainer trains" in said and len(said) < 500
 
 
 def test_a_setting_that_makes_another_network(make, tmp_path):
@@ -186,7 +188,7 @@ def test_the_log_names_another_trainer_of_the_same_network(make, tmp_path):
     second = make(type("CrossMatchTrainer_5epochs", (CrossMatchTrainer,), {"training_epochs": 5}))
     second.load_checkpoint(str(tmp_path / "c.pth"))
     log = Path(second.log_file).read_text()
-    assert "The checkpoint is one of CrossMatchTrainer, after 1 epochs; CrossMatchTrainer_5epochs has 5" in log
+    assert "The checkpoint is from CrossMatchTrainer, after 1 epochs; CrossMatchTrainer_5epochs has 5" in log
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -217,5 +219,5 @@ def test_a_previous_stage_of_another_network(make, planned_2d, tmp_path, damaged
             ranks=Ranks(),
             log=print,
         )
-    expected = "it is damaged, or no checkpoint" if damaged else "is of another network: outputs (background and"
+    expected = "it is damaged, or not a checkpoint" if damaged else "is of another network: outputs (background and"
     assert expected in str(refused.value) and "size mismatch" not in "".join(traceback.format_exception(refused.value))

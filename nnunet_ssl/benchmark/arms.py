@@ -110,7 +110,7 @@ def _parse_warm(text: str, option: str) -> float:
     except ValueError:
         warm = 0.0
     if not 0 < warm < 1:
-        raise UserError(f"{option}: after @ comes warm= and {BASELINE}'s share of the length, such as @warm=0.5.")
+        raise UserError(f"{option}: after @, give warm= and {BASELINE}'s share of the length, such as @warm=0.5.")
     return warm
 
 
@@ -119,7 +119,7 @@ def _parse_settings(texts: Sequence[str], option: str) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise UserError(f"{option}: {text!r} is no setting; give NAME=VALUE, such as ramp_length=0.2.")
+            raise UserError(f"{option}: {text!r} is not a setting; give NAME=VALUE, such as ramp_length=0.2.")
         try:
             settings[name] = json.loads(value)
         except ValueError:

@@ -160,7 +160,7 @@ def open_campaign(
     ]
     if differ:
         raise UserError(
-            f"{folder} holds a campaign of something else: {', '.join(differ)}. Only trainings of one campaign are "
+            f"{folder} contains another campaign: {', '.join(differ)}. Only trainings of one campaign can be "
             f"compared. {_OTHER_FOLDER}"
         )
     return campaign
@@ -189,7 +189,7 @@ def _plans(preprocessed_folder: Path, name: str, configuration: str, more: Path 
     if more is not None:
         for added, content in read_json(more, otherwise="Correct --configurations.").items():
             if not isinstance(content, dict):
-                raise UserError(f"{more}: {added!r} must be a table, as a configuration in the plans is.")
+                raise UserError(f"{more}: {added!r} must be a table, like a configuration in the plans.")
             if plans["configurations"].setdefault(added, content) != content:
                 raise UserError(f"{file} has another configuration named {added!r} than {more}. Rename that one.")
     if configuration not in plans["configurations"]:
@@ -247,7 +247,9 @@ def plan_settings(
         wanted[f"fold {number}, {len(fold['train'])} labeled"] = fold
     for name, fold in wanted.items():
         if not fold["val"]:
-            raise UserError(f"{source or preprocessed_folder}: {name} has no validation case, so nothing to report.")
+            raise UserError(
+                f"{source or preprocessed_folder}: {name} has no validation case, so there is nothing to report."
+            )
         fold["val"] = sorted(fold["val"])[: campaign.validation]
         _check_preprocessed(campaign, preprocessed_folder, fold)
     _keep(campaign, wanted)
@@ -281,8 +283,8 @@ def _keep(campaign: Campaign, settings: Mapping[str, Fold]) -> None:
         changed = [name for name, fold in settings.items() if kept.setdefault(name, fold) != fold]
         if changed:
             raise UserError(
-                f"{', '.join(changed)}: these are other cases than when {campaign.folder} was begun; splits_final.json "
-                f"has changed. {_OTHER_FOLDER}"
+                f"{', '.join(changed)}: the cases are not those with which {campaign.folder} was begun, because "
+                f"splits_final.json has changed. {_OTHER_FOLDER}"
             )
         write_text(file, json.dumps(content, indent=1) + "\n")
 
@@ -292,7 +294,7 @@ def _check_preprocessed(campaign: Campaign, preprocessed_folder: Path, fold: Fol
     missing = [case for case in [*fold["train"], *fold["val"]] if not (folder / f"{case}.pkl").is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} labeled cases of the fold, {missing[0]} for one, are not preprocessed in {folder}. Run "
+            f"{len(missing)} labeled cases of the fold, such as {missing[0]}, are not preprocessed in {folder}. Run "
             f"nnUNetv2_preprocess -d {campaign.dataset} -c {campaign.configuration} -p {campaign.plans} first."
         )
 

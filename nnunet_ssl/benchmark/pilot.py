@@ -145,20 +145,22 @@ def estimate(report: Report, folds: Mapping[str, Fold], arm: str) -> Estimate | 
 def verdict(arm: str, found: Estimate) -> str:
     """In words: helps, no difference seen, hurts, or that it cannot be said."""
     if math.isnan(found.low):
-        return "No verdict: one fold, trained once, tells no gain from chance. Run it again with more hours or folds."
+        return (
+            "No verdict: one fold, trained once, cannot tell a gain from chance. Run it again with more hours or folds."
+        )
     if found.low > 0:
-        return f"Helps: {arm} is better than {BASELINE} here by more than chance explains."
+        return f"Helps: here {arm} is better than {BASELINE} by more than chance can explain."
     if found.high < 0:
-        return f"Hurts: {arm} is worse than {BASELINE} here by more than chance explains."
+        return f"Hurts: here {arm} is worse than {BASELINE} by more than chance can explain."
     seen = (
-        f"No difference seen: chance alone can make {found.mean:+.3f}. Four such pilots of five would show a gain "
-        f"of {found.visible:.3f}"
+        f"No difference seen: chance alone can explain {found.mean:+.3f}. Four out of five such pilots would detect "
+        f"a gain of {found.visible:.3f}"
     )
     if found.visible <= WORTH:
-        return f"{seen}, so one of {WORTH} is unlikely."
+        return f"{seen}, so a gain of {WORTH} is unlikely."
     if found.needed is None:
-        return f"{seen}. One of {WORTH} takes more seeds rather than more cases: trainings differ too much."
-    return f"{seen}. To show one of {WORTH} would take about {found.needed} labeled cases; here are {found.cases}."
+        return f"{seen}. To detect {WORTH}, use more seeds rather than more cases: the trainings differ too much."
+    return f"{seen}. To detect {WORTH}, about {found.needed} labeled cases are needed; here are {found.cases}."
 
 
 def disjoint_folds(splits: Sequence[Fold]) -> list[int]:
@@ -246,8 +248,8 @@ def in_words(campaign: Campaign, arms: Sequence[Arm], report: Report, folds: Map
         )
     iterations = report.runs[0].about["iterations"]
     parts.append(
-        f"These are short trainings: {iterations} labeled iterations, where a full one has {FULL_EPOCHS * 250}. A gain "
-        "can be another at full length."
+        f"These trainings are short: {iterations} labeled iterations. A full training has {FULL_EPOCHS * 250}. At "
+        "full length, the gain can be different."
     )
     return "\n\n".join([*parts, _full_costs(campaign, report)]) + "\n"
 

@@ -131,8 +131,8 @@ class Report:
         campaigns = sorted({run.about["campaign"] for run in runs})
         if len(campaigns) > 1:
             raise UserError(
-                f"The table holds trainings of {len(campaigns)} campaigns ({', '.join(campaigns)}). Only arms of one "
-                "campaign are compared: keep a table for each."
+                f"The table contains trainings of {len(campaigns)} campaigns ({', '.join(campaigns)}). Only arms of "
+                "one campaign can be compared: keep one table per campaign."
             )
         self.runs = list(runs)
         self.settings = sorted(
@@ -253,10 +253,10 @@ class Report:
 
 
 _READ = """\
-Difference: against {baseline}, paired over the validation cases. Its 95 % interval holds the chance of cases
-(bootstrap) and of trainings (Student's t with the spread of trainings, which is the standard deviation of their means).
-An interval that holds 0 shows no difference; "-" instead of an interval: one training each, so the spread is unknown.
-Dice is better the larger, HD95 the smaller it is. Of time and memory, × is relative to {baseline} in this campaign."""
+The difference is to {baseline}, paired over the validation cases. Its 95 % interval includes the chance of cases
+(bootstrap) and of trainings (Student's t with the spread of trainings, the standard deviation of their means). If the
+interval contains 0, it shows no difference. "-" instead of an interval: one training each, so the spread is unknown.
+A larger Dice is better, and a smaller HD95. For time and memory, × is relative to {baseline} in this campaign."""
 
 
 def _gain_table(gains: Sequence[Gain], metric: str) -> tuple[list[str], list[list[object]]]:

@@ -54,7 +54,7 @@ class Run:
         try:
             return float(text)
         except ValueError:
-            raise UserError(f"The table's column {column} holds {text!r}, which is no number.") from None
+            raise UserError(f"The table's column {column} contains {text!r}, which is not a number.") from None
 
 
 def add_run(file: Path, about: Mapping[str, object], result: FolderResult) -> None:
@@ -110,8 +110,8 @@ def read_runs(file: Path) -> dict[str, Run]:
         raise UserError(f"There is no table of results {file}.") from None
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(
-            f"{file} is no table of results of nnunet-ssl benchmark: {one_line(error)}. Restore "
-            "it, or move it away to start from the beginning."
+            f"{file} is not a table of results of nnunet-ssl benchmark: {one_line(error)}. Restore it, or move it "
+            "away to start from the beginning."
         ) from None
     return runs
 

@@ -40,7 +40,7 @@ HELD = 75
 WITH_PARENT = "--with-parent"
 """Last argument of a process whose standard input is a pipe that its parent's end closes."""
 
-_REMEDY = "Run the benchmark again; it writes it again."
+_REMEDY = "Run the benchmark again; it writes the file again."
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Task:
         try:
             return cls(**read_json(file, otherwise=_REMEDY))
         except TypeError as error:
-            raise UserError(f"{file} is of another version ({error}). {_REMEDY}") from None
+            raise UserError(f"{file} is from another version ({error}). {_REMEDY}") from None
 
 
 def lock_file(task_file: Path) -> Path:

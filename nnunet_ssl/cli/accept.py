@@ -15,20 +15,20 @@ from nnunet_ssl.text import some_of
 if TYPE_CHECKING:
     from nnunet_ssl.data.accepting import DatasetFolders
 
-HELP = "take corrected segmentations of unlabeled cases as labels; --undo takes that back"
+HELP = "use corrected segmentations of unlabeled cases as labels; --undo reverses this"
 
 _EXPLANATION = """\
-Each segmentation in FOLDER is named as its case, CASE.nii.gz (or .nrrd, .seg.nrrd, .mha: whatever the dataset's reader
-reads). The case's images move from imagesUn to imagesTr, its labels are written to labelsTr, numTraining and
-splits_final.json are brought up to date, and the case is preprocessed with the plans that there are. Your files stay
-where they are.
+Name each segmentation in FOLDER as its case: CASE.nii.gz (or .nrrd, .seg.nrrd, .mha, if the dataset's reader reads it).
+The command moves the images of the case from imagesUn to imagesTr, writes its labels to labelsTr, updates numTraining
+and splits_final.json, and preprocesses the case for all plans that are preprocessed already. It does not change your
+files.
 
-A fold trains on the new cases, unless it validates them. A fold that hides labels ('unlabeled' in splits_final.json)
-gets them as 'unlabeled'. None becomes a validation case.
+A fold trains on the new cases, unless it validates them. If a fold hides labels ('unlabeled' in splits_final.json), the
+new cases are 'unlabeled' in it. No new case becomes a validation case.
 
-All cases are accepted or none. Whatever is wrong with any of them is named first. After a kill, the next run of this
-command completes what had begun; without --labels it does nothing else. --undo takes the last acceptance back, as long
-as nobody has changed its files since.
+All cases are accepted, or none. If anything is wrong with a case, the command names it first. After a kill, the next
+run of this command completes the change; without --labels it does nothing else. --undo reverses the last acceptance, as
+long as nobody has changed its files since.
 """
 
 _MINUTES = 10
@@ -42,16 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, metavar="FOLDER", help="the corrected segmentations")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="only these cases (default: all in FOLDER)")
     parser.add_argument(
-        "--allow-empty", action="store_true", help="also accept a segmentation without any structure, only background"
+        "--allow-empty", action="store_true", help="also accept a segmentation that has only background"
     )
-    parser.add_argument("--undo", action="store_true", help="take the last acceptance back")
-    parser.add_argument("-np", type=int, metavar="N", help="worker processes, each holds one case in memory")
+    parser.add_argument("--undo", action="store_true", help="reverse the last acceptance")
+    parser.add_argument("-np", type=int, metavar="N", help="worker processes; each has one case in memory")
 
 
 def run(args: argparse.Namespace) -> int:
     """Accept or take back, and print what changed."""
     if args.undo and (args.labels or args.cases or args.allow_empty):
-        raise UserError("--undo takes the last acceptance back as a whole; give it -d alone.")
+        raise UserError("--undo reverses the whole last acceptance; give only -d with it.")
     if args.cases and not args.labels:
         raise UserError("Name the folder with the corrected segmentations: --labels FOLDER.")
     if args.np is not None and args.np < 0:
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     with lock(lock_file(dataset.preprocessed), wait=False) as held:
         if not held:
             raise UserError(
-                f"Another command is changing {dataset.preprocessed.name} right now (its cases or its folds). Run this "
-                "again when it has ended."
+                f"Another command is changing {dataset.preprocessed.name} right now (its cases or its folds). Wait "
+                "until it has ended, then run this again."
             )
         said: list[str] = []
         recover(dataset.roots, said.append)
@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
         if args.labels:
             return _accept(dataset, args)
         if not said:
-            raise UserError("Nothing was cut off. Name the folder with the corrected segmentations: --labels FOLDER.")
+            raise UserError(
+                "No acceptance was interrupted. Name the folder with the corrected segmentations: --labels FOLDER."
+            )
     return 0
 
 
@@ -92,7 +94,7 @@ def _folders(name: str) -> DatasetFolders:
     for folder in (raw / dataset, preprocessed / dataset):
         if not folder.is_dir():
             raise UserError(
-                f"There is no folder {folder}. Cases are accepted into a dataset that is planned and preprocessed: "
+                f"There is no folder {folder}. The dataset must be planned and preprocessed first: "
                 f"nnUNetv2_plan_and_preprocess -d {name}."
             )
     return DatasetFolders(raw / dataset, preprocessed / dataset, Path(results) / dataset if results else None)
@@ -117,7 +119,7 @@ def _accept(dataset: DatasetFolders, args: argparse.Namespace) -> int:
     print(f"Accepted {len(cases)} case(s) into {dataset.raw.name}: {some_of(cases)}")
     width = max(len(where) for where, _ in changes)
     print(*(f"  {where:<{width}}  {how}" for where, how in changes), sep="\n")
-    print(f"To take this back: nnunet-ssl accept -d {args.d} --undo")
+    print(f"To reverse this: nnunet-ssl accept -d {args.d} --undo")
     return 0
 
 
@@ -126,12 +128,12 @@ def _undo(dataset: DatasetFolders) -> int:
 
     last = last_accepted(dataset.roots)
     if last is None:
-        raise UserError(f"There is no acceptance in {dataset.raw.name} that could be taken back.")
+        raise UserError(f"There is no acceptance in {dataset.raw.name} to reverse.")
     if changed := last.changed_since():
         raise UserError(
-            f"{len(changed)} file(s) of the last acceptance ({some_of(last.cases)}) are not as it left them: "
-            f"{some_of(changed, 5)}. Taking it back would lose these changes. Put the files back as they were, or undo "
-            "it by hand."
+            f"{len(changed)} file(s) of the last acceptance ({some_of(last.cases)}) have changed since: "
+            f"{some_of(changed, 5)}. --undo would lose these changes. Restore the files, or reverse the acceptance "
+            "by hand."
         )
     _warn_of_trainings(dataset.results)
     try:
@@ -139,11 +141,11 @@ def _undo(dataset: DatasetFolders) -> int:
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be renamed: {error.strerror or error}. Check permissions there, then run "
-            f"nnunet-ssl accept -d {dataset.raw.name}, which goes on."
+            f"nnunet-ssl accept -d {dataset.raw.name}, which completes it."
         ) from error
     print(
-        f"Taken back: {some_of(last.cases)}. The images are in imagesUn again, and every file of {dataset.raw.name} is "
-        "as it was before they were accepted."
+        f"Reversed: {some_of(last.cases)}. The images are in imagesUn again, and every file of {dataset.raw.name} is "
+        "as it was before the acceptance."
     )
     return 0
 
@@ -154,9 +156,9 @@ def _warn_of_trainings(results: Path | None) -> None:
     running = [f"{folder.parent.name}/{folder.name}" for folder in folders if _seems_to_run(folder)]
     if running:
         print(
-            f"Warning: {some_of(running)} changed in the last {_MINUTES} minutes, so training may be running there. It "
-            "keeps the lists of cases that it began with. A trainer of this package ends with an error as soon as it "
-            "wants an unlabeled case that has moved; nnUNetv2_train ... --c then goes on, with the new lists.",
+            f"Warning: {some_of(running)} changed in the last {_MINUTES} minutes, so a training may be running "
+            "there. It continues with its old lists of cases. A trainer of this package stops with an error when it "
+            "needs an unlabeled case that has moved. nnUNetv2_train ... --c then continues with the new lists.",
             flush=True,
         )
 

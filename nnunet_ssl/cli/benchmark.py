@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunet_ssl.cli.campaigns import add_machine_arguments, check_numbers, choose_machine, find_dataset
 from nnunet_ssl.errors import UserError
 
-HELP = "train several trainers on equal terms and several times, and report gains, intervals and costs"
+HELP = "train several trainers several times on equal terms, and report gains, intervals and costs"
 
 _EXPLANATION = """\
 Examples:
@@ -16,20 +16,20 @@ Examples:
   nnunet-ssl benchmark -d 901 -c 2d -tr nnUNetTrainer CrossMatchTrainer --labeled 2 8 --seeds 0 1 2 --epochs 10 -o bench
   nnunet-ssl benchmark -o bench --table
 
-The first trains nnUNetTrainer and CrossMatchTrainer with 2 and with 8 labeled cases, three times each, and writes
-bench/report.md, report.csv and report.png. All arms have the same labeled cases, plans and labeled iterations; the
-final checkpoint counts. Run again after a stop, it goes on; with more arms, labels or seeds it adds these. Two such
-commands share the work, also from two machines on one file system. The second command only reports.
+The first command trains nnUNetTrainer and CrossMatchTrainer with 2 and with 8 labeled cases, three times each, and
+writes bench/report.md, report.csv and report.png. All arms have the same labeled cases, plans and labeled iterations.
+The final checkpoint is evaluated. After a stop, run it again to continue. With more arms, labels or seeds, it adds
+these. Two such commands share the work, also on two machines with one file system. The second command only reports.
 
 An arm is a trainer, or a trainer with settings: MutualReliableTrainer:mutual_weight=0.0,ramp_length=0.1.
 CrossMatchTrainer@warm=0.5 trains nnUNetTrainer for half of the epochs, then CrossMatchTrainer from its weights for the
-others.
+other half.
 
---labeled draws cases of fold 0 (or --draw-fold) as 'nnunet-ssl split' does, with seed 0; --folds takes folds of
-splits_final.json as they are. A fold that splits_final.json lacks is appended to it; nothing else of the dataset is
-changed.
+--labeled draws cases of fold 0 (or --draw-fold) as 'nnunet-ssl split' does, with seed 0. --folds uses folds of
+splits_final.json unchanged. If splits_final.json lacks a fold that is needed, the command appends it. It changes
+nothing else in the dataset.
 
-Exit code 1 if a training ended without a result; the others are done all the same.
+Exit code 1 if a training ended without a result. The other trainings are still done.
 """
 
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="the campaign: one dataset, configuration and length; everything goes there",
+        help="folder of the campaign (one dataset, configuration and length); all files go there",
     )
     parser.add_argument("-d", metavar="DATASET", help="dataset's number or name; planned and preprocessed")
     parser.add_argument("-c", metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
@@ -52,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="ARM",
-        help="trainers, with settings (TRAINER:NAME=VALUE,NAME=VALUE) or a warm start (TRAINER@warm=SHARE) if wanted; "
-        "the others are compared with nnUNetTrainer, or else with the first",
+        help="trainers, if you like with settings (TRAINER:NAME=VALUE,NAME=VALUE) or a warm start "
+        "(TRAINER@warm=SHARE); they are compared with nnUNetTrainer, or with the first if nnUNetTrainer is "
+        "not among them",
     )
     _add_case_arguments(parser)
     parser.add_argument(
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0, 1, 2],
         metavar="SEED",
-        help="a training of each arm for each seed (default: 0 1 2)",
+        help="seeds; each arm is trained once for each (default: 0 1 2)",
     )
     parser.add_argument(
         "--epochs",
@@ -79,10 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="settings of every arm that has them; an arm's own come first",
+        help="settings for every arm that has them; an arm's own settings override them",
     )
     parser.add_argument(
-        "--configurations", type=Path, metavar="FILE", help="JSON with more configurations, written as in the plans"
+        "--configurations",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with more configurations, written as in the plans",
     )
     add_machine_arguments(parser)
     parser.add_argument(
@@ -91,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         const=Path(),
         metavar="CSV",
-        help="train nothing; report what the campaign has, or what is in this table",
+        help="do not train; only report the results of the campaign or of this table",
     )
 
 
@@ -101,10 +105,10 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="N",
-        help="labeled cases, drawn as split does with seed 0: numbers, or percentages such as 10%%",
+        help="numbers of labeled cases, or percentages such as 10%%; the cases are drawn as split does with seed 0",
     )
     parser.add_argument(
-        "--draw-fold", type=int, default=0, metavar="FOLD", help="fold that they are drawn from (default: 0)"
+        "--draw-fold", type=int, default=0, metavar="FOLD", help="fold from which they are drawn (default: 0)"
     )
     parser.add_argument(
         "--folds",
@@ -112,7 +116,7 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FOLD",
-        help="folds of splits_final.json to take as they are",
+        help="folds of splits_final.json to use unchanged",
     )
 
 
@@ -173,9 +177,13 @@ def _train(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 def _check_numbers(args: argparse.Namespace) -> None:
     missing = [option for option, value in (("-d", args.d), ("-c", args.c), ("-tr", args.tr)) if not value]
     if missing:
-        raise UserError(f"{', '.join(missing)} missing: which dataset, configuration and trainers? Or give --table.")
+        raise UserError(
+            f"{', '.join(missing)} missing: give dataset, configuration and trainers. To report only, give --table."
+        )
     if not args.labeled and not args.folds:
-        raise UserError("Which labeled cases? Give numbers with --labeled, or folds of splits_final.json with --folds.")
+        raise UserError(
+            "Labeled cases are missing: give numbers with --labeled, or folds of splits_final.json with --folds."
+        )
     check_numbers(epochs=args.epochs, jobs=args.jobs, validate=args.validate)
     if min(args.seeds) < 0:
-        raise UserError(f"--seeds holds {min(args.seeds)}; give 0 or more.")
+        raise UserError(f"--seeds contains {min(args.seeds)}; give 0 or more.")

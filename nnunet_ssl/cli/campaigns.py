@@ -37,13 +37,14 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="trainings at once, on one GPU or in turn on several; on a CPU they share the cores (default: 1)",
+        help="trainings at the same time, on one GPU or distributed over several; on a CPU they share the cores "
+        "(default: 1)",
     )
     parser.add_argument(
-        "-device", choices=("cpu", "cuda", "mps"), help="device (default: cuda where there is one, else cpu)"
+        "-device", choices=("cpu", "cuda", "mps"), help="device (default: cuda if there is one, else cpu)"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile on a CPU too, where nnU-Net itself never does"
+        "--compile", action="store_true", help="use torch.compile on a CPU too, which nnU-Net itself never does"
     )
 
 
@@ -77,7 +78,9 @@ def find_dataset(dataset: str, folder: Path) -> Dataset:
     os.environ["nnUNet_extTrainer"] = os.pathsep.join([*folders, *([] if ours in folders else [ours])])
     name = dataset_name(dataset)
     if not (preprocessed / name / "dataset.json").is_file():
-        raise UserError(f"{preprocessed / name} is no planned dataset. Run nnUNetv2_plan_and_preprocess -d {dataset}.")
+        raise UserError(
+            f"{preprocessed / name} is not a planned dataset. Run nnUNetv2_plan_and_preprocess -d {dataset}."
+        )
     return Dataset(name, preprocessed / name, raw / name if raw else None)
 
 

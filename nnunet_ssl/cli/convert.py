@@ -24,13 +24,14 @@ isic2018  ISIC Challenge 2018, task 1: skin lesions
 SOURCE is the folder of the unpacked download. Whole volumes are written to nnUNet_raw/DatasetXXX_NAME. Official test
 cases, and those of --test-list, go to imagesTs and labelsTs and never into a fold.
 
-The folds are written to splits_final.json in nnUNet_preprocessed/DatasetXXX_NAME, as nnunet-ssl split writes them: five
-folds; each validates on a fifth of the training cases; of the rest, N keep their labels and the others are 'unlabeled'.
-All training cases keep their files in labelsTr: the fold's list is what hides them. Other numbers: nnunet-ssl split.
+The folds are written to splits_final.json in nnUNet_preprocessed/DatasetXXX_NAME, as nnunet-ssl split writes them.
+There are five folds, and each validates on a fifth of the training cases. Of the other cases, N keep their labels, and
+the rest is 'unlabeled'. All label files stay in labelsTr: the list of the fold hides them. To change N, use nnunet-ssl
+split.
 
-Converting again does only what is missing. A dataset folder with other content is never changed.
+If you run the command again, it converts only what is missing. It never changes a dataset folder with other content.
 
-Exit code: 0, or 1 if a case cannot be used (the table says why; the others are done), or 2 for a mistake in the call.
+Exit code: 0; 1 if a case cannot be used (the table says why; the others are converted); 2 for an error in the call.
 """
 
 
@@ -45,20 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labeled",
         required=True,
         metavar="N",
-        help="training cases of a fold that stay labeled, for acdc patients: a number, or a percentage such as 10%%",
+        help="training cases (for acdc: patients) that stay labeled in each fold: a number, or a percentage such "
+        "as 10%%",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="seed of the draw; a smaller N with the same seed is a part of a larger one (default: 0)",
+        help="seed of the draw; with the same seed, the cases of a smaller N are among those of a larger N "
+        "(default: 0)",
     )
     parser.add_argument("--name", metavar="NAME", help="name of the new dataset (default: the benchmark's)")
     parser.add_argument(
         "--test-list",
         type=Path,
         metavar="FILE",
-        help="text file with one case or patient per line, to be test cases (default for la: the download's test.list)",
+        help="text file with the test cases, one case or patient per line (default for la: the download's test.list)",
     )
 
 
@@ -121,6 +124,6 @@ def _check_writable(folder: Path, remedy: str) -> None:
     """
     nearest = next(one for one in (folder, *folder.parents) if os.access(one, os.F_OK))
     if not nearest.is_dir():
-        raise UserError(f"{nearest} is no folder. Remove it, or correct {remedy}.")
+        raise UserError(f"{nearest} is not a folder. Remove it, or correct {remedy}.")
     if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
         raise UserError(f"Nothing can be written to {nearest}. Check its permissions, or correct {remedy}.")

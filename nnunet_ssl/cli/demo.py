@@ -39,15 +39,15 @@ LONGEST_PATCH, BATCH_SIZE = 64, 4
 EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 10, 50, 2
 
 NEXT = """
-These phantoms are made so that unlabeled images can help: structures of the labeled ones stand out, fainter ones are in
-the others only. Whether unlabeled images help with your data:
+These phantoms are made so that unlabeled images can help: in the labeled images all structures stand out, and fainter
+ones are in the other images only. To see whether unlabeled images help with your data:
 
   nnunet-ssl doctor -d DATASET -c 3d_fullres -tr {trainer}    # unlabeled images are in imagesUn; is anything missing?
   nnunet-ssl pilot -d DATASET -c 3d_fullres -tr {trainer}     # short trainings with and without them
   nnUNetv2_train DATASET 3d_fullres 0 -tr {trainer}
 """
 _SETTINGS = "demo.json"
-_AFRESH = "Choose another folder with -o, or start afresh with --overwrite."
+_AFRESH = "Choose another folder with -o, or start again with --overwrite."
 _OWN_FOLDERS = ("logs", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "trainers", "predictions")
 _TRAINER = '''\
 """{base}, shortened for nnunet-ssl demo."""
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("nnunet_ssl_demo"),
         metavar="FOLDER",
-        help="everything goes there (default: nnunet_ssl_demo)",
+        help="folder for all files (default: nnunet_ssl_demo)",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -95,9 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-np", type=int, default=None, metavar="N", help="worker processes (default: cores, at most 8)")
     parser.add_argument(
-        "-device", choices=("cpu", "cuda", "mps"), help="device (default: cuda where there is one, else cpu)"
+        "-device", choices=("cpu", "cuda", "mps"), help="device (default: cuda if there is one, else cpu)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="start afresh rather than continue in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="start again instead of continuing in the folder")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -192,13 +192,13 @@ def _prepare_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: boo
     """Make the folder, or check that a demo with these settings made it."""
     file = folder / _SETTINGS
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not file.is_file())):
-        raise UserError(f"{folder} exists and holds something else than a demo. Choose another folder with -o.")
+        raise UserError(f"{folder} exists, but not from a demo. Choose another folder with -o.")
     if file.is_file() and overwrite:
         for name in _OWN_FOLDERS:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
     elif file.is_file() and (before := read_json(file, otherwise=_AFRESH)) != settings:
-        raise UserError(f"{folder} holds a demo with other settings ({before}). {_AFRESH}")
+        raise UserError(f"{folder} contains a demo with other settings ({before}). {_AFRESH}")
     for name in _OWN_FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(settings, indent=2) + "\n", otherwise=ELSEWHERE)
@@ -343,5 +343,5 @@ def _evaluate(
 def _gain(trainer: str, found: PairedDifference) -> str:
     more = "more" if found.mean >= 0 else "less"
     interval = f"95 % interval over {found.cases} test cases {found.low:+.3f} to {found.high:+.3f}"
-    shown = "" if found.low > 0 or found.high < 0 else "; it holds 0, so this shows no difference"
+    shown = "" if found.low > 0 or found.high < 0 else "; it contains 0, so this shows no difference"
     return f"{trainer}: {abs(found.mean):.3f} Dice {more} than {BASELINE} on average ({interval}{shown})."

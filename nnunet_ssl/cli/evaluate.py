@@ -18,13 +18,14 @@ from nnunet_ssl.errors import UserError
 HELP = "Dice, Jaccard, HD95, ASD and ASSD of predictions, per case and class or region"
 
 _EXPLANATION = """\
-The definitions are MedPy's, which most papers use: a surface voxel belongs to the mask but not to its erosion by a
-cross; HD95 is the 95th percentile of the distances of both directions pooled, ASSD their mean; ASD goes from the
-prediction to the reference alone. Distances are in millimeters and, in the files, also in voxels.
+The definitions are those of MedPy, which most papers use. A surface voxel belongs to the mask, but not to its erosion
+by a cross. HD95 is the 95th percentile of the distances in both directions together. ASD is the mean distance from the
+prediction to the reference, ASSD the mean in both directions. Distances are in millimeters, in the files also in
+voxels.
 
-Where one of prediction and reference is empty, Dice and Jaccard are 0 and distances are missing: they are counted, and
-are no zero. Where both are, everything is missing, as in nnU-Net's own evaluation. Pixels of images that hold no
-spacing, such as PNG, count as 1 mm.
+If only one of prediction and reference is empty, Dice and Jaccard are 0, and distances are missing. Missing distances
+do not count as 0; the table gives their number. If both are empty, all values are missing, as in nnU-Net's own
+evaluation. In images without spacing, such as PNG, a pixel is 1 mm wide.
 
 Writes evaluation.csv and evaluation.json. Exit code 1 if a case could not be evaluated or has no prediction.
 """
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--per-case", action="store_true", help="print every case, not only mean and spread")
     parser.add_argument(
-        "--chill", action="store_true", help="as in nnUNetv2_evaluate_folder: references without prediction are fine"
+        "--chill", action="store_true", help="accept references without prediction, as nnUNetv2_evaluate_folder does"
     )
     add_processes_option(parser)
     add_label_options(parser)

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("student", "teacher"),
-        help="whose weights, where a method trains both (default: those that the checkpoint predicts with)",
+        help="whose weights, if the method trains both (default: those with which the checkpoint predicts)",
     )
     parser.add_argument(
         "-chk", metavar="CHECKPOINT", default="checkpoint_final.pth", help="checkpoint (default: %(default)s)"
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"-chk is {args.chk!r}; it must be the name of a file in the folds' folders.")
     output = Path(args.o)
     if output.exists() and (not output.is_dir() or _is_zip(output) or any(output.iterdir())):
-        raise UserError(f"{output} is there already: move it away, or choose another name with -o.")
+        raise UserError(f"{output} exists already: move it away, or choose another name with -o.")
     model = trained_model(args.d, args.tr, args.p, args.c)
     checkpoints = {fold: _checkpoint_file(model, fold, args.chk) for fold in args.f}
     trainer = find_trainer(args.tr)
@@ -115,9 +115,8 @@ def _checkpoint_file(model: Path, fold: str, name: str) -> Path:
 
 def _no_semi_supervised_trainer(args: argparse.Namespace) -> UserError:
     return UserError(
-        f"{args.tr} is no semi-supervised trainer. Its model is exported by nnU-Net itself: "
-        f"nnUNetv2_export_model_to_zip -d {args.d} -c {args.c} -p {args.p} -tr {args.tr} -f {' '.join(args.f)} "
-        f"-chk {args.chk} -o FILE.zip"
+        f"{args.tr} is not a semi-supervised trainer. nnU-Net itself exports its model: nnUNetv2_export_model_to_zip "
+        f"-d {args.d} -c {args.c} -p {args.p} -tr {args.tr} -f {' '.join(args.f)} -chk {args.chk} -o FILE.zip"
     )
 
 
@@ -126,7 +125,7 @@ def _stock_name(trainer: type[Any]) -> str:
     builder = next(base for base in trainer.__mro__ if "build_network_architecture" in vars(base))
     if builder.__module__.split(".")[0] != "nnunetv2":
         raise UserError(
-            f"{trainer.__name__} builds a network of its own (build_network_architecture of {builder.__name__}), which "
+            f"{trainer.__name__} builds its own network (build_network_architecture of {builder.__name__}), which "
             "nnU-Net alone cannot build. Predict where that trainer is installed."
         )
     return builder.__name__
@@ -200,11 +199,11 @@ def _exported_checkpoint(
     choices = networks_in(training_state)
     weights = args.weights or choices[0]
     if weights not in choices:
-        raise UserError(f"{args.tr} has no {weights}: {file} holds the {choices[0]}'s weights alone. Omit --weights.")
+        raise UserError(f"{args.tr} has no {weights}: {file} contains only the {choices[0]}'s weights. Omit --weights.")
     if unlike := differences(checkpoint["network_weights"], network.state_dict()):
         raise UserError(
-            f"The weights in {file} do not fit the network of the plans.json next to its folder: {'; '.join(unlike)}. "
-            "Put back the plans.json and the dataset.json that this fold was trained with."
+            f"The weights in {file} do not fit the network of the plans.json next to its folder: "
+            f"{'; '.join(unlike)}. Restore the plans.json and the dataset.json with which this fold was trained."
         )
     state = stock_weights(network, checkpoint["network_weights"], training_state, weights=weights)
     init_args = checkpoint["init_args"]
@@ -251,5 +250,5 @@ def _commands(output: Path, exported: Path, folds: Iterable[str], args: argparse
     return [
         f"  nnUNetv2_install_pretrained_model_from_zip {output.name}",
         f"  nnUNetv2_predict -d {exported.parent} -c {args.c} -p {args.p} -tr {trainer} {options}",
-        f"Installing it replaces what is there as {exported.as_posix()}.",
+        f"Installing it replaces an existing {exported.as_posix()}.",
     ]

@@ -23,12 +23,12 @@ from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import AGAIN, cannot_write, replacing
 
-HELP = "train longer: go on from a finished training of fewer epochs"
+HELP = "train longer: continue a finished training with more epochs"
 
 _EXPLANATION = """\
-TRAINER is the longer one, such as CrossMatchTrainer_2000epochs. The training that it goes on from is the longest
-finished one of the same trainer with fewer epochs, of the same dataset, plans, configuration and fold. That one's
-folder stays as it is. Interrupted, the same command goes on, and so does nnUNetv2_train --c.
+TRAINER is the longer one, such as CrossMatchTrainer_2000epochs. The command continues the longest finished training of
+the same trainer with fewer epochs, for the same dataset, plans, configuration and fold. The folder of that training
+does not change. After an interruption, run the same command again, or nnUNetv2_train --c.
 """
 
 # In the order in which nnUNetv2_train --c looks for them.
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if begun is not None:
         _name_best(folder)
         finished = begun.name == _CHECKPOINTS[0]
-        print(f"{args.tr} {'has finished: validates' if finished else 'has begun: goes on from'} {begun}")
+        print(f"{args.tr} {'has finished: validating' if finished else 'has begun: continuing from'} {begun}")
     else:
         _prepare(folder, results, args)
     arguments = [results.name, args.c, args.f, "-tr", args.tr, "-p", args.p, "--c"]
@@ -87,7 +87,9 @@ def _fold_folder(results: Path, trainer: str, args: argparse.Namespace) -> Path:
 def _prepare(folder: Path, results: Path, args: argparse.Namespace) -> None:
     """Put the shorter training's checkpoint into the longer one's folder."""
     if not hasattr(find_trainer(args.tr), "settings_class"):
-        raise UserError(f"{args.tr} is no semi-supervised trainer; nnunet-ssl extends trainings of those only.")
+        raise UserError(
+            f"{args.tr} is not a semi-supervised trainer; nnunet-ssl extend only continues trainings of those."
+        )
     preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net keeps the plans there.") / results.name
     configurations = read_plans(preprocessed, args.p, args.d)["configurations"]
     if args.c not in configurations:
@@ -115,7 +117,7 @@ def _prepare(folder: Path, results: Path, args: argparse.Namespace) -> None:
         _name_best(folder)
     except OSError as error:
         raise cannot_write(folder, error, AGAIN) from error
-    print(f"{args.tr} goes on from {finished}, after {trainer.current_epoch} of {trainer.num_epochs} epochs")
+    print(f"{args.tr} continues from {finished}, after {trainer.current_epoch} of {trainer.num_epochs} epochs")
 
 
 def _name_best(folder: Path) -> None:
@@ -143,8 +145,8 @@ def _longest(results: Path, epochs: int, args: argparse.Namespace) -> Path:
     if not shorter:
         found = ", ".join(f"{file.parts[-3].split('__')[0]} ({length} epochs)" for file, length in lengths.items())
         raise UserError(
-            f"{args.tr} has {epochs} epochs, and {results} holds no finished training of {base} with fewer epochs, "
-            f"plans {args.p}, configuration {args.c} and fold {args.f}. Finished are: {found or 'none'}. Correct -tr, "
-            "-p, -c or -f, or finish the shorter training."
+            f"{args.tr} has {epochs} epochs, and {results} contains no finished training of {base} with fewer epochs "
+            f"for plans {args.p}, configuration {args.c} and fold {args.f}. Finished trainings: {found or 'none'}. "
+            "Correct -tr, -p, -c or -f, or finish the shorter training."
         )
     return max(shorter, key=lambda file: shorter[file])

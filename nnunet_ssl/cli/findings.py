@@ -42,4 +42,4 @@ def safely(check: Iterable[Finding]) -> Iterator[Finding]:
     except UserError as error:
         yield fail(str(error))
     except Exception as error:
-        yield fail(f"this check broke off ({described(error)}): if no other line explains it, please report it")
+        yield fail(f"this check failed ({described(error)}): if no other line explains it, please report it")

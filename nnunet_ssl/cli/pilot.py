@@ -18,11 +18,12 @@ HELP = "will unlabeled images help on this dataset? short trainings, the gain wi
 
 _EXPLANATION = f"""\
 Trains {BASELINE} and -tr on the dataset's own folds, one fold after the other, then again with another seed, as many as
-fit the hours. Prints the paired gain in Dice with its 95 % interval, a verdict (helps, no difference seen, hurts), and
-what full trainings would cost. Everything goes to a folder of its own, also as pilot.md; run again, it goes on for as
-many hours more.
+fit into the hours. Prints the paired gain in Dice with its 95 % interval, a verdict (helps, no difference seen, hurts),
+and what full trainings would cost. All files go into one folder; pilot.md has the printed text. Run it again to
+continue for as many more hours.
 
-Folds are those of splits_final.json, or else nnU-Net's own five, whose validation cases are in no fold before them.
+The folds are those of splits_final.json, or else nnU-Net's own five. A fold is left out if it shares validation cases
+with an earlier one.
 """
 
 
@@ -57,16 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="FOLD",
-        help="folds of splits_final.json (default: all whose validation cases are in no fold before them)",
+        help="folds of splits_final.json (default: all, except those that share validation cases with an earlier fold)",
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="most trainings of an arm and fold (default: 3)"
+        "--seeds", type=int, default=3, metavar="N", help="largest number of trainings per arm and fold (default: 3)"
     )
     parser.add_argument(
         "-o",
         type=Path,
         metavar="FOLDER",
-        help="everything goes there (default: nnunet_ssl_pilot_DATASET_CONFIGURATION)",
+        help="folder for all files (default: nnunet_ssl_pilot_DATASET_CONFIGURATION)",
     )
     add_machine_arguments(parser)
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     for arm in arms:
         stages(arm, args.epochs)
     if len(arms) < 2:
-        raise UserError(f"-tr names {BASELINE} alone, with which the others are compared. Name another trainer.")
+        raise UserError(f"-tr names only {BASELINE}, with which the others are compared. Name another trainer.")
     cases = labeled_cases(dataset.preprocessed, dataset.raw)
     splits, source = current_splits(dataset.preprocessed, dataset.raw, cases)
     numbers = _choose_folds(splits, args.folds, str(source or dataset.preprocessed))
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     folds = {setting.name: splits[number] for setting, number in zip(settings, numbers, strict=True)}
     runs = asked_for(results_of(campaign).values(), arms, folds)
     if not runs:
-        why = next(iter(problems.values()), "The time was over before. Run it again: it goes on, with --hours more.")
+        why = next(iter(problems.values()), "The time ended before that. Run it again: it continues for --hours more.")
         raise UserError(f"No training has a result. {why}")
     words = in_words(campaign, arms, Report(runs), folds)
     write_text(folder / "pilot.md", words, otherwise=ELSEWHERE)
@@ -135,15 +136,15 @@ def _choose_folds(splits: list[Fold], asked: list[int] | None, source: str) -> l
     if asked is None:
         numbers = disjoint_folds(splits)
         if not numbers:
-            raise UserError(f"{source} has no fold with validation cases, on which the pilot compares.")
+            raise UserError(f"{source} has no fold with validation cases, which the pilot needs.")
         return numbers
     for number in asked:
         if not 0 <= number < len(splits):
             raise UserError(f"There is no fold {number}: {source} has {name_folds(len(splits))}.")
     if len(disjoint_folds([splits[number] for number in asked])) < len(asked):
         raise UserError(
-            f"--folds {' '.join(map(str, asked))}: in {source} these share validation cases, or one has none. Each "
-            "case counts once. Name folds with other cases."
+            f"--folds {' '.join(map(str, asked))}: in {source} these folds share validation cases, or one has none. "
+            "Each case may count only once. Name other folds."
         )
     return asked
 

@@ -28,9 +28,9 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
         "--labels",
         nargs="+",
         metavar="LABEL",
-        help="labels instead: 1 2, or organ=1 tumor=2, or whole=1,2 for a region",
+        help="labels, instead of -d: 1 2, or organ=1 tumor=2, or whole=1,2 for a region",
     )
-    group.add_argument("--ignore-label", type=int, metavar="N", help="with --labels: value of voxels that do not count")
+    group.add_argument("--ignore-label", type=int, metavar="N", help="with --labels: value of voxels to ignore")
     group.add_argument(
         "--file-ending", metavar="ENDING", help="with --labels: ending of the segmentations (default: .nii.gz)"
     )
@@ -39,7 +39,10 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
 def add_processes_option(parser: argparse.ArgumentParser) -> None:
     """The option ``-np``, named as nnU-Net's."""
     parser.add_argument(
-        "-np", type=int, metavar="N", help="processes, each of which holds one case (default: by cases and cores)"
+        "-np",
+        type=int,
+        metavar="N",
+        help="processes; each has one case in memory (default: depends on cases and cores)",
     )
 
 
@@ -53,11 +56,11 @@ def segmentations_of(args: argparse.Namespace, predictions: Sequence[Path]) -> S
 
     if args.labels:
         if args.d:
-            raise UserError("-d and --labels both say which labels there are; give one of them.")
+            raise UserError("-d and --labels both give the labels; use one of them.")
         return Segmentations.from_options(args.labels, args.file_ending or ".nii.gz", args.ignore_label)
     for option, value in (("--ignore-label", args.ignore_label), ("--file-ending", args.file_ending)):
         if value is not None:
-            raise UserError(f"{option} goes with --labels; otherwise dataset.json tells.")
+            raise UserError(f"{option} needs --labels; otherwise dataset.json gives this value.")
     if args.d:
         return Segmentations.from_dataset_json(dataset_folder(args.d, "dataset.json") / "dataset.json")
     looked = [folder.resolve() for one in predictions for folder in (one, *one.resolve().parents[:2])]
@@ -65,8 +68,8 @@ def segmentations_of(args: argparse.Namespace, predictions: Sequence[Path]) -> S
         if (folder / "dataset.json").is_file():
             return Segmentations.from_dataset_json(folder / "dataset.json")
     raise UserError(
-        f"No dataset.json, which would name the labels, lies in {', '.join(map(str, dict.fromkeys(looked)))}. Name the "
-        "dataset with -d, or the labels with --labels."
+        f"There is no dataset.json, which gives the labels, in {', '.join(map(str, dict.fromkeys(looked)))}. Name "
+        "the dataset with -d, or the labels with --labels."
     )
 
 
@@ -96,7 +99,7 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"-o {folder} cannot be made: {error.strerror}.") from None
+        raise UserError(f"-o {folder} cannot be created: {error.strerror}.") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"Nothing can be written to {folder}; choose another folder with -o.")
     return folder

@@ -12,14 +12,14 @@ from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.data.raw_cases import unread_folders_message
 from nnunet_ssl.errors import UserError
 
-HELP = "preprocess the images in imagesUn (training does it by itself; this does it beforehand)"
+HELP = "preprocess the images in imagesUn beforehand (otherwise a training does it when it starts)"
 
 _EXPLANATION = """\
-The images in nnUNet_raw/DATASET/imagesUn are preprocessed with nnU-Net's own preprocessor and the plans that
-nnUNetv2_plan_and_preprocess made from the labeled cases. Cases that are up to date are skipped; cases whose images
-changed are done again; cases whose images are gone are removed. It can be interrupted at any time.
+Preprocesses the images in nnUNet_raw/DATASET/imagesUn, with nnU-Net's own preprocessor and the plans that
+nnUNetv2_plan_and_preprocess made from the labeled cases. It skips cases that are up to date, repeats cases whose images
+have changed, and removes cases whose images are gone. You can interrupt it at any time.
 
-Exit code: 0, or 1 if a case cannot be used (the table says why; the others are done), or 2 for a mistake in the call.
+Exit code: 0; 1 if a case cannot be used (the table says why; the others are preprocessed); 2 for an error in the call.
 """
 
 
@@ -39,12 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-np",
         type=int,
         metavar="N",
-        help="worker processes, each holds one case in memory (default: nnU-Net's, at most one per CPU core)",
+        help="worker processes; each has one case in memory (default: nnU-Net's, at most one per CPU core)",
     )
     parser.add_argument(
-        "--num-parts", type=int, default=1, metavar="N", help="share the cases among N runs, on any machines"
+        "--num-parts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide the cases among N runs, on one or several machines",
     )
-    parser.add_argument("--part-id", type=int, default=0, metavar="I", help="which share this run does, from 0 to N-1")
+    parser.add_argument("--part-id", type=int, default=0, metavar="I", help="the part of this run, from 0 to N-1")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if not (preprocessed / name / "dataset.json").is_file() or not name:
         planned = sorted(file.parent.name for file in preprocessed.glob("Dataset*/dataset.json"))
         raise UserError(
-            f"{preprocessed} holds no dataset {args.d}; {listing('planned datasets there', planned)} "
-            f"Run nnUNetv2_plan_and_preprocess -d {args.d} first, or correct -d or nnUNet_preprocessed."
+            f"{preprocessed} contains no dataset {args.d}; {listing('planned datasets there', planned)} Run "
+            f"nnUNetv2_plan_and_preprocess -d {args.d} first, or correct -d or nnUNet_preprocessed."
         )
     raw_dataset, preprocessed_dataset = raw / name, preprocessed / name
     if not (raw_dataset / "imagesUn").is_dir():
@@ -117,7 +121,7 @@ def _configurations(asked: list[str] | None, plans_manager: Any, preprocessed_da
             folders.setdefault(identifier, name)
     if not folders:
         raise UserError(
-            f"No labeled cases are preprocessed in {preprocessed_dataset}, which would tell the configuration. "
-            f"Choose one with -c; {listing('the plans have', available)}"
+            f"No labeled cases are preprocessed in {preprocessed_dataset}, so the configuration is not known. Choose "
+            f"one with -c; {listing('the plans have', available)}"
         )
     return list(folders.values())

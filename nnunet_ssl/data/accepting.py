@@ -129,7 +129,7 @@ def accept(
     folders = labeled_folders(dataset.preprocessed)
     for folder in (LABELED_IMAGES_FOLDER, _LABELS_FOLDER):
         if not (dataset.raw / folder).is_dir():
-            raise UserError(f"There is no folder {dataset.raw / folder}, to which accepted cases move.")
+            raise UserError(f"There is no folder {dataset.raw / folder} for the accepted cases.")
     if not (dataset.preprocessed / _REFERENCES).is_dir():
         raise UserError(
             f"There is no folder {dataset.preprocessed / _REFERENCES}. Finish nnUNetv2_plan_and_preprocess first."
@@ -149,8 +149,9 @@ def accept(
         _update_lists(work)
         if elsewhere := work.journal.on_other_file_systems():
             raise UserError(
-                f"Files cannot move at once between file systems: {some_of(elsewhere, 3)}. Keep the folders of a "
-                "dataset in nnUNet_raw on one file system, and those in nnUNet_preprocessed."
+                "These files would have to move to another file system, which cannot be done in one step: "
+                f"{some_of(elsewhere, 3)}. Keep the folders of a dataset in nnUNet_raw on one file system, and those "
+                "in nnUNet_preprocessed."
             )
     try:
         work.journal.commit()
@@ -195,7 +196,7 @@ def _corrections(work: _Acceptance, wanted: Wanted) -> list[Correction]:
     reasons |= {problem.identifier: problem.reason for problem in unusable}
     work.problems += [CaseProblem(one.identifier, reasons.get(one.identifier, one.reason)) for one in problems]
     if not found and not work.problems:
-        raise UserError(f"{wanted.labels} holds no segmentation: no file ends in {work.ending}.")
+        raise UserError(f"{wanted.labels} contains no segmentation: no file ends in {work.ending}.")
     return found
 
 
@@ -240,7 +241,9 @@ def _obstacles(work: _Acceptance, case: RawCase) -> Iterator[str]:
     folder = os.path.realpath(raw / LABELED_IMAGES_FOLDER)
     for file in case.images:
         if file.is_symlink() and os.path.realpath(Path(folder, file.readlink())) != os.path.realpath(file):
-            yield f"{file.name} is a link that would lead elsewhere from {LABELED_IMAGES_FOLDER}; make it absolute"
+            yield (
+                f"{file.name} is a link that would lead to another place from {LABELED_IMAGES_FOLDER}; make it absolute"
+            )
 
 
 # Preprocessing

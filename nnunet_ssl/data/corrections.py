@@ -79,7 +79,9 @@ def find_corrections(
         UserError: the folder cannot be listed.
     """
     if not folder.is_dir():
-        raise UserError(f"--labels is {folder}, which is no folder. Name the folder with the corrected segmentations.")
+        raise UserError(
+            f"--labels is {folder}, which is not a folder. Name the folder with the corrected segmentations."
+        )
     try:
         names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as error:
@@ -162,7 +164,7 @@ def read_correction(
     name = _shown(correction.file.name)
     labels, difference = read_label_map(reader, correction.file, Geometry.of(image[0], properties))
     if difference is not None:
-        raise BadImageError(f"{name} does not lie on its image: {difference}. {_GRID}")
+        raise BadImageError(f"{name} is not on the grid of its image: {difference}. {_GRID}")
     _check_values(labels, values, name, allow_empty)
     if correction.file.name.lower().endswith(".nrrd"):
         _check_names(correction.file, values, name)
@@ -191,16 +193,16 @@ def read_label_map(reader: Any, file: Path, image: Geometry) -> tuple[NDArray[np
     with np.errstate(invalid="ignore"):
         labels = array[0].astype(np.int64)
     if not np.array_equal(labels, array[0]):
-        raise BadImageError(f"{name} has values that are no whole numbers, so it is no label map")
+        raise BadImageError(f"{name} has values that are not whole numbers, so it is not a label map")
     return labels, _difference(Geometry.of(labels, properties), image)
 
 
 def _read_segmentation(reader: Any, file: Path) -> tuple[NDArray[Any], dict[str, Any]]:
     try:
         if not file.is_file():
-            raise BadImageError(f"{_shown(file.name)} is no regular file")
+            raise BadImageError(f"{_shown(file.name)} is not a regular file")
         if file.name.lower().endswith((".nrrd", ".mha")) and _ELSEWHERE.search(_header(file)):
-            raise BadImageError(f"{_shown(file.name)} names another file that holds its voxels; save it as one file")
+            raise BadImageError(f"{_shown(file.name)} says that its voxels are in another file; save it as one file")
         check_file(reader, file)
         return reader.read_seg(str(file))
     except (BadImageError, MemoryError):
@@ -228,10 +230,12 @@ def _check_values(labels: NDArray[np.integer], values: LabelValues, name: str, a
     if unknown := sorted(found - set(values.allowed)):
         names = ", ".join(f"{structure} {value}" for structure, value in values.names.items())
         raise BadImageError(
-            f"{name} holds the value(s) {some_of(map(str, unknown))}, which dataset.json does not have ({names})"
+            f"{name} contains the value(s) {some_of(map(str, unknown))}, which dataset.json does not define ({names})"
         )
     if not found - {0, values.ignore} and not allow_empty:
-        raise BadImageError(f"{name} holds no structure; if there is none to be seen, accept it with --allow-empty")
+        raise BadImageError(
+            f"{name} contains no structure; if the scan really shows none, accept it with --allow-empty"
+        )
 
 
 def _check_names(file: Path, values: LabelValues, name: str) -> None:
@@ -247,7 +251,7 @@ def _check_names(file: Path, values: LabelValues, name: str) -> None:
         if isinstance(value, int) and number not in ("", str(value)):
             raise BadImageError(
                 f"{name} has the value {_shown(number)} for {_shown(segment)}, which is {value} in dataset.json; "
-                "export it with these numbers, or as a label map"
+                "export it with the numbers of dataset.json, or as a label map"
             )
 
 

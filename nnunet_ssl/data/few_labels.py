@@ -123,7 +123,7 @@ def split_dataset(
     cases = labeled_cases(preprocessed_folder, raw_folder)
     before, source = current_splits(preprocessed_folder, raw_folder, cases)
     if not before:
-        raise UserError(f"{source} holds no fold. Move it away, so that split starts from nnU-Net's own folds.")
+        raise UserError(f"{source} contains no fold. Move it away, so that split starts from nnU-Net's own folds.")
     if fold is not None and not 0 <= fold < len(before):
         raise UserError(f"There is no fold {fold}: {source or preprocessed_folder} has {name_folds(len(before))}.")
 

@@ -43,14 +43,14 @@ def check_fold(
     """
     if not cases:
         raise UserError(
-            f"{labeled} holds no preprocessed labeled case. Run nnUNetv2_plan_and_preprocess for "
+            f"{labeled} contains no preprocessed labeled case. Run nnUNetv2_plan_and_preprocess for "
             f"{file.parent.name} and this configuration."
         )
     if not file.is_file() and fold != "all" and len(cases) < NNUNETS_FOLDS:
         raise UserError(
-            f"{labeled} holds {len(cases)} labeled case(s), too few for the five folds that nnU-Net makes, and there "
-            f"is no {file}. Make folds (nnunet-ssl split -d {file.parent.name} --labeled 100%) and start again, or "
-            f"train on all labeled cases, without validation cases ({train_all})."
+            f"{labeled} contains {len(cases)} labeled case(s), too few for the five folds that nnU-Net makes, and "
+            f"there is no {file}. Make folds (nnunet-ssl split -d {file.parent.name} --labeled 100%) and start "
+            f"again, or train on all labeled cases, without validation cases ({train_all})."
         )
     splits = read_splits(file) if file.is_file() else None
     hiding = [str(number) for number, lists in enumerate(splits or ()) if lists.get("unlabeled")]
@@ -70,31 +70,31 @@ def check_fold(
         )
     if number < 0 or len(cases) < 2:
         raise UserError(f"{there} Choose another fold, or add one with nnunet-ssl split --append.")
-    return [f"{there} nnU-Net draws 80 % at random of all labeled cases to train on, and validates the others."]
+    return [f"{there} nnU-Net draws a random 80 % of all labeled cases for training, and validates on the others."]
 
 
 def _notes(lists: Fold, where: str, labeled: Path, cases: Collection[str], *, needs_validation: bool) -> list[str]:
     """What a user should know of one fold's lists; errors as :func:`check_fold` has them."""
     train, val, unlabeled = (set(lists.get(name, ())) for name in LISTS)
     if not train:
-        raise UserError(f"There is no case in the 'train' list of {where}. Name there what to train on.")
+        raise UserError(f"There is no case in the 'train' list of {where}. Add the cases to train on.")
     if needs_validation and not val:
         raise UserError(
-            f"There is no case in the 'val' list of {where}, and nnU-Net's own trainers train no fold without "
-            "validation cases. Name some there, or use fold all."
+            f"There is no case in the 'val' list of {where}, and nnU-Net's own trainers cannot train a fold without "
+            "validation cases. Add some, or use fold all."
         )
     missing = sorted((train | val) - set(cases))
     if missing:
         raise UserError(
-            f"The lists 'train' and 'val' of {where} name {some_of(missing)}, but {labeled} holds no such case. "
+            f"The lists 'train' and 'val' of {where} name {some_of(missing)}, but {labeled} contains no such case. "
             "Correct the lists, or preprocess the dataset again (nnUNetv2_preprocess)."
         )
     check_unlabeled(lists, where, labeled, cases)
     notes = []
     if not val:
         notes.append(
-            f"There is no case in the 'val' list of {where}: training cases are validated instead, as nnU-Net does "
-            "for fold all. Their scores tell nothing about other images."
+            f"There is no case in the 'val' list of {where}: the training validates on training cases instead, as "
+            "nnU-Net does for fold all. These scores say nothing about other images."
         )
     if train & val:
         notes.append(f"The lists 'train' and 'val' of {where} both name {some_of(sorted(train & val))}.")

@@ -130,8 +130,8 @@ def direction_warnings(direction: Direction | None, labeled: LabeledImages) -> l
         return []
     others = ", ".join(sorted({_axis_codes(one) for one in labeled.directions}))
     return [
-        f"its axes point to {_axis_codes(direction)}, those of the labeled images to {others}; nnU-Net does not turn "
-        "it, so that it is seen flipped or turned"
+        f"its axes point to {_axis_codes(direction)}, those of the labeled images to {others}; nnU-Net does not "
+        "reorient images, so the network sees it flipped or rotated"
     ]
 
 
@@ -203,8 +203,8 @@ def _check_single_values(file: Path) -> None:
 def _not_single(file: Path, count: int) -> BadImageError:
     kind = {3: "RGB", 4: "RGBA"}.get(count, "vector")
     return BadImageError(
-        f"{file.name} has {kind} voxels, {count} values each, where nnU-Net reads one: store a gray value, or each "
-        "channel in a file of its own"
+        f"{file.name} has {kind} voxels with {count} values each, but nnU-Net reads one value: store gray values, or "
+        "each channel in its own file"
     )
 
 
@@ -315,7 +315,7 @@ def _intensity_warnings(intensities: Sequence[tuple[float, float]], labeled: Lab
             warnings.append(f"all voxels of channel {channel} have the same value ({low:g})")
         elif usual is not None and (high < usual[0] or low > usual[1]):
             warnings.append(
-                f"intensities of channel {channel} ({low:g} to {high:g}) lie outside the labeled foreground's "
-                f"({usual[0]:g} to {usual[1]:g})"
+                f"intensities of channel {channel} ({low:g} to {high:g}) are outside the range of the labeled "
+                f"foreground ({usual[0]:g} to {usual[1]:g})"
             )
     return warnings

@@ -147,7 +147,7 @@ class Journal:
                 source, target = self._place(step, step.source), self._place(step, step.target)
                 if os.path.lexists(source):
                     if step.before is None and os.path.lexists(target):
-                        raise FileExistsError(0, "somebody has put a file there meanwhile", str(target))
+                        raise FileExistsError(0, "another file has been put there in the meantime", str(target))
                     rename(source, target)
             self._now(_ACCEPTING, _ACCEPTED)
         except OSError:
@@ -257,18 +257,18 @@ def recover(roots: Mapping[str, Path], log: Callable[[str], None] = print) -> No
         try:
             if state == _ACCEPTING:
                 journal.complete()
-                log(f"An earlier acceptance of {some_of(journal.cases)} was cut off; it is completed now.")
+                log(f"An earlier acceptance of {some_of(journal.cases)} was interrupted; it is completed now.")
             elif state == _UNDOING:
                 journal.take_back()
-                log(f"Taking back {some_of(journal.cases)} was cut off; it is completed now.")
+                log(f"--undo of {some_of(journal.cases)} was interrupted; it is completed now.")
         except OSError as error:
             raise UserError(
                 f"{error.filename} cannot be renamed: {error.strerror or error}. Check permissions there and run the "
-                "command again; it goes on where it stopped."
+                "command again; it continues where it stopped."
             ) from error
     for number in set(_numbers(roots)) - known:
         Journal(roots, number).discard()
-        log("Files that a run of this command had prepared or kept when it was cut off are removed.")
+        log("Temporary files of an interrupted run of this command are removed.")
     if (last := last_accepted(roots)) is not None:
         last.discard_earlier()
 
@@ -283,8 +283,8 @@ def refuse_unfinished(preprocessed: Path) -> None:
     for name in list_names(folder):
         if list_names(folder / name) & {_ACCEPTING, _UNDOING}:
             raise UserError(
-                f"{preprocessed} is in the middle of a change: nnunet-ssl accept is running, or was cut off. If no "
-                f"such command runs any more, nnunet-ssl accept -d {preprocessed.name} completes it."
+                f"{preprocessed} is in the middle of a change: nnunet-ssl accept is running, or was interrupted. If "
+                f"it is not running any more, nnunet-ssl accept -d {preprocessed.name} completes the change."
             )
 
 
@@ -293,7 +293,7 @@ def _numbers(roots: Mapping[str, Path]) -> list[int]:
     found = set()
     for root in roots.values():
         if (root / FOLDER).is_symlink():
-            raise UserError(f"{root / FOLDER} is a link, and files would be moved to where it leads. Remove the link.")
+            raise UserError(f"{root / FOLDER} is a link, and files would be moved to its target. Remove the link.")
         found |= {int(name) for name in list_names(root / FOLDER) if name.isascii() and name.isdigit()}
     return sorted(found, reverse=True)
 
@@ -308,7 +308,7 @@ def _journals(roots: Mapping[str, Path]) -> Iterator[tuple[str, Journal]]:
 
 
 def _read(roots: Mapping[str, Path], number: int, file: Path) -> Journal:
-    otherwise = "It is no list of nnunet-ssl accept: move it away if you know where it comes from."
+    otherwise = "It is not a list of nnunet-ssl accept: move it away if you know where it comes from."
     content = read_json(file, otherwise=otherwise, entries={"cases": list, "steps": list})
     if content.get("format_version") != _FORMAT_VERSION:
         raise UserError(f"{file} was written by another version of nnunet-ssl. Use that version to complete it.")

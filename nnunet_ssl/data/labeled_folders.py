@@ -54,7 +54,7 @@ def labeled_folders(preprocessed: Path) -> list[LabeledFolder]:
             found.append(one)
     if not found:
         raise UserError(
-            f"{preprocessed} holds no preprocessed labeled case. Run nnUNetv2_plan_and_preprocess -d "
+            f"{preprocessed} contains no preprocessed labeled case. Run nnUNetv2_plan_and_preprocess -d "
             f"{preprocessed.name} first."
         )
     return found
@@ -105,7 +105,7 @@ def unlabeled_copies(preprocessed: Path, cases: Sequence[str]) -> dict[str, list
         for folder, of_case in endings.items():
             names = {f"{case}{ending}" for case in cases for ending in of_case} & list_names(folder)
             if names and folder.is_symlink():
-                raise UserError(f"{folder} is a link, and files would be removed from where it leads. Remove the link.")
+                raise UserError(f"{folder} is a link, and files would be removed from its target. Remove the link.")
             if names:
                 found[folder.name] = sorted(names)
     return found

@@ -60,7 +60,7 @@ def read_any_json(file: Path, *, otherwise: str) -> Any:
     try:
         return json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no valid JSON ({error}). {otherwise}") from None
+        raise UserError(f"{file} is not valid JSON ({error}). {otherwise}") from None
 
 
 def read_json(file: Path, *, otherwise: str, entries: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def read_json(file: Path, *, otherwise: str, entries: Mapping[str, type] = Mappi
     """
     content = read_any_json(file, otherwise=otherwise)
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no table, but {shorten(content)}. {otherwise}")
+        raise UserError(f"{file} contains no table, but {shorten(content)}. {otherwise}")
     for key, kind in entries.items():
         if key not in content:
             raise UserError(f"{file} has no {key!r}, which nnU-Net v2 writes there. {otherwise}")
@@ -99,7 +99,7 @@ def read_dataset_json(file: Path, *, otherwise: str) -> dict[str, Any]:
     description = read_json(file, otherwise=otherwise, entries={"labels": dict, "file_ending": str})
     # Older datasets call their channels modality.
     if not any(isinstance(description.get(name), dict) for name in ("channel_names", "modality")):
-        raise UserError(f"{file} has no 'channel_names' that are a table. {otherwise}")
+        raise UserError(f"{file} has no table 'channel_names'. {otherwise}")
     return description
 
 
@@ -118,12 +118,12 @@ def read_descriptions(raw: Path, preprocessed: Path) -> tuple[dict[str, Any], di
     description = read_dataset_json(raw / "dataset.json", otherwise=MEND)
     if "dataset" in description:
         raise UserError(
-            f"{raw / 'dataset.json'} names its files one by one ('dataset'). Labeled cases have to lie in imagesTr and "
+            f"{raw / 'dataset.json'} names its files one by one ('dataset'). Labeled cases must be in imagesTr and "
             "labelsTr for this."
         )
     for key in ("labels", "file_ending", "regions_class_order"):
         if planned.get(key) != description.get(key):
-            raise UserError(f"{key!r} in {raw / 'dataset.json'} is not what was planned with. {again}")
+            raise UserError(f"{key!r} in {raw / 'dataset.json'} has changed since planning. {again}")
     return description, planned
 
 

@@ -83,7 +83,7 @@ def write_phantom_dataset(
         raise UserError(f"A phantom has 1 to {len(STRUCTURES)} structures, asked for {num_classes}.")
     folder = Path(raw_dataset_folder)
     if not (folder.name.startswith("Dataset") and folder.name[7:10].isdigit() and folder.name[10:11] == "_"):
-        raise UserError(f"nnU-Net wants a dataset's folder to be named DatasetXXX_Name, not {folder.name!r}.")
+        raise UserError(f"nnU-Net needs a dataset's folder to be named DatasetXXX_Name, not {folder.name!r}.")
     dimensions = 2 if two_d else 3
     shape, spacing = tuple(shape)[-dimensions:], tuple(spacing)[-dimensions:]
     places = {

@@ -75,7 +75,7 @@ def preprocess_case(job: CaseJob, case: RawCase) -> tuple[dict[str, Any], bool]:
         for file in case.images:
             if file.exists() and not file.is_file():
                 # Opening a pipe would wait for ever.
-                raise OSError(f"{file.name} is no regular file")
+                raise OSError(f"{file.name} is not a regular file")
             file.open("rb").close()
         with tempfile.TemporaryDirectory(**options) as folder:
             try:

@@ -180,7 +180,7 @@ def _refuse_links(place: PreprocessedFolder) -> None:
         if folder.is_symlink():
             # What has no image any more is removed from them, whatever they contain.
             raise UserError(
-                f"{folder} is a link, and files would be removed from where it leads. Remove the link; to keep the "
+                f"{folder} is a link, and files would be removed from its target. Remove the link; to keep the "
                 "preprocessed cases elsewhere, link the dataset's whole folder."
             )
 
@@ -225,8 +225,8 @@ def _make_folders(place: PreprocessedFolder) -> None:
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"Nothing can be written into {place.folder.parent} ({error.strerror}), where preprocessed images go. Get "
-            "permission or space there, or let nnUNet_preprocessed lead to another folder."
+            f"Nothing can be written into {place.folder.parent} ({error.strerror}), the folder for preprocessed "
+            "images. Check permissions and free space there, or set nnUNet_preprocessed to another folder."
         ) from None
 
 
@@ -253,8 +253,8 @@ def _keep(
         where = f"{images_folder} does not exist" if images_folder else "nnUNet_raw is not set"
         raise UserError(
             f"{len(outdated)} unlabeled case(s) in {report.folder} were preprocessed with other plans "
-            f"({some_of(outdated)}), and their images are not at hand: {where}. Make the images available, or copy the "
-            f"folder and {place.records.name} from where they were preprocessed with these plans."
+            f"({some_of(outdated)}), and their images are not available: {where}. Make the images available, or copy "
+            f"the folder and {place.records.name} from where they were preprocessed with these plans."
         )
     for name, record in ready.items():
         report.add(name, record, False)
@@ -279,8 +279,8 @@ def _clashing(place: PreprocessedFolder, cases: Sequence[RawCase]) -> list[CaseP
     return [
         CaseProblem(
             name,
-            f"its files would replace those of {other}, because the file system of {place.folder.parent} takes the two "
-            "names for one; rename its images",
+            f"its files would replace those of {other}, because the file system of {place.folder.parent} does not "
+            "distinguish the two names; rename its images",
         )
         for name, other in alike
         if _one_file(place, name, other)

@@ -61,8 +61,8 @@ def check_labeled_cases(folder: Path, cases: Sequence[str], *, to_do: str) -> No
     if missing:
         raise UserError(
             f"{len(missing)} labeled case(s) have no segmentation of the previous stage in {folder}: "
-            f"{some_of(missing)}. nnU-Net writes that of a case when the fold in which it is a validation case ends. "
-            f"{to_do}"
+            f"{some_of(missing)}. nnU-Net writes the segmentation of a case at the end of the fold that validates "
+            f"it. {to_do}"
         )
 
 
@@ -176,7 +176,7 @@ def segment_by_previous_stage(
     if unknown:
         raise UserError(
             f"Unlabeled case(s) are not preprocessed for the previous stage {configuration}: {some_of(unknown)}. "
-            f"nnunet-ssl preprocess -c {configuration} tells why."
+            f"nnunet-ssl preprocess -c {configuration} says why."
         )
     to_do = [case for case in cases if not _up_to_date(case, folder, checkpoint)]
     if not to_do:

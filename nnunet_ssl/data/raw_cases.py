@@ -89,7 +89,7 @@ def find_raw_cases(images_folder: Path, file_ending: str, num_channels: int) -> 
             reasons.append("nnU-Net keeps the ending _seg for segmentations; rename the case")
         if not _is_text(identifier):
             # ITK ends the whole process over such a name.
-            reasons.append("its name is no valid UTF-8; rename its files")
+            reasons.append("its name is not valid UTF-8; rename its files")
         if reasons:
             problems.append(CaseProblem(_as_text(identifier), _as_text("; ".join(reasons))))
         else:

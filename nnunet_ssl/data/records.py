@@ -162,8 +162,8 @@ def folder_name(name: object, entry: str) -> str:
     """
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
         raise UserError(
-            f"The plans' {entry} is {shorten(name)}, which is no name of a folder. Plans that nnU-Net makes have "
-            "none like this: make them again with nnUNetv2_plan_and_preprocess, and see SECURITY.md."
+            f"The plans' {entry} is {shorten(name)}, which is not a folder name. nnU-Net makes no such plans: make "
+            "them again with nnUNetv2_plan_and_preprocess, and see SECURITY.md."
         )
     return name
 

@@ -84,13 +84,13 @@ def check_unlabeled(lists: Fold, where: str, labeled: Path, cases: Collection[st
     listed = set(lists.get("unlabeled", ()))
     if both := sorted(listed & set(lists["train"])):
         raise UserError(
-            f"{where[0].upper()}{where[1:]} lists {some_of(both)} as 'train' and as 'unlabeled', so training would see "
-            "labels that it must not. Keep each case in one of the two lists."
+            f"{where[0].upper()}{where[1:]} lists {some_of(both)} as 'train' and as 'unlabeled', so a training would "
+            "see labels that should be hidden. Keep each case in one of the two lists."
         )
     if missing := sorted(listed - set(cases)):
         raise UserError(
-            f"The 'unlabeled' list of {where} names {some_of(missing)}, but {labeled} holds no such case. Correct the "
-            "list, or preprocess the dataset again (nnUNetv2_preprocess)."
+            f"The 'unlabeled' list of {where} names {some_of(missing)}, but {labeled} contains no such case. Correct "
+            "the list, or preprocess the dataset again (nnUNetv2_preprocess)."
         )
 
 

@@ -93,9 +93,9 @@ def no_unlabeled_cases_message(
     elif not names:
         state = "is empty"
     elif not any(name.endswith(ending) for name in names):
-        state = f"holds {len(names)} files, of which none ends in {ending} as this dataset's images do"
+        state = f"contains {len(names)} files, but none ends in {ending}, as the images of this dataset do"
     else:
-        state = "holds no case that could be preprocessed (nnunet-ssl preprocess lists the reasons)"
+        state = "contains no case that can be preprocessed (nnunet-ssl preprocess lists the reasons)"
     message = f"There is no unlabeled case: {images_folder} {state}"
     if fold is not None:
         splits_file = preprocessed_dataset_folder / SPLITS_FILE
@@ -103,6 +103,6 @@ def no_unlabeled_cases_message(
     if unread := unread_folders_message(raw_dataset_folder):
         message += f". {unread.removesuffix('.')}"
     return (
-        f"{message}. Put images there, named as in {LABELED_IMAGES_FOLDER} (CASE_0000{ending}, one file per channel), "
-        "or leave only some of the training cases labeled with nnunet-ssl split."
+        f"{message}. Put images there, named as in {LABELED_IMAGES_FOLDER} (CASE_0000{ending}, one file per "
+        "channel), or hide the labels of some training cases with nnunet-ssl split."
     )

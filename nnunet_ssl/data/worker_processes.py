@@ -66,8 +66,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BrokenProcessPool:
         raise UserError(
-            "Worker processes end as soon as they start, so cases cannot be worked on in parallel. Is memory free on "
-            "this machine? In a Python script, is the call under if __name__ == '__main__'?"
+            "Worker processes end as soon as they start, so cases cannot be processed in parallel. Check that this "
+            "machine has free memory. In a Python script, put the call under if __name__ == '__main__'."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -82,9 +82,9 @@ def mean_share(shares: Sequence[Sequence[float]]) -> NDArray[np.float64]:
 def collapse_warning(index: int, predicted: Sequence[Sequence[float]], labeled: Sequence[Sequence[float]]) -> str:
     """What to tell about a class that :func:`collapsed` found; arguments as there, ``index`` counted from 0."""
     return (
-        f"Warning: for {COLLAPSE_EPOCHS} epochs, class or region {index + 1} has been predicted in "
-        f"{predicted[-1][index]:.3%} of the unlabeled voxels, and is {mean_share(labeled)[index]:.3%} of the labeled "
-        f"ones. Either the unlabeled images are unlike the labeled ones, or the network has not learned this class "
-        f"yet, or its pseudo-labels have collapsed. If it stays so, use a longer ramp_length or smaller weights of the "
-        f"method's terms. progress_ssl.png shows it."
+        f"Warning: for {COLLAPSE_EPOCHS} epochs, class or region {index + 1} was predicted in "
+        f"{predicted[-1][index]:.3%} of the unlabeled voxels, but is in {mean_share(labeled)[index]:.3%} of "
+        "the labeled ones. Possible reasons: the unlabeled images are unlike the labeled ones, the network "
+        "has not learned this class yet, or its pseudo-labels have collapsed. If this continues, use a "
+        "longer ramp_length or smaller weights for the method's terms. See progress_ssl.png."
     )

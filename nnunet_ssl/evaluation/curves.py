@@ -21,8 +21,8 @@ _TITLES = {
     "loss": "loss: terms without their weights, and the total",
     "weight": "weights of the terms",
     "coverage": "pseudo-label coverage: share of voxels above the threshold",
-    "share": "share of voxels: predicted on unlabeled patches, labeled (dashed), x: warned of a collapse",
-    "patches": "share of patches that hold it: predicted in unlabeled patches, labeled (dashed)",
+    "share": "share of voxels: predicted in unlabeled patches; labeled (dashed); x: the log warns",
+    "patches": "share of patches with the class: predicted in unlabeled patches; labeled (dashed)",
     "seconds": "seconds per epoch",
     "other": "other",
 }

@@ -77,7 +77,9 @@ def evaluate_folder(
             held_by_references |= result[1]
             held_by_predictions |= result[2]
         else:
-            report.failed[case] = result or "the process that evaluated it ended, most often for lack of memory: -np 1"
+            report.failed[case] = (
+                result or "the process that evaluated it was killed, most likely because memory ran out; use -np 1"
+            )
     report.cases.sort(key=lambda one: one.case)
     # A mask of 255 where 1 was meant must not pass for one in which nothing is to be found, or was.
     named = segmentations.values - {0}
@@ -87,7 +89,7 @@ def evaluate_folder(
     ):
         if held and not held & allowed:
             labels, found = (", ".join(map(str, sorted(values))) for values in (named, held))
-            raise UserError(f"The labels are {labels}, but the {what} in {folder} hold {found}.")
+            raise UserError(f"The labels are {labels}, but the {what} in {folder} contain {found}.")
     return report
 
 
@@ -97,8 +99,8 @@ def _cases(folder: Path, segmentations: Segmentations) -> list[str]:
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder.resolve()}.")
         raise UserError(
-            f"The folder {folder} holds no file that ends in {segmentations.file_ending}. The ending is that of the "
-            "dataset given with -d, or of --file-ending, with --labels."
+            f"The folder {folder} contains no file that ends in {segmentations.file_ending}. The ending is that of "
+            "the dataset given with -d, or of --file-ending, with --labels."
         )
     return cases
 
@@ -123,7 +125,7 @@ def _evaluate_file(
         unknown = sorted(values - segmentations.values)
         if unknown and segmentations.complete:
             known = ", ".join(map(str, sorted(segmentations.values)))
-            return f"the {what} holds {', '.join(map(str, unknown))}; the dataset's labels are {known}"
+            return f"the {what} contains {', '.join(map(str, unknown))}; the dataset's labels are {known}"
     metrics = evaluate_case(
         prediction,
         reference,

@@ -69,9 +69,9 @@ class Segmentations:
                 structures, content["file_ending"], ignore_label, content.get("overwrite_image_reader_writer"), True
             )
         except FileNotFoundError:
-            raise UserError(f"There is no {file}, which would name the labels and the file ending.") from None
+            raise UserError(f"There is no {file}, which gives the labels and the file ending.") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is no dataset.json of nnU-Net: {one_line(error)}") from None
+            raise UserError(f"{file} is not a dataset.json of nnU-Net: {one_line(error)}") from None
 
     @classmethod
     def from_options(cls, labels: Sequence[str], file_ending: str, ignore_label: int | None) -> Segmentations:
@@ -139,7 +139,7 @@ class Segmentations:
             raise BadImageError(f"{file} has {len(array)} channels: it is an image, not a label map")
         labels = array[0].astype(np.int64)
         if not np.array_equal(labels, array[0]):
-            raise BadImageError(f"{file} has values that are no whole numbers: it is no label map")
+            raise BadImageError(f"{file} has values that are not whole numbers: it is not a label map")
         return labels, Geometry.of(labels, properties)
 
     def _read(self, file: Path, read: Callable[[Any], tuple[NDArray[Any], dict[str, Any]]]) -> Any:

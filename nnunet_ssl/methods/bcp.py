@@ -52,10 +52,13 @@ class BCPSettings(TeacherSettings):
     unlabeled_weight: float = setting(0.5, "α: weight of the unlabeled part of a mixed image", minimum=0.0)
     box_fraction: float = setting(2 / 3, "β: side of the box, as a share of the patch's", minimum=0.05, maximum=1.0)
     pretrain_fraction: float = setting(
-        0.2, "share of the training, at its start, with labeled images only", minimum=0.0, maximum=1.0
+        0.2,
+        "share of the training, from its start, that uses labeled images only (pretraining)",
+        minimum=0.0,
+        maximum=1.0,
     )
     labeled_into_labeled: bool = setting(
-        False, "paste labeled images into each other during that share, as the paper does", choices=(True, False)
+        False, "paste labeled images into each other during the pretraining, as in the paper", choices=(True, False)
     )
     largest_component: bool = setting(
         True, "keep each class's largest connected component in the teacher's labels", choices=(True, False)

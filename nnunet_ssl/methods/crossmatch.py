@@ -57,7 +57,7 @@ class CrossMatchSettings(CutMixSettings):
     perturbations: str = setting(
         "all",
         "all: each step has two strong views and both perturbed decoders, as in the paper; sampled: one strong view "
-        "and one of the decoders, in turn",
+        "and one perturbed decoder, weak and strong in turn",
         choices=("all", "sampled"),
     )
 

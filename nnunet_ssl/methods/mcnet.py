@@ -47,7 +47,7 @@ class MCNetSettings(SemiSupervisedSettings):
     supervised_weight: float = setting(0.5, "λ: weight of each decoder's supervised loss", minimum=0.0)
     mutual_weight: float = setting(1.0, "β: weight of the mutual consistency, after the ramp", minimum=0.0)
     temperature: float = setting(0.1, "T: temperature of the sharpening; 1: no sharpening", minimum=0.01, maximum=1.0)
-    decoders: int = setting(3, "3: a, b and c, MC-Net+; 2: a and b, MC-Net", choices=(2, 3), integer=True)
+    decoders: int = setting(3, "3: decoders a, b and c (MC-Net+); 2: a and b (MC-Net)", choices=(2, 3), integer=True)
     label_gradient: bool = setting(
         False,
         "whether soft labels carry a gradient, as in the authors' released code",

@@ -49,19 +49,22 @@ class MutualReliableSettings(SemiSupervisedSettings):
     supervised_weight: float = setting(0.5, "γ: weight of each decoder's supervised loss", minimum=0.0)
     mutual_weight: float = setting(1.0, "β: weight of the loss between the decoders, after the ramp", minimum=0.0)
     decoders: int = setting(
-        2, "2: a and b; 3: also c, which interpolates in the way that b does not", choices=(2, 3), integer=True
+        2,
+        "2: decoders a and b; 3: also c, which uses the interpolation that b does not use",
+        choices=(2, 3),
+        integer=True,
     )
     upsampling: str = setting("linear", "how decoder b interpolates", choices=("linear", "nearest"))
     certainty_weight: bool = setting(
-        True, "λ_wr: learn only where the other decoder is the more certain one", choices=(True, False)
+        True, "λ_wr: learn only where the other decoder is more certain", choices=(True, False)
     )
     similarity_weight: bool = setting(
         True, "λ_hr: learn less where the other decoder's features contradict its probabilities", choices=(True, False)
     )
     validate_with: str = setting(
         "decoder_a",
-        "what the validation after the training evaluates: the decoder that predicts, or for comparison the mean "
-        "probability of all decoders",
+        "what the validation after the training evaluates; decoder_a: the decoder that predicts; mean: for "
+        "comparison, the mean probability of all decoders",
         choices=("decoder_a", "mean"),
     )
 
@@ -172,7 +175,7 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
         network.average = self.settings.validate_with == "mean"
         if network.average:
             self.print_to_log_file(
-                "Validation of the decoders' mean probability (validate_with): nnUNetv2_predict uses decoder a alone."
+                "Validation of the decoders' mean probability (validate_with): nnUNetv2_predict uses only decoder a."
             )
         try:
             super().perform_actual_validation(save_probabilities)

@@ -67,7 +67,8 @@ class SimCVDSettings(TeacherSettings):
     )
     contrast_positions_in_batch: int = setting(
         1024,
-        "largest number of positions of a batch in the contrast; a coarser grid limits it, with at least 8 per patch",
+        "largest number of positions of a batch in the contrast; above it the grid becomes coarser, with at "
+        "least 8 positions per patch",
         minimum=8,
         integer=True,
     )

@@ -45,10 +45,10 @@ class UniMatchSettings(CutMixSettings):
     confidence_threshold: float = setting(
         0.95, "τ: lowest confidence of a pseudo-label that is used", minimum=0.0, maximum=1.0
     )
-    strong_views: int = setting(2, "strong views of each unlabeled patch; 1 is FixMatch's", choices=(1, 2))
+    strong_views: int = setting(2, "strong views of each unlabeled patch; FixMatch: 1", choices=(1, 2))
     feature_weight: float = setting(
         0.5,
-        "μ: share of the unsupervised loss that goes to perturbed features; 0 is FixMatch's",
+        "μ: share of the perturbed features in the unsupervised loss; FixMatch: 0",
         minimum=0.0,
         maximum=1.0,
     )

@@ -71,9 +71,10 @@ class URPCTrainer(SemiSupervisedTrainer):
         """
         if len(network.decoder.seg_layers) < 2:
             raise UserError(
-                f"{type(self).__name__} learns from what a network predicts at several resolutions, and that of the "
-                f"configuration {self.configuration_name} in the plans predicts at one: its encoder has two stages. "
-                f"Take a configuration with more stages (n_stages in its architecture), or another trainer."
+                f"{type(self).__name__} needs a network that predicts at several resolutions. The one of the "
+                f"configuration {self.configuration_name} in the plans predicts at only one, because its encoder has "
+                f"two stages. Choose a configuration with more stages (n_stages in its architecture), or another "
+                "trainer."
             )
         return TrainingNetwork(network)
 

@@ -133,9 +133,9 @@ def check_architecture(configuration: ConfigurationManager) -> None:
     for entry, name in {"network_class_name": configuration.network_arch_class_name, **named}.items():
         if name is not None and not _is_layer(name):
             raise UserError(
-                f"The plans' architecture has {entry} = {name!r}, which is no network or layer of torch.nn or "
-                "dynamic_network_architectures. nnU-Net would import and call it, whatever it is. If the plans come "
-                "from elsewhere, do not use them (SECURITY.md)."
+                f"The plans' architecture has {entry} = {name!r}, which is not a network or layer of "
+                "torch.nn or dynamic_network_architectures. nnU-Net would import and call it, whatever it "
+                "is. If the plans are from someone else, do not use them (SECURITY.md)."
             )
 
 
@@ -156,6 +156,6 @@ class UnsupportedNetworkError(UserError, NotImplementedError):
 def unsupported(architecture: str) -> UnsupportedNetworkError:
     """What to raise for an architecture that is none of nnU-Net's U-Nets."""
     return UnsupportedNetworkError(
-        f"Semi-supervised training needs a network with an encoder and a decoder that it can run apart. The trainer "
-        f"and its plans make a {architecture}; supported are {' and '.join(SUPPORTED)}."
+        "Semi-supervised training needs a network whose encoder and decoder can run separately. The trainer and its "
+        f"plans make a {architecture}. Supported are {' and '.join(SUPPORTED)}."
     )

@@ -43,13 +43,13 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict[str,
             except Exception as error:
                 # Its class is pickle's, which this package does not import.
                 if type(error).__name__ != "UnpicklingError":
-                    raise UserError(f"{unread}: it is damaged, or no checkpoint ({one_line(error)}).") from None
+                    raise UserError(f"{unread}: it is damaged, or not a checkpoint ({one_line(error)}).") from None
                 # Without PyTorch's text, which recommends to load the file without this check.
                 trainer, objects = _named_in(file)
                 writer = f" {trainer} wrote it." if trainer else ""
                 raise NotPlainError(
-                    f"{unread}: it holds {some_of(objects, 3) or 'other objects'}, and such objects are not loaded, "
-                    f"since they could run code.{writer}"
+                    f"{unread}: it contains {some_of(objects, 3) or 'other objects'}. Such objects are not loaded, "
+                    f"because they could run code.{writer}"
                 ) from None
     except OSError as error:
         raise UserError(f"The checkpoint {file} could not be opened: {error.strerror}.") from None
@@ -67,7 +67,7 @@ def _load(opened: BinaryIO, device: torch.device | str) -> dict[str, Any]:
     opened.seek(0)
     checkpoint = torch.load(opened, map_location=device, weights_only=True)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"it holds a {type(checkpoint).__name__} and no table of entries")
+        raise ValueError(f"it contains a {type(checkpoint).__name__}, not a table of entries")
     return checkpoint
 
 
@@ -194,8 +194,8 @@ def with_pretrained_encoder(network: Any, checkpoint: Mapping[str, Any]) -> dict
     plan = checkpoint.get("nnssl_adaptation_plan", {})
     if not {"key_to_encoder", "key_to_stem"} <= set(plan) or "network_weights" not in checkpoint:
         raise UserError(
-            "it holds no nnssl_adaptation_plan, so it is no checkpoint of nnssl. A checkpoint of nnU-Net or of this "
-            "package goes to -pretrained_weights as it is."
+            "it contains no nnssl_adaptation_plan, so it is not a checkpoint of nnssl. Give a checkpoint of nnU-Net "
+            "or of this package to -pretrained_weights as it is."
         )
     encoder = network.encoder.state_dict(prefix="encoder.")
     input_weights = {f"{name}.weight" for name in network.keys_to_in_proj}

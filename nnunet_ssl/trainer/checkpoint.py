@@ -24,8 +24,8 @@ CHECKPOINT_KEY = "ssl"
 """The entry of this package in nnU-Net's checkpoint."""
 
 _START_FROM_WEIGHTS = (
-    "To start from the weights of this checkpoint, use -pretrained_weights and not --c, which goes on with trainings "
-    "of semi-supervised trainers only."
+    "To start from the weights of this checkpoint, use -pretrained_weights. --c continues only trainings of "
+    "semi-supervised trainers."
 )
 
 
@@ -70,8 +70,8 @@ def write_durably(checkpoint: Mapping[str, Any], file: Path) -> None:
     except OSError as error:
         free = shutil.disk_usage(file.parent).free / 2**20 if file.parent.is_dir() else 0
         raise RuntimeError(
-            f"The checkpoint {file} could not be written ({error}); {free:.0f} MiB are free there. What was in its "
-            f"place before is untouched. Make room, then go on with --c."
+            f"The checkpoint {file} could not be written ({error}); {free:.0f} MiB are free there. The previous file "
+            "is intact. Free some space, then continue with --c."
         ) from error
 
 
@@ -146,7 +146,7 @@ def continue_from(
         log(f"WARNING: The checkpoint was trained with other classes: {'; '.join(other)}")
     if writer != trainer_name:
         done = checkpoint["current_epoch"]
-        log(f"The checkpoint is one of {writer}, after {done} epochs; {trainer_name} has {here['num_epochs']}")
+        log(f"The checkpoint is from {writer}, after {done} epochs; {trainer_name} has {here['num_epochs']}")
     optimizer.load_state_dict(checkpoint["optimizer_state"])
     if grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
         grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
@@ -160,7 +160,7 @@ def _read(file: Path, device: torch.device) -> dict[str, Any]:
         raise UserError(f"{_START_FROM_WEIGHTS} {error}") from None
     except UserError as error:
         raise UserError(
-            f"{error} Move it away; --c takes the first that is there of checkpoint_final.pth, checkpoint_latest.pth "
+            f"{error} Move it away; --c uses the first that exists of checkpoint_final.pth, checkpoint_latest.pth "
             "and checkpoint_best.pth."
         ) from None
 
@@ -183,7 +183,7 @@ def _load_networks(
         else:
             advice = f"Continue with nnunet_ssl {ours.get('version')}, which wrote the checkpoint."
         raise UserError(
-            f"{advice} {named}, of {writer}, does not hold what {trainer_name} trains with its settings: "
+            f"{advice} {named}, of {writer}, does not contain what {trainer_name} trains with its settings: "
             f"{error.args[0]}."
         ) from None
 

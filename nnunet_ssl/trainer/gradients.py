@@ -156,8 +156,9 @@ class StepGradients:
             self._network.zero_grad(set_to_none=True)
             free_memory(self._device, compiled=self._compiled)
             fall_back.log(
-                "The GPU's memory does not suffice for all streams in one pass: going on in memory mode split, one "
-                'stream at a time. Set "memory_mode": "split" in the plans\' "semi_supervised" to skip this attempt.'
+                "The GPU's memory does not suffice for all streams in one pass: continuing in memory mode split, "
+                'one stream at a time. Set "memory_mode": "split" in the plans\' "semi_supervised" to skip '
+                "this attempt."
             )
         return self._compute(labeled, unlabeled, prepared, weights)
 
@@ -231,8 +232,8 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) ->
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
         raise MethodError(
-            f"The images of a step have unequal sizes, channels first: {listed}. All are encoded in one pass, so they "
-            f"may differ in the number of samples alone."
+            f"The images of a step have unequal sizes, channels first: {listed}. All are encoded in one pass, so "
+            "they may only differ in the number of samples."
         )
 
 

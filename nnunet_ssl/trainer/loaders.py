@@ -161,9 +161,9 @@ class Loaders:
         except RuntimeError as error:
             if killed := killed_workers(self._processes):
                 raise RuntimeError(
-                    f"Training stops: {'; '.join(killed)}. The system does that when memory runs out. Use fewer "
-                    f"workers (environment variable nnUNet_n_proc_DA, {get_allowed_n_proc_DA()} now) and go on with "
-                    f"--c; the last checkpoint is untouched."
+                    f"Training stops: {'; '.join(killed)}. The system kills processes when memory runs out. "
+                    f"Use fewer workers (environment variable nnUNet_n_proc_DA, {get_allowed_n_proc_DA()} "
+                    "now) and continue with --c. The last checkpoint is intact."
                 ) from error
             raise
         finally:

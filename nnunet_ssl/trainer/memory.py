@@ -314,11 +314,11 @@ def judge(estimate: MemoryEstimate, free: float, memory_mode: str) -> Verdict:
         if memory_mode == "stacked":
             return Verdict(
                 False,
-                f'{free:.1f} GB may not suffice for stacked: set "memory_mode" to "auto" or "split", which should',
+                f'{free:.1f} GB may not suffice for stacked: set "memory_mode" to "auto" or "split". Split should fit',
             )
-        by_itself = "; auto goes there by itself" if memory_mode == "auto" else ""
+        by_itself = "; auto changes to split if needed" if memory_mode == "auto" else ""
         if start_split(estimate, free, memory_mode):
-            by_itself = '; auto starts there, as stacked needs more ("memory_mode": "stacked" tries it anyway)'
+            by_itself = '; auto starts in split, because stacked needs more ("memory_mode": "stacked" tries it anyway)'
         return Verdict(True, f"split should fit into {free:.1f} GB{by_itself}")
     least = f"{estimate.split_checkpointed:.1f} GB"
     if fits(estimate.split_checkpointed):
@@ -329,8 +329,9 @@ def judge(estimate: MemoryEstimate, free: float, memory_mode: str) -> Verdict:
         )
     return Verdict(
         False,
-        f"{free:.1f} GB may not suffice in any memory mode, not even for split with activation checkpointing, about "
-        f'{least}: lower "unlabeled_batch_size", or plan for less memory (nnUNetv2_plan_experiment -gpu_memory_target)',
+        f"{free:.1f} GB may not suffice in any memory mode, not even for split with activation checkpointing (about "
+        f'{least}): lower "unlabeled_batch_size", or plan for less memory (nnUNetv2_plan_experiment '
+        "-gpu_memory_target)",
     )
 
 

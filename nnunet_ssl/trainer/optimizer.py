@@ -77,7 +77,7 @@ class GuardedOptimizer:
         if self._overflows > (_OVERFLOWS_IN_A_ROW if scaled else 0):
             raise RuntimeError(
                 f"Training stops in epoch {epoch}: not finite: {', '.join(broken)}. Cases of the batch: {cases}. The "
-                f"last checkpoint is untouched. Check these images for extreme intensities, or lower the learning rate."
+                "last checkpoint is intact. Check these images for extreme intensities, or lower the learning rate."
             )
         if not scaled:
             self._optimizer.step()

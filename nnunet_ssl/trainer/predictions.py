@@ -52,8 +52,8 @@ class Predictions:
         self.foreground, self._share = None, share
         if share > 0 and seeded and get_allowed_n_proc_DA() > 0:
             self._log(
-                "With a seed and workers (nnUNet_n_proc_DA), unlabeled patches are cropped at random, also where a "
-                "class is rare: foreground_crops has no effect."
+                "With a seed and workers (nnUNet_n_proc_DA), foreground_crops has no effect: all unlabeled patches "
+                "are cropped at random."
             )
         elif share > 0:
             self.foreground = PredictedForeground(keys, self._structures)
@@ -66,8 +66,8 @@ class Predictions:
         if self.foreground is not None and history and self.foreground.choose_rare(mean_share(history).tolist()):
             named = ", ".join(str(number + 1) for number in self.foreground.rare) or "none"
             self._log(
-                f"Classes or regions that fewer than a third of the labeled patches hold: {named}. Of the unlabeled "
-                f"patches, {self._share:.0%} are centered where the network predicts such a class"
+                f"Rare classes or regions (in fewer than a third of the labeled patches): {named}. "
+                f"{self._share:.0%} of the unlabeled patches are centered where the network predicts one of them"
             )
 
     def begin(self, unlabeled: UnlabeledBatch) -> None:

@@ -139,7 +139,7 @@ def test_a_campaign_stays_what_it_is(dataset, tmp_path):
     splits = json.loads((dataset / "splits_final.json").read_text())
     splits[0]["train"], splits[0]["val"] = splits[0]["train"][:-1], [*splits[0]["val"], splits[0]["train"][-1]]
     (dataset / "splits_final.json").write_text(json.dumps(splits))
-    with pytest.raises(UserError, match="2 labeled: these are other cases"):
+    with pytest.raises(UserError, match="2 labeled: the cases are not those"):
         settings_of(campaign, dataset, labeled=["2"])
 
 

@@ -146,11 +146,11 @@ def test_needed_cases_of_one_fold_by_hand():
 @pytest.mark.parametrize(
     ("low", "high", "visible", "needed", "words"),
     [
-        (0.01, 0.03, 0.02, 9, "Helps: Ours is better"),
-        (-0.03, -0.01, 0.02, 9, "Hurts: Ours is worse"),
-        (-0.01, 0.03, 0.031, 64, "would take about 64 labeled cases; here are 10"),
+        (0.01, 0.03, 0.02, 9, "Helps: here Ours is better"),
+        (-0.03, -0.01, 0.02, 9, "Hurts: here Ours is worse"),
+        (-0.01, 0.03, 0.031, 64, "about 64 labeled cases are needed; here are 10"),
         (-0.01, 0.03, 0.031, None, "more seeds rather than more cases"),
-        (-0.01, 0.01, 0.015, 8, "so one of 0.02 is unlikely"),
+        (-0.01, 0.01, 0.015, 8, "so a gain of 0.02 is unlikely"),
         (NAN, NAN, NAN, None, "No verdict"),
     ],
 )
@@ -229,9 +229,9 @@ def test_the_report_in_words(tmp_path):
     words = in_words(campaign_in(tmp_path), ARMS, report, FOLD)
     assert words.startswith("# Pilot: Ours, Later against nnUNetTrainer\n\nD, ")
     assert "## Ours\n\nGain in Dice +0.155, 95 % interval +0.155 to +0.155; 3 cases in 2 folds." in words
-    assert "**Helps: Ours is better than nnUNetTrainer here by more than chance explains.**" in words
+    assert "**Helps: here Ours is better than nnUNetTrainer by more than chance can explain.**" in words
     assert "## Later\n\nNo fold has trainings of both yet. Run it again with more hours." in words
-    assert "500 labeled iterations, where a full one has 250000" in words
+    assert "500 labeled iterations. A full training has 250000" in words
     # 60 and 180.5 seconds for 2 epochs; 1000 take 500 times as long.
     assert "- nnUNetTrainer: 8.3 hours\n- Ours: 25.1 hours" in words
 
@@ -257,9 +257,9 @@ def test_what_does_not_fit_the_hours_is_not_begun(tmp_path):
 @pytest.mark.parametrize(
     ("iterations", "setting", "arm", "words"),
     [
-        (5000, "8 labeled", "CrossMatch", "chance alone can make +0.032. Four such pilots of five would show"),
+        (5000, "8 labeled", "CrossMatch", "chance alone can explain +0.032. Four out of five such pilots would detect"),
         (5000, "2 labeled", "CrossMatch", "No verdict"),
-        (2500, "2 labeled", "mutual", "so one of 0.02 is unlikely"),
+        (2500, "2 labeled", "mutual", "so a gain of 0.02 is unlikely"),
         (2500, "8 labeled", "SimCVD", "more seeds rather than more cases"),
     ],
 )

@@ -188,12 +188,12 @@ def test_table_keeps_everything(tmp_path):
 HARMS = [lambda text: text[:-20], lambda text: "a,b\n1,2\n", lambda text: text.replace("0.25", "x")]
 
 
-@pytest.mark.parametrize("harm", HARMS, ids=["cut short", "other columns", "no number"])
+@pytest.mark.parametrize("harm", HARMS, ids=["cut short", "other columns", "not a number"])
 def test_a_broken_table_is_named(tmp_path, harm):
     file = tmp_path / "results.csv"
     write_runs(file, {"one": run("Ours", 0, [(0.25, 0.5), (0.25, 0.75)])})
     file.write_text(harm(file.read_text()))
-    with pytest.raises(UserError, match=r"results\.csv is no table of results"):
+    with pytest.raises(UserError, match=r"results\.csv is not a table of results"):
         read_runs(file)
 
 

@@ -51,13 +51,13 @@ def test_what_changed_is_printed_and_taken_back(home, capsys) -> None:
         "fold 0 of splits_final.json train 2 -> 4",
         "fold 1 of splits_final.json unlabeled 1 -> 3",
         "fold 2 of splits_final.json train 1 -> 3",
-        "To take this back: nnunet-ssl accept -d 7 --undo",
+        "To reverse this: nnunet-ssl accept -d 7 --undo",
     ]
     assert accept(home, "--undo") == 0
     assert "Taken back: U0, U2." in capsys.readouterr().out
     assert home.everything() == before
     assert accept(home, "--undo") == 2
-    assert "no acceptance in Dataset007_Tiny that could be taken back" in capsys.readouterr().err
+    assert "no acceptance in Dataset007_Tiny to reverse" in capsys.readouterr().err
 
 
 def test_undo_loses_no_later_change(home, capsys) -> None:
@@ -67,7 +67,7 @@ def test_undo_loses_no_later_change(home, capsys) -> None:
     after = home.everything()
     assert accept(home, "--undo") == 2
     error = capsys.readouterr().err
-    assert f"1 file(s) of the last acceptance (U0) are not as it left them: {home.raw / 'labelsTr'}" in error
+    assert f"1 file(s) of the last acceptance (U0) have changed since: {home.raw / 'labelsTr'}" in error
     assert home.everything() == after
 
 
@@ -98,7 +98,7 @@ def test_the_next_run_completes_what_was_cut_off(home, monkeypatch, capsys, at, 
         home.run()
     assert main(["preprocess", "-d", "7"]) == 2 and home.everything() == begun
     assert accept(home) == 0
-    said = "Taking back U0 was cut off" if undo else "An earlier acceptance of U0 was cut off"
+    said = "--undo of U0 was interrupted" if undo else "An earlier acceptance of U0 was interrupted"
     assert capsys.readouterr().out == f"{said}; it is completed now.\n"
     assert home.run().failed == []
     if not undo:
@@ -150,10 +150,10 @@ def test_two_commands_do_not_disturb_each_other(home, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Nothing was cut off. Name the folder"),
+        ([], "No acceptance was interrupted. Name the folder"),
         (["U0"], "Name the folder with the corrected segmentations"),
-        (["--undo", "--labels", "somewhere"], "give it -d alone"),
-        (["--labels", "nowhere"], "which is no folder"),
+        (["--undo", "--labels", "somewhere"], "give only -d with it"),
+        (["--labels", "nowhere"], "which is not a folder"),
         (["--labels", ".", "-np", "-1"], "-np is -1"),
         (["-d", "8"], "8"),
     ],

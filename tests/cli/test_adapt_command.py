@@ -191,7 +191,7 @@ def test_plans_of_an_unsupported_network_are_refused(dataset, capsys):
     dataset.write(1, primusPlans=primus)
     assert dataset.adapt(nnssl_checkpoint(build(architecture("PlainConvUNet"), 1)), "primusPlans") == 2
     error = capsys.readouterr().err
-    assert "make a Primus; supported are PlainConvUNet and ResidualEncoderUNet" in error
+    assert "make a Primus. Supported are PlainConvUNet and ResidualEncoderUNet" in error
 
 
 class Unpickled:

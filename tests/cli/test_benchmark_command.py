@@ -27,7 +27,7 @@ CALL = {
         ({"-tr": ["CrossMatchTrainer@warm=0.5"], "--epochs": ["1"]}, "Give a longer --epochs, or another share"),
         ({"--labeled": ["9"]}, "Asked for 9"),
         ({"--labeled": ["few"]}, "'few'"),
-        ({"--labeled": []}, "Which labeled cases?"),
+        ({"--labeled": []}, "Labeled cases are missing"),
         ({"--folds": ["7"]}, "There is no fold 7"),
         ({"--epochs": ["0"]}, "--epochs is 0"),
         ({"--jobs": ["0"]}, "--jobs is 0"),
@@ -54,4 +54,4 @@ def test_a_table_alone_needs_no_dataset(tmp_path, monkeypatch, capsys):
     assert "There is no table of results" in capsys.readouterr().err
     (tmp_path / "broken.csv").write_text("a,b\n1,2\n")
     assert main(["benchmark", "--table", str(tmp_path / "broken.csv"), "-o", str(tmp_path)]) == 2
-    assert "is no table of results" in capsys.readouterr().err
+    assert "is not a table of results" in capsys.readouterr().err

@@ -266,12 +266,12 @@ def _failed_before(dataset: Dataset) -> None:
     ("spoil", "level", "expected"),
     [
         (_no_plans, "FAIL", "nnUNetPlans.json. Run nnUNetv2_plan_and_preprocess -d 7 -c 2d"),
-        (_no_json, "FAIL", "dataset.json is no valid JSON"),
+        (_no_json, "FAIL", "dataset.json is not valid JSON"),
         (_bad_setting, "FAIL", "'ramp_lenght'"),
         (_not_preprocessed, "FAIL", "no preprocessed case: nnUNetv2_plan_and_preprocess -d 7 -c 2d"),
         (_some_not_preprocessed, "warn", "6 of 9 preprocessed cases"),
         (_fold_names_a_stranger, "FAIL", "name stranger, but"),
-        (_fold_out_of_range, "warn", "draws 80 % at random"),
+        (_fold_out_of_range, "warn", "draws a random 80 %"),
         (_few_cases_and_no_splits, "FAIL", "nnunet-ssl split -d Dataset007_Tiny --labeled 100%"),
         (_few_cases_and_no_splits, "FAIL", "nnUNetv2_train Dataset007_Tiny 2d all -tr UniMatchTrainer"),
         (_no_validation_case, "warn", "no case in the 'val' list of fold 0"),
@@ -280,7 +280,7 @@ def _failed_before(dataset: Dataset) -> None:
         (_byte_order_mark("splits_final.json"), "FAIL", "splits_final.json begins with a byte-order mark"),
         (_byte_order_mark("dataset.json"), "FAIL", "dataset.json begins with a byte-order mark"),
         (_byte_order_mark("nnUNetPlans.json"), "FAIL", "nnUNetPlans.json begins with a byte-order mark"),
-        (_broken_fingerprint, "FAIL", "dataset_fingerprint.json is no valid JSON"),
+        (_broken_fingerprint, "FAIL", "dataset_fingerprint.json is not valid JSON"),
         (_labeled_and_unlabeled, "FAIL", "case_1"),
         (_leak_by_file, "FAIL", "imagesUn/new_1 = imagesTr/case_2"),
         (_leak_by_file_without_splits, "FAIL", "unlabeled case(s) are validation cases of this fold"),
@@ -306,7 +306,7 @@ def test_what_is_wrong_with_a_dataset_is_found(
     spoil(dataset)
     lines = report("-d", "7", "-c", "2d")
     assert [line for line in lines if line.startswith(level) and expected in line], "\n".join(lines)
-    assert not [line for line in lines if "broke off" in line]
+    assert not [line for line in lines if "this check failed" in line]
 
 
 def test_a_broken_file_that_several_checks_read_is_told_once(dataset: Dataset) -> None:
@@ -333,7 +333,7 @@ def test_a_fold_that_is_not_there_is_refused_where_others_hide_labels(dataset: D
     assert "There is no fold 1" in line and "labels that fold(s) 0 hide" in line
     dataset.write_splits([{**SPLITS[0], "unlabeled": []}])
     lines = report("-d", "7", "-c", "2d", "-f", "1")
-    assert [line for line in lines if line.startswith("warn") and "draws 80 % at random" in line]
+    assert [line for line in lines if line.startswith("warn") and "draws a random 80 %" in line]
     assert not [line for line in lines if line.startswith("FAIL")]
 
 
@@ -342,7 +342,7 @@ def test_nnunets_trainer_needs_validation_cases(dataset: Dataset) -> None:
     lines = report("-d", "7", "-c", "2d", "-tr", "nnUNetTrainer")
     about_it = [line for line in lines if "'val' list" in line]
     assert len(about_it) == 1 and about_it[0].startswith("FAIL")
-    assert "nnU-Net's own trainers train no fold without validation cases" in about_it[0]
+    assert "nnU-Net's own trainers cannot train a fold without validation cases" in about_it[0]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_every_variable_is_missed(dataset: Dataset, variable: str, monkeypatch: 
     monkeypatch.delenv(variable)
     lines = report("-d", "7")
     assert [line for line in lines if line.startswith(f"FAIL  {variable} is not set: export {variable}=")]
-    assert not [line for line in lines if "broke off" in line]
+    assert not [line for line in lines if "this check failed" in line]
 
 
 def test_other_folders_of_trainers(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_compare_says_what_few_cases_and_trainings_do_not_show(base, tmp_path, c
         (["evaluate", "-p", "PRED", "-g", "GT", "-d", "43"], "43"),
         (["evaluate", "-p", "PRED", "-g", "GT", "-np", "0"], "-np"),
         (["evaluate", "-p", "PRED", "-g", "GT", "--ignore-label", "3"], "--ignore-label"),
-        (["evaluate", "-p", "GT", "-g", "GT"], "holds no file"),
+        (["evaluate", "-p", "GT", "-g", "GT"], "contains no file"),
         (["evaluate", "-p", "nowhere", "-g", "GT"], "-p nowhere: there is no folder"),
         (["evaluate", "-p", "PRED", "-g", "nowhere"], "-g nowhere: there is no folder"),
         (["evaluate", "-p", "PRED", "-g", "GT", "--labels", "1", "--file-ending", "nii.gz"], "with its dot"),
@@ -263,10 +263,10 @@ def test_compare_says_what_few_cases_and_trainings_do_not_show(base, tmp_path, c
         (["overlay", "one=PRED", "-d", "42", "-o", "OUT", "--worst", "0"], "--worst"),
         (["overlay", "one=PRED", "one=GT", "-d", "42", "-o", "OUT"], "several folders"),
         (["compare", "one=PRED", "one=PRED", "two=GT", "-d", "42"], "one has that folder already"),
-        (["overlay", "one=PRED", "-d", "42", "-o", "FILE"], "cannot be made"),
-        (["evaluate", "-p", "PRED", "-g", "GT", "-o", "FILE"], "cannot be made"),
+        (["overlay", "one=PRED", "-d", "42", "-o", "FILE"], "cannot be created"),
+        (["evaluate", "-p", "PRED", "-g", "GT", "-o", "FILE"], "cannot be created"),
         (["evaluate", "-p", "PRED", "-g", "GT", "--file-ending", ".png"], "--file-ending"),
-        (["evaluate", "-p", "PRED", "-g", "LABELS", "--labels", "7"], "hold 1, 2"),
+        (["evaluate", "-p", "PRED", "-g", "LABELS", "--labels", "7"], "contain 1, 2"),
     ],
 )
 def test_mistakes_are_explained(base, tmp_path, capsys, arguments, message):

@@ -312,7 +312,7 @@ def test_nothing_is_overwritten(results, tmp_path, capsys, name):
     else:
         (tmp_path / name).write_text("precious")
     assert export(tmp_path / name, "-f", "0") == 2
-    assert f"{name} is there already" in capsys.readouterr().err
+    assert f"{name} exists already" in capsys.readouterr().err
     assert [path.read_text() for path in (tmp_path / name, tmp_path / name / "thesis.txt") if path.is_file()] == [
         "precious"
     ]
@@ -355,7 +355,7 @@ def test_a_stock_checkpoint_under_another_name_is_recognized(copied, tmp_path, c
 def test_a_network_that_nnunet_cannot_build_is_refused(copied, tmp_path, capsys):
     (copied / "CrossMatchTrainer__nnUNetPlans__tiny").rename(copied / "OwnNetworkTrainer__nnUNetPlans__tiny")
     assert export(tmp_path / "model.zip", "-f", "0", trainer="OwnNetworkTrainer") == 2
-    assert "OwnNetworkTrainer builds a network of its own" in capsys.readouterr().err
+    assert "OwnNetworkTrainer builds its own network" in capsys.readouterr().err
 
 
 def change_plans(model: Path, before: str, after: str) -> None:
@@ -369,7 +369,7 @@ def change_plans(model: Path, before: str, after: str) -> None:
     [
         (lambda model: (model / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK\x03\x04"), "tensors and plain"),
         (lambda model: (model / "plans.json").unlink(), "plans.json. nnU-Net writes it when a training starts"),
-        (lambda model: (model / "dataset.json").write_text("{"), "dataset.json is no valid JSON"),
+        (lambda model: (model / "dataset.json").write_text("{"), "dataset.json is not valid JSON"),
         (lambda model: change_plans(model, "[4, 6, 8]", "[4, 6, 9]"), "[4, 6, 8] there, [4, 6, 9] here. Put back"),
     ],
     ids=["damaged checkpoint", "no plans", "damaged json", "changed plans"],

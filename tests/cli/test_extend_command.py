@@ -48,7 +48,7 @@ def test_it_goes_on_from_the_longest_finished_one(finish, planned_2d, monkeypatc
     printed = capsys.readouterr().out.splitlines()
     finished = folders["5epochs"] / "checkpoint_final.pth"
     assert printed[-2:] == [
-        f"CrossMatchTrainer_20epochs goes on from {finished}, after 5 of 20 epochs",
+        f"CrossMatchTrainer_20epochs continues from {finished}, after 5 of 20 epochs",
         "nnUNetv2_train Dataset997_Phantoms tiny 0 -tr CrossMatchTrainer_20epochs -p nnUNetPlans --c -device cpu "
         "-num_gpus 1",
     ]
@@ -76,7 +76,7 @@ def test_what_has_begun_goes_on_from_its_own_checkpoint(finish, capsys, stopped)
     assert extend("CrossMatchTrainer_5epochs") == 0
     assert contents(own) == before
     file = own / f"checkpoint_{'latest' if stopped else 'final'}.pth"
-    said = f"has begun: goes on from {file}" if stopped else f"has finished: validates {file}"
+    said = f"has begun: continuing from {file}" if stopped else f"has finished: validates {file}"
     assert f"CrossMatchTrainer_5epochs {said}\n" in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_nothing_is_copied_that_cannot_go_on(finish, capsys, tmp_path):
         ("SimCVDTrainer_10epochs", [], ["no finished training of SimCVDTrainer"]),
         ("CrossMatchTrainer_7epochs", [], ["CrossMatchTrainer_7epochs", "such as _250epochs"]),
         ("CrosMatchTrainer_10epochs", [], ["Did you mean CrossMatchTrainer?", "SimCVDTrainer, "]),
-        ("nnUNetTrainer_250epochs", [], ["nnUNetTrainer_250epochs is no semi-supervised trainer"]),
+        ("nnUNetTrainer_250epochs", [], ["nnUNetTrainer_250epochs is not a semi-supervised trainer"]),
         ("CrossMatchTrainer_10epochs", ["-c", "3d"], ["has no configuration 3d; it has 2d, tiny"]),
         ("CrossMatchTrainer_10epochs", ["-p", "others"], ["plans there: nnUNetPlans"]),
         ("CrossMatchTrainer_10epochs", ["-f", "first"], ["-f is 'first'"]),

@@ -158,7 +158,7 @@ def test_parts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["-d", "8"], "holds no dataset 8; planned datasets there: Dataset007_Tiny."),
+        (["-d", "8"], "contains no dataset 8; planned datasets there: Dataset007_Tiny."),
         (["-d", "nonsense"], "planned datasets there: Dataset007_Tiny."),
         (["-d", "7", "-p", "nnUNetResEncUNetMPlans"], "plans there: nnUNetPlans."),
         (["-d", "7", "-c", "3d_fullres", "3d_lowres"], "no configuration 3d_lowres; it has: 2d, 3d_fullres."),

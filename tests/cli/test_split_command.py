@@ -70,7 +70,7 @@ def test_a_file_without_folds_is_explained(dataset, capsys, options):
     dataset.parent.mkdir()
     dataset.write_text("[]")
     assert main(["split", "-d", "42", "--labeled", "1", *options]) == 2
-    assert f"{dataset} holds no fold. Move it away" in capsys.readouterr().err
+    assert f"{dataset} contains no fold. Move it away" in capsys.readouterr().err
     assert dataset.read_text() == "[]"
 
 

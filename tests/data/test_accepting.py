@@ -255,7 +255,7 @@ def test_a_link_that_would_lead_elsewhere_is_named(home) -> None:
     (home.images / "U0_0000.nii.gz").rename(home.images / ".kept.nii.gz")
     link(home.images / "U0_0000.nii.gz", ".kept.nii.gz")
     home.correct("U0")
-    with pytest.raises(UserError, match="is a link that would lead elsewhere"):
+    with pytest.raises(UserError, match="is a link that would lead to another place"):
         accepting(home)
 
 
@@ -335,11 +335,11 @@ def test_a_preprocessor_that_fails(home, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda home: shutil.rmtree(home.labeled), "holds no preprocessed labeled case"),
+        (lambda home: shutil.rmtree(home.labeled), "contains no preprocessed labeled case"),
         (lambda home: shutil.rmtree(home.preprocessed / "gt_segmentations"), "gt_segmentations"),
         (lambda home: shutil.rmtree(home.raw / "labelsTr"), "labelsTr"),
         (lambda home: (home.labeled / "L0.npz").touch(), "older nnU-Net"),
-        (lambda home: (home.preprocessed / "nnUNetPlans.json").write_text("{"), "is no valid JSON"),
+        (lambda home: (home.preprocessed / "nnUNetPlans.json").write_text("{"), "is not valid JSON"),
         (lambda home: (home.preprocessed / "splits_final.json").write_text("{}"), "must hold a list of folds"),
         (
             lambda home: write_json(home.raw / "dataset.json", {**home.dataset_json, "dataset": {}}),
@@ -347,7 +347,7 @@ def test_a_preprocessor_that_fails(home, monkeypatch) -> None:
         ),
         (
             lambda home: write_json(home.raw / "dataset.json", {**home.dataset_json, "labels": {"background": 0}}),
-            "'labels' in .* is not what was planned with",
+            "'labels' in .* has changed since planning",
         ),
         (
             lambda home: write_json(
@@ -359,7 +359,7 @@ def test_a_preprocessor_that_fails(home, monkeypatch) -> None:
                     },
                 },
             ),
-            "is no name of a folder",
+            "is not a folder name",
         ),
     ],
 )
@@ -373,7 +373,7 @@ def test_a_dataset_that_cannot_take_cases_is_explained(home, change, message) ->
 
 
 def test_an_empty_folder_is_named(home) -> None:
-    with pytest.raises(UserError, match="holds no segmentation"):
+    with pytest.raises(UserError, match="contains no segmentation"):
         accepting(home)
 
 

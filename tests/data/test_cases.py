@@ -139,7 +139,7 @@ def test_nothing_there_is_an_empty_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["L9", "../nnUNetPlans_3d_fullres/L2"])
 def test_listed_case_that_is_not_preprocessed(preprocessed: Path, name: str) -> None:
     write_splits(preprocessed, [{"train": ["L1"], "val": [], "unlabeled": ["L2", name]}])
-    with pytest.raises(UserError, match=f"names {name}, but .*nnUNetPlans_3d_fullres holds no such case"):
+    with pytest.raises(UserError, match=f"names {name}, but .*nnUNetPlans_3d_fullres contains no such case"):
         collect_unlabeled_cases(preprocessed, IDENTIFIER, 0)
 
 
@@ -154,8 +154,8 @@ def test_case_in_train_and_unlabeled(preprocessed: Path) -> None:
     [
         (None, "does not exist"),
         ([], "is empty"),
-        (["a_0000.mha", "b_0000.mha"], "holds 2 files, of which none ends in .nii.gz"),
-        (["a.nii.gz"], "holds no case that could be preprocessed"),
+        (["a_0000.mha", "b_0000.mha"], "contains 2 files, but none ends in .nii.gz"),
+        (["a.nii.gz"], "contains no case that can be preprocessed"),
     ],
 )
 def test_message_says_where_it_looked_and_what_to_do(tmp_path: Path, names: list[str] | None, state: str) -> None:

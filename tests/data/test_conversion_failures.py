@@ -200,7 +200,7 @@ def test_too_few_cases_and_empty_folders(tmp_path, raw) -> None:
     for kind in BENCHMARKS:
         with pytest.raises(UserError, match=r"No case found.*should hold"):
             convert_dataset(kind, tmp_path / "empty", raw, labeled="1")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         convert_dataset("la", tmp_path / "nowhere", raw, labeled="1")
     assert not raw.exists()
 
@@ -292,7 +292,7 @@ def test_a_file_that_may_not_be_read_is_not_one_that_cannot_be_written(tmp_path,
     monkeypatch.setattr(h5py, "File", refused)
     access = os.access
     monkeypatch.setattr(os, "access", lambda file, mode: access(file, mode) and not (mode and file == closed.resolve()))
-    with pytest.raises(UserError, match=r"CASE00/mri_norm2\.h5 cannot be read.*it goes on with CASE00"):
+    with pytest.raises(UserError, match=r"CASE00/mri_norm2\.h5 cannot be read.*it continues with CASE00"):
         convert_dataset("la", source, raw, labeled="1")
 
 

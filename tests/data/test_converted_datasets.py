@@ -213,7 +213,7 @@ def test_pancreas_cases_that_cannot_be_reconciled_are_named(tmp_path, raw) -> No
     report = convert_dataset("pancreas", source, raw, labeled="1")
     reasons = {problem.identifier: problem.reason for problem in report.failed}
     assert list(reasons) == [f"PANCREAS_{number:04d}" for number in range(1, 6)]
-    for number, words in enumerate(["voxels", "spacing", "lies in air", "no label", "missing"], start=1):
+    for number, words in enumerate(["voxels", "spacing", "is in air", "no label", "missing"], start=1):
         assert words in reasons[f"PANCREAS_{number:04d}"]
     assert report.train == [f"PANCREAS_{number:04d}" for number in range(6, 11)]
     assert names(raw / "labelsTr") == [f"PANCREAS_{number:04d}.nii.gz" for number in range(6, 11)]

@@ -144,25 +144,25 @@ MHA = (
 )
 UINT8 = LABELS.astype(np.uint8)
 REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "cropped": (".nii.gz", plain(UINT8[1:]), r"does not lie on its image: size \(3, 5, 6\) is not \(4, 5, 6\)"),
+    "cropped": (".nii.gz", plain(UINT8[1:]), r"is not on the grid of its image: size \(3, 5, 6\) is not \(4, 5, 6\)"),
     "spacing": (".nii.gz", plain(UINT8, spacing=(0.8, 0.9, 2.6)), "spacing"),
     "origin": (".nii.gz", plain(UINT8, origin=(-12.25, 30.5, 7.1)), "origin"),
     "flipped": (".mha", plain(UINT8, direction=(0, -1, 0, -1, 0, 0, 0, 0, 1)), "direction"),
     "value": (".nii.gz", plain(UINT8 + (UINT8 == 2) * np.uint8(5)), r"the value\(s\) 7, .*\(organ 1, tumor 2\)"),
     "negative": (".nii.gz", plain(LABELS.astype(np.int16) - 1), r"the value\(s\) -1"),
-    "half": (".nii.gz", plain(LABELS / 2.0), "no whole numbers"),
+    "half": (".nii.gz", plain(LABELS / 2.0), "not whole numbers"),
     "nan": (".nii.gz", plain(np.where(LABELS, LABELS, np.nan)), "NaN"),
-    "nan_nrrd": (".nrrd", plain(np.where(LABELS, LABELS, np.nan)), "no whole numbers"),
+    "nan_nrrd": (".nrrd", plain(np.where(LABELS, LABELS, np.nan)), "not whole numbers"),
     "empty": (".nii.gz", plain(UINT8 * 0), "--allow-empty"),
     "overlapping": (".seg.nrrd", overlapping, "2 values each"),
     "vectors": (".nii.gz", overlapping, "2 values each"),
     "four_dimensions": (".nii.gz", of_four_dimensions(2), "2 values for each voxel"),
-    "nrrd_elsewhere": (".nrrd", with_voxels_elsewhere(NRRD), "names another file that holds its voxels"),
-    "mha_elsewhere": (".mha", with_voxels_elsewhere(MHA), "names another file that holds its voxels"),
+    "nrrd_elsewhere": (".nrrd", with_voxels_elsewhere(NRRD), "says that its voxels are in another file"),
+    "mha_elsewhere": (".mha", with_voxels_elsewhere(MHA), "says that its voxels are in another file"),
     "no_image": (".nii.gz", lambda file: file.write_text("not an image"), "cannot be read|damaged"),
     "zipped_text": (".nii.gz", lambda file: file.write_bytes(gzip.compress(b"text")), "cannot be read|damaged"),
     "cut_off": (".nii.gz", cut_off, "damaged or incomplete"),
-    "folder": (".nii.gz", lambda file: file.mkdir(), "is no regular file"),
+    "folder": (".nii.gz", lambda file: file.mkdir(), "is not a regular file"),
     "names": (".seg.nrrd", slicer({"Tumor": 1, "Organ": 2}), "has the value 1 for Tumor, which is 2 in dataset.json"),
 }
 
@@ -186,7 +186,7 @@ def test_regions_and_the_ignore_label(case, tmp_path) -> None:
     plain(np.where(LABELS == 1, 3, LABELS).astype(np.uint8))(file)
     assert set(np.unique(read(case, file, values)[0])) == {0, 2, 3}
     plain(UINT8 * 0 + 3)(file)
-    with pytest.raises(BadImageError, match="holds no structure"):
+    with pytest.raises(BadImageError, match="contains no structure"):
         read(case, file, values)
     assert read(case, file, values, allow_empty=True)[0].min() == 3
 

@@ -184,7 +184,9 @@ def test_a_kill_while_changing_is_completed_by_the_next_run(roots, after, at, do
     recover(roots, said.append)
     refuse_unfinished(roots["preprocessed"])
     assert without_times(visible(roots)) == after
-    assert (at, done) == (STEPS, True) or said == ["An earlier acceptance of a, b was cut off; it is completed now."]
+    assert (at, done) == (STEPS, True) or said == [
+        "An earlier acceptance of a, b was interrupted; it is completed now."
+    ]
     last = last_accepted(roots)
     assert last is not None and last.changed_since() == []
     last.undo()
@@ -204,7 +206,7 @@ def test_a_kill_while_taking_back_is_completed_by_the_next_run(roots, at, done) 
         assert said == [] and last.changed_since() == [], "it had not begun"
         last.undo()
     else:
-        assert said == ["Taking back a, b was cut off; it is completed now."]
+        assert said == ["--undo of a, b was interrupted; it is completed now."]
     assert everything(roots) == before
 
 

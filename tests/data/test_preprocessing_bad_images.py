@@ -180,7 +180,7 @@ def test_odd_images_are_used_with_a_warning(dataset: TinyDataset) -> None:
     assert report.done == ["bright", "coarse", "usual"] and report.failed == []
     assert reasons(report.warnings).keys() == {"bright", "coarse"}
     assert "spacing 5 x 1.25 x 1.25" in reasons(report.warnings)["coarse"]
-    assert "outside the labeled foreground's (50 to 150)" in reasons(report.warnings)["bright"]
+    assert "outside the range of the labeled foreground (50 to 150)" in reasons(report.warnings)["bright"]
     assert dataset.run().warnings == report.warnings
 
 
@@ -193,7 +193,7 @@ def test_warnings_are_about_the_labeled_images_of_today(dataset: TinyDataset) ->
         properties["percentile_00_5"], properties["percentile_99_5"] = 1000.0, 1200.0
     report = dataset.run()
     assert report.up_to_date == ["bright", "usual"]
-    assert "outside the labeled foreground's (1000 to 1200)" in reasons(report.warnings)["usual"]
+    assert "outside the range of the labeled foreground (1000 to 1200)" in reasons(report.warnings)["usual"]
     assert reasons(report.warnings).keys() == {"usual"}
 
 
@@ -267,7 +267,7 @@ def test_without_fingerprint_spacing_is_not_compared(dataset: TinyDataset) -> No
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", r"fingerprint\.json is no valid JSON"),
+        ("", r"fingerprint\.json is not valid JSON"),
         ("[]", r"fingerprint\.json holds no table"),
         ('{"shapes_after_crop": [], "spacings": null}', r"'spacings' in .*fingerprint\.json must be a list"),
     ],

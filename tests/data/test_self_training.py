@@ -300,12 +300,12 @@ def change_json(file: Path, **entries) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_voxels, r"U1: its consensus holds the value\(s\) 7, which dataset.json does not have \(blob 1\)"),
+        (other_voxels, r"U1: its consensus contains the value\(s\) 7, which dataset.json does not define \(blob 1\)"),
         (other_grid, r"U1: .*disagreement.*does not lie on the image: size"),
         (other_spacing, r"U1: .*consensus.*does not lie on the image: spacing"),
         (
             lambda home: (home.queue / "consensus" / "U1.nii.gz").unlink(),
-            r"U1: in .*consensus, U1.nii.gz is no regular",
+            r"U1: in .*consensus, U1.nii.gz is not a regular",
         ),
         (
             lambda home: (home.queue / "disagreement" / "U0.nii.gz").write_bytes(b"x"),

@@ -218,7 +218,7 @@ def test_unlabeled_list_without_splits(tmp_path):
         ),
         ({"0": {}}, "must hold a list of folds"),
         ([["a"]], "must be a table"),
-        ("[{", "no valid JSON"),
+        ("[{", "not valid JSON"),
     ],
 )
 def test_malformed_splits(tmp_path, splits, expected):
@@ -253,7 +253,7 @@ OPEN = [{"train": CASES[:11], "val": CASES[11:], "unlabeled": []}]
 @pytest.mark.parametrize(
     ("splits", "fold", "cases", "expected"),
     [
-        (None, 0, [], "plans_2d holds no preprocessed labeled case"),
+        (None, 0, [], "plans_2d contains no preprocessed labeled case"),
         (None, 0, CASES[:4], r"4 labeled case.*\(nnunet-ssl split -d \S+ --labeled 100%\).*\(THE COMMAND\)"),
         (HIDING, 2, CASES, r"no fold 2: .* has folds 0 to 1\..*80 %.* labels that fold\(s\) 0 hide"),
         (HIDING, -1, CASES, "no fold -1"),
@@ -272,7 +272,7 @@ OPEN = [{"train": CASES[:11], "val": CASES[11:], "unlabeled": []}]
             CASES,
             "'unlabeled' list of fold 0 in .* names x",
         ),
-        ([{"train": ["x"], "val": ["y"]}], 0, CASES, "of fold 0 in .* name x, y, but .*plans_2d holds no such case"),
+        ([{"train": ["x"], "val": ["y"]}], 0, CASES, "of fold 0 in .* name x, y, but .*plans_2d contains no such case"),
     ],
 )
 def test_folds_that_cannot_be_trained(tmp_path, splits, fold, cases, expected):
@@ -289,9 +289,9 @@ def test_folds_that_cannot_be_trained(tmp_path, splits, fold, cases, expected):
         (OPEN, "all", CASES, []),
         (OPEN, 0, CASES, []),
         (HIDING, 0, CASES, []),
-        (None, 5, CASES, ["has folds 0 to 4. nnU-Net draws 80 %"]),
-        (OPEN, 1, CASES, ["has fold 0 only. nnU-Net draws 80 %"]),
-        ([], 0, CASES, ["has no folds. nnU-Net draws 80 %"]),
+        (None, 5, CASES, ["has folds 0 to 4. nnU-Net draws a random 80 %"]),
+        (OPEN, 1, CASES, ["has fold 0 only. nnU-Net draws a random 80 %"]),
+        ([], 0, CASES, ["has no folds. nnU-Net draws a random 80 %"]),
         (HIDING, "all", CASES, ["labels, also with those that fold(s) 0 of"]),
         ([{"train": CASES, "val": []}], 0, CASES, ["no case in the 'val' list of fold 0"]),
         ([{"train": CASES, "val": CASES[:1]}], 0, CASES, ["both name case_00."]),

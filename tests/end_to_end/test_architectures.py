@@ -160,5 +160,5 @@ def test_a_transformer_is_refused_before_anything_is_done(planned_3d):
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stdout
     assert "nnunet-ssl: error: " in done.stdout
-    assert "make a Primus; supported are PlainConvUNet and ResidualEncoderUNet" in done.stdout
+    assert "make a Primus. Supported are PlainConvUNet and ResidualEncoderUNet" in done.stdout
     assert not list(planned_3d.preprocessed.glob("primus_*")), "no case was preprocessed"

@@ -139,7 +139,7 @@ def test_the_validation_of_all_decoders_says_so(planned_3d):
     output = planned_3d.run(
         "nnUNetv2_train", planned_3d.dataset_id, "tiny_mean", 0, "-tr", trainer, "-device", "cpu"
     ).stdout
-    assert "mean probability (validate_with): nnUNetv2_predict uses decoder a alone" in output
+    assert "mean probability (validate_with): nnUNetv2_predict uses only decoder a" in output
     assert "Mean Validation Dice" in output
 
 

@@ -76,7 +76,7 @@ def test_refuses_a_folder_that_it_did_not_make(tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     finished = run_demo("-o", "out", "--overwrite", cwd=tmp_path)
     assert finished.returncode == 2
-    assert "holds something else than a demo" in finished.stderr
+    assert "exists, but not from a demo" in finished.stderr
     assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
 
 

@@ -41,8 +41,8 @@ def test_a_longer_training_goes_on_from_a_finished_one(planned_2d):
 
     given = ["extend", "-d", planned_2d.dataset_id, "-c", "tiny", "-f", 0, "-tr", "CrossMatchTrainer_4epochs"]
     output = planned_2d.run("nnunet-ssl", *given, "-device", "cpu").stdout
-    assert f"goes on from {short / 'checkpoint_final.pth'}, after 2 of 4 epochs" in output
-    assert "is one of CrossMatchTrainer_2epochs, after 2 epochs; CrossMatchTrainer_4epochs has 4" in output
+    assert f"continues from {short / 'checkpoint_final.pth'}, after 2 of 4 epochs" in output
+    assert "is from CrossMatchTrainer_2epochs, after 2 epochs; CrossMatchTrainer_4epochs has 4" in output
     epochs = [line.split()[-1] for line in output.splitlines() if line.split()[-2:-1] == ["Epoch"]]
     assert epochs == ["2", "3"] and "Current learning rate: 0.00536" in output
     assert "Mean Validation Dice" in output
@@ -53,7 +53,7 @@ def test_a_longer_training_goes_on_from_a_finished_one(planned_2d):
 
     after = checkpoints(long)
     again = planned_2d.run("nnunet-ssl", *given, "-device", "cpu").stdout
-    assert "has finished: validates" in again and "Mean Validation Dice" in again
+    assert "has finished: validating" in again and "Mean Validation Dice" in again
     assert checkpoints(long).keys() == after.keys() and checkpoints(short) == before
 
 

@@ -23,7 +23,7 @@ def pilot(planned, folder, *arguments):
 def test_stopped_gone_on_with_and_reported(planned_2d, tmp_path):
     folder = tmp_path / "pilot"
     stopped = pilot(planned_2d, folder, "--hours", "0.0003")
-    assert stopped.returncode == 2 and "The time was over before" in stopped.stderr
+    assert stopped.returncode == 2 and "The time ended before that" in stopped.stderr
     done = pilot(planned_2d, folder, "--seeds", "2")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = list(csv.DictReader((folder / "results.csv").open()))

@@ -107,12 +107,12 @@ def test_bad_files_are_named_and_the_others_evaluated(folders):
     assert result.failed["no_reference"].startswith("it has no reference: ")
     assert str(predictions) in result.failed["garbage"] and "garbage.nii.gz" in result.failed["garbage"]
     assert str(predictions) in result.failed["empty"] and "is empty" in result.failed["empty"]
-    assert "no whole numbers" in result.failed["fractions"]
+    assert "not whole numbers" in result.failed["fractions"]
     assert "damaged or incomplete" in result.failed["truncated"], "ITK would fill it up with background"
 
 
 def test_empty_folders_are_errors(folders, tmp_path):
-    with pytest.raises(UserError, match=r"holds no file that ends in \.nii\.gz"):
+    with pytest.raises(UserError, match=r"contains no file that ends in \.nii\.gz"):
         evaluate_folder(*folders, SLAB)
     with pytest.raises(UserError, match="There is no folder"):
         evaluate_folder(tmp_path / "none", folders[1], SLAB)
@@ -173,9 +173,9 @@ def test_labels_that_nobody_named(folders):
     predictions, references = folders
     write(references / "a.nii.gz", 255 * slab(1))
     write(predictions / "a.nii.gz", slab(1))
-    with pytest.raises(UserError, match=r"labels are 1, but the references in .* hold 255"):
+    with pytest.raises(UserError, match=r"labels are 1, but the references in .* contain 255"):
         evaluate_folder(predictions, references, SLAB)
-    with pytest.raises(UserError, match=r"labels are 1, but the predictions in .* hold 255"):
+    with pytest.raises(UserError, match=r"labels are 1, but the predictions in .* contain 255"):
         evaluate_folder(references, predictions, SLAB)
     known = Segmentations({"slab": 1, "both": [1, 2]}, ".nii.gz", 9, complete=True)
     write(references / "b.nii.gz", slab(1) + 2 * slab(2) + 9 * slab(3))
@@ -184,8 +184,8 @@ def test_labels_that_nobody_named(folders):
     write(predictions / "c.nii.gz", 7 * slab(1))
     result = evaluate_folder(predictions, references, known)
     assert [case.case for case in result.cases] == ["b"]
-    assert result.failed["a"] == "the reference holds 255; the dataset's labels are 0, 1, 2, 9"
-    assert "the prediction holds 7" in result.failed["c"]
+    assert result.failed["a"] == "the reference contains 255; the dataset's labels are 0, 1, 2, 9"
+    assert "the prediction contains 7" in result.failed["c"]
     write(references / "a.nii.gz", slab(1) + 5 * slab(2))
     assert len(evaluate_folder(predictions, references, SLAB).cases) == 3, "--labels may name some of many"
 
@@ -206,7 +206,7 @@ def test_labels_of_a_dataset_json(tmp_path):
         '{"labels": {"background": 0, "organ": 1}, "file_ending": null}',
     ):
         file.write_text(text)
-        with pytest.raises(UserError, match="is no dataset"):
+        with pytest.raises(UserError, match="is not a dataset"):
             Segmentations.from_dataset_json(file)
     file.write_text('{"labels": {"0": "background", "1": "organ"}, "file_ending": ".mha"}')
     with pytest.raises(UserError, match="nnUNetv2_convert_old_nnUNet_dataset"):

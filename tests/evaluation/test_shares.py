@@ -39,7 +39,7 @@ def test_the_labeled_share_is_the_mean_of_the_epochs_that_have_one():
     shares = [[0.1, np.nan], [np.nan, np.nan], [0.3, np.nan]]
     np.testing.assert_allclose(mean_share(shares), [0.2, 0.0])
     assert collapsed([[0.03, 0.0]] * 5, shares) == [True, False]
-    assert "predicted in 3.000% of the unlabeled voxels, and is 20.000%" in collapse_warning(0, [[0.03, 0]], shares)
+    assert "predicted in 3.000% of the unlabeled voxels, but is in 20.000%" in collapse_warning(0, [[0.03, 0]], shares)
 
 
 @given(

@@ -313,7 +313,7 @@ def test_another_methods_checkpoint_is_refused(make, planned_2d, tmp_path):
     trainer.save_checkpoint(str(tmp_path / "c.pth"))
     checkpoint = torch.load(tmp_path / "c.pth", weights_only=True)
     checkpoint["ssl"]["network"]["training_only.other"] = torch.zeros(1)
-    with pytest.raises(UserError, match=r"^Continue with nnunet_ssl .* does not hold what .*training_only\.other"):
+    with pytest.raises(UserError, match=r"^Continue with nnunet_ssl .* does not contain what .*training_only\.other"):
         trainer.load_checkpoint(checkpoint)
 
 

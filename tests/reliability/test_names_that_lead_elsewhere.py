@@ -61,7 +61,7 @@ def elsewhere(request, home) -> str:
 def test_an_unlabeled_list_names_cases_of_its_dataset_only(elsewhere, home) -> None:
     splits = [{"train": CASES[:2], "val": CASES[2:3], "unlabeled": [elsewhere]}]
     home.write(home.preprocessed / "splits_final.json", splits)
-    with pytest.raises(UserError, match="holds no such case"):
+    with pytest.raises(UserError, match="contains no such case"):
         collect_unlabeled_cases(home.preprocessed, "nnUNetPlans_3d", 0)
     home.assert_nothing_happened_outside()
 
@@ -87,7 +87,7 @@ def test_the_plans_folder_of_images_is_in_the_dataset(elsewhere, home) -> None:
         lambda: ready_cases(home.preprocessed, elsewhere),
         lambda: collect_unlabeled_cases(home.preprocessed, elsewhere, 0),
     ):
-        with pytest.raises(UserError, match=r"data_identifier is .*, which is no name of a folder"):
+        with pytest.raises(UserError, match=r"data_identifier is .*, which is not a folder name"):
             use()
     home.assert_nothing_happened_outside()
 
@@ -186,7 +186,7 @@ def test_a_list_of_test_cases_names_cases_only(line, home) -> None:
         for file in ("lgemri.nrrd", "laendo.nrrd"):
             (source / f"CASE{number}" / file).touch()
     (source / "test.list").write_text(f"{line}\n")
-    with pytest.raises(UserError, match="is no case of this dataset"):
+    with pytest.raises(UserError, match="is not a case of this dataset"):
         convert_dataset("la", source, home.root / "raw" / "Dataset008_LA", labeled="1")
     home.assert_nothing_happened_outside()
 

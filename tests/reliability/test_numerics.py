@@ -162,5 +162,5 @@ def test_a_collapse_is_said_once_and_drawn(method, planned_2d, monkeypatch, tmp_
     assert (share > 0).all() and share.sum() == pytest.approx(np.mean(logged["ssl/share/labeled"]))
     assert logged["ssl/share/collapsed_per_class"] == [[0.0, 0.0]] * 4 + [[1.0, 1.0]] * 3
     log = next(tmp_path.glob("*/*/fold_0/training_log*")).read_text()
-    assert log.count("Warning: for 5 epochs, class or region 1 has been predicted in 0.000%") == 1
-    assert log.count("Warning: for 5 epochs, class or region 2 has been predicted in 0.000%") == 1
+    assert log.count("Warning: for 5 epochs, class or region 1 was predicted in 0.000%") == 1
+    assert log.count("Warning: for 5 epochs, class or region 2 was predicted in 0.000%") == 1

@@ -166,7 +166,7 @@ def test_formats_of_which_old_versions_run_code_are_not_given_to_pytorch(tmp_pat
 
 def test_a_checkpoint_without_entries_is_refused(tmp_path) -> None:
     torch.save(torch.zeros(1), tmp_path / "tensor.pth")
-    with pytest.raises(UserError, match="holds a Tensor and no table"):
+    with pytest.raises(UserError, match="contains a Tensor, not a table"):
         read_checkpoint(tmp_path / "tensor.pth")
 
 
@@ -240,7 +240,7 @@ def test_plans_may_name_layers_only(entry, name) -> None:
     if entry == "network_class_name":
         plan[entry] = name
     plan["_kw_requires_import"] = [*plan["_kw_requires_import"], "block"]
-    with pytest.raises(UserError, match=rf"has {entry} = .* no network or layer"):
+    with pytest.raises(UserError, match=rf"has {entry} = .* not a network or layer"):
         check_architecture(ConfigurationManager({"architecture": plan}))
 
 

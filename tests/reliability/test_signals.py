@@ -152,7 +152,7 @@ def test_a_killed_worker_is_named_and_training_does_not_hang(planned_2d, folder)
 
     code, output = exit_code(train, CrossMatchTrainer, planned_2d, folder, log=folder / "log", act=act)
     assert code == 1
-    assert "worker 1 of 1 that make unlabeled batches was ended by SIGKILL" in output
+    assert "worker 1 of 1 that make unlabeled batches was killed by SIGKILL" in output
     assert "nnUNet_n_proc_DA, 1 now" in output and "--c" in output
     torch.load(checkpoint_of(folder), weights_only=True)
 

@@ -78,10 +78,10 @@ def convert_dataset(
             with other content.
     """
     benchmark = BENCHMARKS[kind]
-    whole = f"Give the folder of the whole download; it should hold {benchmark.expects}."
+    whole = f"Give the folder of the whole download; it should contain {benchmark.expects}."
     try:
         if not source.is_dir():
-            raise UserError(f"{source} is no folder. {whole}")
+            raise UserError(f"{source} is not a folder. {whole}")
         source = source.resolve()
         findings = benchmark.find(source)
     except OSError as error:
@@ -90,10 +90,10 @@ def convert_dataset(
             "again."
         ) from None
     if not findings.cases:
-        raise UserError(f"No case found in {source}. It should hold {benchmark.expects}. Source: {benchmark.source}")
+        raise UserError(f"No case found in {source}. It should contain {benchmark.expects}. Source: {benchmark.source}")
     if all(case.test for case in findings.cases):
         raise UserError(
-            f"All cases in {source} are test cases. Give the folder above, which should hold {benchmark.expects}."
+            f"All cases in {source} are test cases. Give the folder above, which should contain {benchmark.expects}."
         )
     report = ConversionReport(remarks=list(findings.notes))
     cases = _usable(findings.cases, report)
@@ -122,7 +122,7 @@ def convert_dataset(
             _describe(benchmark, dataset_folder, unfinished, len(report.train))
     except OSError as error:
         raise UserError(
-            f"{dataset_folder} cannot be made or written to: {one_line(error)}. {AGAIN} It goes on where it stopped."
+            f"{dataset_folder} cannot be made or written to: {one_line(error)}. {AGAIN} It continues where it stopped."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -170,7 +170,7 @@ def _hold_out(
         group = benchmark.listed_group(line)
         if group is None:
             raise UserError(
-                f"{test_list} names {line!r}, which is no case of this dataset. Correct or remove the line."
+                f"{test_list} names {line!r}, which is not a case of this dataset. Correct or remove the line."
             )
         groups.add(group)
     if not groups:
@@ -182,8 +182,8 @@ def _hold_out(
     missing = sorted(groups - known)
     if missing:
         raise UserError(
-            f"{test_list} names {some_of(missing)}, which the download does not hold. Complete the download, or remove "
-            "these lines."
+            f"{test_list} names {some_of(missing)}, which the download does not contain. Complete the download, or "
+            "remove these lines."
         )
     report.remarks.append(f"Test cases from {test_list}.")
     return [replace(case, test=True) if benchmark.group(case.name) in groups else case for case in cases]
@@ -220,7 +220,7 @@ def _claim(folder: Path, kind: str, source: Path, outputs: Sequence[Path]) -> No
         )
         if others:
             raise UserError(
-                f"{folder} holds files that this conversion would not write, so test and training cases could get "
+                f"{folder} contains files that this conversion would not write, so test and training cases could be "
                 f"mixed up: {some_of(others, 5)}. Was it made with another list of test cases? {remedy}"
             )
         return
@@ -251,13 +251,13 @@ def _convert_case(
                 file.unlink(missing_ok=True)
             if unreadable := _unreadable(case, error):
                 raise UserError(
-                    f"{unreadable} cannot be read: {one_line(error)}. Check its permissions and its disk and "
-                    f"run the command again; it goes on with {case.name}."
+                    f"{unreadable} cannot be read: {one_line(error)}. Check its permissions and its disk and run the "
+                    f"command again; it continues with {case.name}."
                 ) from error
             if _machine_is_at_fault(error, unfinished):
                 raise UserError(
-                    f"{case.name} could not be written to {unfinished.parent}: {one_line(error)}. {AGAIN} It goes on "
-                    "with this case. Check free memory too."
+                    f"{case.name} could not be written to {unfinished.parent}: {one_line(error)}. {AGAIN} It "
+                    "continues with this case. Check free memory too."
                 ) from error
             # Whatever is wrong with one case's files, the others can be converted.
             reason = str(error) if isinstance(error, BadImageError) else one_line(error)

@@ -79,8 +79,9 @@ def write_folds(
     if file.is_file():
         if read_splits(file) != made:
             raise UserError(
-                f"{file} has other folds already. To change how many cases are labeled, run nnunet-ssl split, which "
-                "keeps the previous file; to have the folds of this conversion, move that file away and run it again."
+                f"{file} already has other folds. To change the number of labeled cases, run nnunet-ssl split, which "
+                "keeps the previous file. To get the folds of this conversion, move that file away and run this "
+                "again."
             )
     else:
         write_splits(file, made)

@@ -84,7 +84,7 @@ def read_series(folder: Path) -> sitk.Image:
                     series.append(slices)
     if len(series) != 1:
         found = f"{len(series)} DICOM series" if series else "no DICOM series of several slices"
-        raise BadImageError(f"{folder} holds {found}, expected one")
+        raise BadImageError(f"{folder} contains {found}, expected one")
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(series[0])
     reader.MetaDataDictionaryArrayUpdateOn()
@@ -98,7 +98,7 @@ def read_series(folder: Path) -> sitk.Image:
     usual = float(np.median(steps))
     if usual <= 0 or steps.min() < 0.5 * usual or steps.max() > 1.5 * usual:
         raise BadImageError(
-            f"the slices are {steps.min():.3g} to {steps.max():.3g} mm apart: some are missing or there twice"
+            f"the slices are {steps.min():.3g} to {steps.max():.3g} mm apart: some are missing or duplicated"
         )
     return image
 
@@ -126,7 +126,7 @@ def match_label(image: sitk.Image, label: sitk.Image) -> tuple[sitk.Image, str]:
     mask = binary_mask(sitk.GetArrayFromImage(oriented))
     air = float((sitk.GetArrayViewFromImage(image)[mask > 0] < _AIR).mean())
     if air > _MOST_AIR:
-        raise BadImageError(f"{air:.0%} of the label lies in air or lung: it does not fit the scan, or is turned round")
+        raise BadImageError(f"{air:.0%} of the label is in air or lung: it does not fit the scan, or is flipped")
     return image_from_array(mask, image), note
 
 
