@@ -52,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="ARM",
-        help="trainers, if you like with settings (TRAINER:NAME=VALUE,NAME=VALUE) or a warm start "
-        "(TRAINER@warm=SHARE); they are compared with nnUNetTrainer, or with the first if nnUNetTrainer is "
-        "not among them",
+        help="trainers, optionally with settings (TRAINER:NAME=VALUE,NAME=VALUE) or a warm start (TRAINER@warm=SHARE); "
+        "they are compared with nnUNetTrainer if it is among them, or else with the first",
     )
     _add_case_arguments(parser)
     parser.add_argument(
@@ -83,10 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings for every arm that has them; an arm's own settings override them",
     )
     parser.add_argument(
-        "--configurations",
-        type=Path,
-        metavar="FILE",
-        help="JSON file with more configurations, written as in the plans",
+        "--configurations", type=Path, metavar="FILE", help="JSON with more configurations, written as in the plans"
     )
     add_machine_arguments(parser)
     parser.add_argument(

@@ -54,7 +54,7 @@ def test_what_changed_is_printed_and_taken_back(home, capsys) -> None:
         "To reverse this: nnunet-ssl accept -d 7 --undo",
     ]
     assert accept(home, "--undo") == 0
-    assert "Taken back: U0, U2." in capsys.readouterr().out
+    assert "Reversed: U0, U2." in capsys.readouterr().out
     assert home.everything() == before
     assert accept(home, "--undo") == 2
     assert "no acceptance in Dataset007_Tiny to reverse" in capsys.readouterr().err
@@ -94,7 +94,7 @@ def test_the_next_run_completes_what_was_cut_off(home, monkeypatch, capsys, at, 
     monkeypatch.setattr(journal, "rename", rename)
     begun = home.everything()
     capsys.readouterr()
-    with pytest.raises(UserError, match=r"in the middle of a change.*accept -d Dataset007_Tiny completes it"):
+    with pytest.raises(UserError, match=r"in the middle of a change.*accept -d Dataset007_Tiny completes the change"):
         home.run()
     assert main(["preprocess", "-d", "7"]) == 2 and home.everything() == begun
     assert accept(home) == 0

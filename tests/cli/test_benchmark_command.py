@@ -31,7 +31,7 @@ CALL = {
         ({"--folds": ["7"]}, "There is no fold 7"),
         ({"--epochs": ["0"]}, "--epochs is 0"),
         ({"--jobs": ["0"]}, "--jobs is 0"),
-        ({"--seeds": ["-1"]}, "--seeds holds -1"),
+        ({"--seeds": ["-1"]}, "--seeds contains -1"),
         ({"--configurations": ["nowhere.json"]}, "nowhere.json"),
         ({"--settings": ["ramp_length"]}, "give NAME=VALUE"),
     ],

@@ -99,7 +99,7 @@ def test_a_file_in_place_of_nnunets_folder(folders, monkeypatch, capsys, variabl
     monkeypatch.setenv(variable, str(folders / "file"))
     assert convert(folders, "--labeled", "2") == 2
     error = capsys.readouterr().err
-    assert "file is no folder" in error and variable in error
+    assert "file is not a folder" in error and variable in error
     assert not list((folders / "nnUNet_raw").iterdir()) and not list((folders / "nnUNet_preprocessed").iterdir())
 
 

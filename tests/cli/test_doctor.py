@@ -539,7 +539,7 @@ def test_a_trainer_that_is_not_found_comes_with_those_there_are(
     with pytest.raises(UserError) as error:
         find_trainer("CrossMatchTrainer")
     assert 'export nnUNet_extTrainer="$(nnunet-ssl trainers)"' in str(error.value)
-    assert "It has BCPTrainer, " in str(error.value)
+    assert "The trainers there: BCPTrainer, " in str(error.value)
     (tmp_path / "Broken.py").write_text("import no_such_module\n")
     with pytest.raises(UserError, match=r"CrossMatchTrainer \(ModuleNotFoundError: .*no_such_module"):
         find_trainer("CrossMatchTrainer")

@@ -370,7 +370,7 @@ def change_plans(model: Path, before: str, after: str) -> None:
         (lambda model: (model / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK\x03\x04"), "tensors and plain"),
         (lambda model: (model / "plans.json").unlink(), "plans.json. nnU-Net writes it when a training starts"),
         (lambda model: (model / "dataset.json").write_text("{"), "dataset.json is not valid JSON"),
-        (lambda model: change_plans(model, "[4, 6, 8]", "[4, 6, 9]"), "[4, 6, 8] there, [4, 6, 9] here. Put back"),
+        (lambda model: change_plans(model, "[4, 6, 8]", "[4, 6, 9]"), "[4, 6, 8] there, [4, 6, 9] here. Restore"),
     ],
     ids=["damaged checkpoint", "no plans", "damaged json", "changed plans"],
 )

@@ -65,7 +65,7 @@ def test_it_goes_on_from_the_longest_finished_one(finish, planned_2d, monkeypatc
     trainer.on_train_epoch_start()
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * (1 - 5 / 20) ** 0.9)
     log = Path(trainer.log_file).read_text()
-    assert "one of CrossMatchTrainer_5epochs, after 5 epochs; CrossMatchTrainer_20epochs has 20" in log
+    assert "is from CrossMatchTrainer_5epochs, after 5 epochs; CrossMatchTrainer_20epochs has 20" in log
 
 
 @pytest.mark.parametrize("stopped", [True, False])
@@ -76,7 +76,7 @@ def test_what_has_begun_goes_on_from_its_own_checkpoint(finish, capsys, stopped)
     assert extend("CrossMatchTrainer_5epochs") == 0
     assert contents(own) == before
     file = own / f"checkpoint_{'latest' if stopped else 'final'}.pth"
-    said = f"has begun: continuing from {file}" if stopped else f"has finished: validates {file}"
+    said = f"has begun: continuing from {file}" if stopped else f"has finished: validating {file}"
     assert f"CrossMatchTrainer_5epochs {said}\n" in capsys.readouterr().out
 
 
@@ -112,8 +112,8 @@ def test_nothing_is_copied_that_cannot_go_on(finish, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("trainer", "options", "expected"),
     [
-        ("CrossMatchTrainer_1epoch", [], ["has 1 epochs", "Finished are: CrossMatchTrainer_5epochs (5 epochs)"]),
-        ("CrossMatchTrainer", ["-f", "1"], ["has 1000 epochs", "and fold 1. Finished are: none. Correct -tr"]),
+        ("CrossMatchTrainer_1epoch", [], ["has 1 epochs", "Finished trainings: CrossMatchTrainer_5epochs (5 epochs)"]),
+        ("CrossMatchTrainer", ["-f", "1"], ["has 1000 epochs", "and fold 1. Finished trainings: none. Correct -tr"]),
         ("SimCVDTrainer_10epochs", [], ["no finished training of SimCVDTrainer"]),
         ("CrossMatchTrainer_7epochs", [], ["CrossMatchTrainer_7epochs", "such as _250epochs"]),
         ("CrosMatchTrainer_10epochs", [], ["Did you mean CrossMatchTrainer?", "SimCVDTrainer, "]),

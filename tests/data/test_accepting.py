@@ -185,7 +185,7 @@ def test_all_channels_and_all_plans(tmp_path) -> None:
 
 def test_an_empty_segmentation_is_accepted_only_on_request(home) -> None:
     write_image(home.corrected / "U0.nii.gz", segmentation(0) * 0)
-    with pytest.raises(UserError, match=r"holds no structure.*--allow-empty"):
+    with pytest.raises(UserError, match=r"contains no structure.*--allow-empty"):
         accepting(home)
     assert accepting(home, allow_empty=True) == ["U0"]
     assert not read_labels(home.raw / "labelsTr" / "U0.nii.gz").any()

@@ -198,7 +198,7 @@ def test_too_few_cases_and_empty_folders(tmp_path, raw) -> None:
         convert_dataset("la", la_download(tmp_path / "download", train=4), raw, labeled="1")
     (tmp_path / "empty").mkdir()
     for kind in BENCHMARKS:
-        with pytest.raises(UserError, match=r"No case found.*should hold"):
+        with pytest.raises(UserError, match=r"No case found.*should contain"):
             convert_dataset(kind, tmp_path / "empty", raw, labeled="1")
     with pytest.raises(UserError, match="is not a folder"):
         convert_dataset("la", tmp_path / "nowhere", raw, labeled="1")
@@ -212,7 +212,7 @@ def test_too_few_cases_and_empty_folders(tmp_path, raw) -> None:
 def test_labels_that_were_not_downloaded(kind, labels, tmp_path, raw) -> None:
     source = DOWNLOADS[kind](tmp_path / "download")
     shutil.rmtree(source / labels)
-    with pytest.raises(UserError, match=r"found 0\. Cases left out: ., the first .* no label .* should hold"):
+    with pytest.raises(UserError, match=r"found 0\. Cases left out: ., the first .* no label .* should contain"):
         convert_dataset(kind, source, raw, labeled="1")
 
 

@@ -78,7 +78,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[TinyDataset], None], str]] = {
     "2D": (lambda dataset: dataset.add("bad", voxels(1, (24, 24))), "2D image .* labeled images are 3D"),
     "one slice": (lambda dataset: dataset.add("bad", voxels(1, (1, 24, 24))), "2D image .* labeled images are 3D"),
     "channels": (_four_dimensions, "2 channels, but this dataset has 1"),
-    "color": (_color, r"bad_0000\.nii\.gz has RGB voxels, 3 values each"),
+    "color": (_color, r"bad_0000\.nii\.gz has RGB voxels with 3 values each"),
     "spacing": (lambda dataset: dataset.add("bad", voxels(1), spacing=500.0), "correct the spacing in its header"),
 }
 
@@ -268,7 +268,7 @@ def test_without_fingerprint_spacing_is_not_compared(dataset: TinyDataset) -> No
     ("content", "expected"),
     [
         ("", r"fingerprint\.json is not valid JSON"),
-        ("[]", r"fingerprint\.json holds no table"),
+        ("[]", r"fingerprint\.json contains no table"),
         ('{"shapes_after_crop": [], "spacings": null}', r"'spacings' in .*fingerprint\.json must be a list"),
     ],
 )
