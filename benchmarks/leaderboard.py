@@ -187,11 +187,12 @@ def draw(columns: Sequence[Column], file: Path) -> None:
 
 
 _READ = f"""\
-Dice: mean over structures, validation cases and trainings. In brackets the difference to nnUNetTrainer, paired over the
-cases, and its 95 % interval over cases and trainings; an interval that holds 0 shows no difference. n: trainings; an
-arm with fewer than {ENOUGH} is "too few" to go by. Cost: processor time of a step on a CPU, time of a step on a GPU,
-times nnUNetTrainer's in the same campaign. Arms by their mean difference, those that lack a column last. Why the spread
-of trainings counts: [chance](explanation/chance.md)."""
+The table gives the mean Dice over structures, validation cases and trainings. In brackets: the difference to
+nnUNetTrainer, paired over the cases, and its 95 % interval over cases and trainings. An interval that contains 0 shows
+no difference. n is the number of trainings; fewer than {ENOUGH} are "too few" for a conclusion. Cost is the time of a
+step relative to nnUNetTrainer in the same campaign (on a CPU, its processor time). Arms are sorted by their mean
+difference, and those that lack a column come last. [Chance](explanation/chance.md) explains why the spread of trainings
+matters."""
 
 
 def _read(folder: Path) -> tuple[Campaign, Report]:
@@ -224,10 +225,10 @@ def _verdicts(columns: Sequence[Column]) -> list[str]:
     spreads = [
         f"{column.title} {column.spread:.3f} ({column.gains[BASELINE].runs} trainings)"
         if column in known
-        else f"{column.title} not known, of one training, so nothing above is of it"
+        else f"{column.title} not known (one training), so it is not listed above"
         for column in columns
     ]
-    return [*parts, f"Spread, the standard deviation of {BASELINE}'s trainings in Dice: {'; '.join(spreads)}."]
+    return [*parts, f"The spread is the standard deviation of {BASELINE}'s trainings in Dice: {'; '.join(spreads)}."]
 
 
 def _origin(runs: Sequence[Run]) -> str:
@@ -280,21 +281,20 @@ def _limits(reports: Sequence[tuple[Campaign, Report]], columns: Sequence[Column
         run = report.runs[0]
         names = ", ".join(dict.fromkeys(f"{one.about['iterations']}" for one in report.runs))
         lines.append(
-            f"- {campaign.dataset}: {names} labeled iterations of a small network (`{campaign.configuration}`), where "
-            f"nnU-Net trains its own, larger ones for 250,000; {len(run.result.cases)} validation cases, one draw of "
-            "labeled cases for each setting."
+            f"- {campaign.dataset}: {names} labeled iterations of a small network (`{campaign.configuration}`). "
+            f"nnU-Net trains its own, larger networks for 250,000. {len(run.result.cases)} validation cases, one draw "
+            "of labeled cases for each setting."
         )
     compared = sum(len(column.gains) - 1 for column in columns)
     if compared > 1:
         lines.append(
-            f"- Chance of many looks: the table has {compared} differences. Of 20 that are nothing but chance, one has "
-            "an interval without 0."
+            f"- Chance in many comparisons: the table has {compared} differences. Of 20 differences by chance alone, "
+            "one has an interval without 0."
         )
     lines += [
-        "- What tuning brings: each arm has the settings that it names, and else its paper's.",
-        "- Which of two methods is the better one: each is compared with nnUNetTrainer alone.",
-        "- Other organs, scanners, numbers of labels and lengths than these. On your own data:"
-        " [pilot](how-to/pilot.md).",
+        "- The effect of tuning: each arm has the default settings, except those that it names.",
+        "- Which of two methods is better: each is only compared with nnUNetTrainer.",
+        "- Other organs, scanners, numbers of labels and lengths. Try your own data: [pilot](how-to/pilot.md).",
     ]
     return "\n".join(lines)
 
@@ -306,7 +306,7 @@ def _section(campaign: Campaign, report: Report) -> Iterator[str]:
         yield f"### {campaign.dataset.partition('_')[2]}, {setting}"
         yield from report.tables(setting)
     yield (
-        "Repeat a row: keep nnUNetTrainer and the row's arm after `-tr`. It takes the dataset with the folds of this "
+        "To repeat a row, keep nnUNetTrainer and the row's arm after `-tr`. The dataset must have the folds of this "
         "campaign; `campaign.json`, next to the table, lists their cases. Prepare once:"
     )
     yield _code(_preparation(campaign))
