@@ -262,7 +262,7 @@ def test_folds_that_cannot_be_trained_are_refused_before_any_work(make, splits):
     for file in folder.glob(f"{cases[0]}*"):
         file.unlink()
     ready = (
-        rf"holds 4 labeled case.*\(nnunet-ssl split -d {splits.parent.name} --labeled 100%\).*"
+        rf"contains 4 labeled case.*\(nnunet-ssl split -d {splits.parent.name} --labeled 100%\).*"
         rf"\(nnUNetv2_train {splits.parent.name} tiny all -tr CrossMatchTrainer\)"
     )
     with pytest.raises(UserError, match=ready):

@@ -300,7 +300,7 @@ def change_json(file: Path, **entries) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_voxels, r"U1: its consensus contains the value\(s\) 7, which dataset.json does not define \(blob 1\)"),
+        (other_voxels, r"U1: its consensus holds the value\(s\) 7, which dataset.json does not have \(blob 1\)"),
         (other_grid, r"U1: .*disagreement.*does not lie on the image: size"),
         (other_spacing, r"U1: .*consensus.*does not lie on the image: spacing"),
         (
