@@ -253,7 +253,7 @@ def test_models_of_other_plans_or_labels_are_named(home, capsys) -> None:
     change(model / "dataset.json", lambda content: content["labels"].update(other=3))
     assert "'labels'" in refused(capsys, home)
     (model / "dataset.json").write_text("{")
-    assert "no valid JSON" in refused(capsys, home)
+    assert "not valid JSON" in refused(capsys, home)
 
 
 def test_a_broken_checkpoint_is_named(home, capsys) -> None:

@@ -203,6 +203,7 @@ def test_color_in_other_formats_and_readers(dataset: TinyDataset) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(color, isVector=True), str(dataset.images / "nrrd_0000.nrrd"))
     assert "RGB voxels" in reasons(dataset.run().failed)["nrrd"]
 
+    (dataset.images / "nrrd_0000.nrrd").unlink()
     dataset.dataset_json["file_ending"] = ".nii"
     dataset.plans["image_reader_writer"] = "NibabelIO"
     sitk.WriteImage(sitk.GetImageFromArray(color, isVector=True), str(dataset.images / "vector_0000.nii"))
