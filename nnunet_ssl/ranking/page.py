@@ -30,7 +30,7 @@ table {{ border-collapse: collapse; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .35rem .6rem; text-align: left; vertical-align: top; }}
 td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
 td.reason {{ min-width: 14rem; max-width: 18rem; }}
-td.case {{ overflow-wrap: anywhere; min-width: 12rem; font-weight: 600; }}
+td.case {{ overflow-wrap: anywhere; min-width: 14rem; font-weight: 600; }}
 th {{ position: sticky; top: 0; background: #fff; white-space: nowrap; }}
 th button {{ border: 0; background: none; padding: 0; font-weight: 600; cursor: pointer; }}
 img {{ height: {HEIGHT}px; max-width: none; display: block; background: #eee; }}
