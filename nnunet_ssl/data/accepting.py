@@ -29,6 +29,7 @@ from nnunet_ssl.data.labeled_folders import (
 )
 from nnunet_ssl.data.leak_guard import check_leaks
 from nnunet_ssl.data.nnunet_files import MEND, read_dataset_json, read_descriptions
+from nnunet_ssl.data.queue import QUEUE_FILE, case_files
 from nnunet_ssl.data.raw_cases import (
     IMAGES_FOLDER,
     LABELED_IMAGES_FOLDER,
@@ -188,6 +189,7 @@ def _raise_problems(problems: Sequence[CaseProblem]) -> None:
 
 
 def _corrections(work: _Acceptance, wanted: Wanted) -> list[Correction]:
+    _refuse_unlooked(wanted)
     images = work.dataset.raw / IMAGES_FOLDER
     cases, unusable = find_raw_cases(images, work.ending, files_per_case(work.dataset.raw, work.description))
     found, problems = find_corrections(wanted.labels, cases, wanted.cases, work.reader, work.ending)
@@ -198,6 +200,25 @@ def _corrections(work: _Acceptance, wanted: Wanted) -> list[Correction]:
     if not found and not work.problems:
         raise UserError(f"{wanted.labels} contains no segmentation: no file ends in {work.ending}.")
     return found
+
+
+def _refuse_unlooked(wanted: Wanted) -> None:
+    """Of a queue, take only what a person says to have corrected: the rest of it are pseudo-labels, or no labels.
+
+    Raises:
+        UserError: the folder is one of a queue, and no case is named or the folder is not that of the consensus.
+    """
+    folder = Path(os.path.realpath(wanted.labels))
+    if not (folder.parent / QUEUE_FILE).is_file():
+        return
+    consensus = case_files(folder.parent, "case", "").consensus.parent
+    if folder != consensus:
+        raise UserError(f"{folder} was made by nnunet-ssl rank and holds no segmentations. They are in {consensus}.")
+    if not wanted.cases:
+        raise UserError(
+            f"{folder} also holds what nobody has corrected. Name the cases that you have corrected: --labels "
+            f"{wanted.labels} CASE ..."
+        )
 
 
 def _stage_labels(work: _Acceptance, correction: Correction, wanted: Wanted) -> tuple[RawCase, Path] | None:

@@ -34,6 +34,24 @@ def accept(home: AcceptingHome, *arguments: object) -> int:
     return main(["accept", "-d", "7", *map(str, arguments)])
 
 
+def test_of_a_queue_only_named_cases_of_the_consensus_are_taken(home, capsys, monkeypatch) -> None:
+    home.correct("U0", "U2")
+    queue = home.root / "queue"
+    queue.mkdir()
+    (queue / "queue.json").write_text("{}")
+    home.corrected.rename(queue / "consensus")
+    (queue / "disagreement").mkdir()
+    (queue / "consensus" / "U2.nii.gz").rename(queue / "disagreement" / "U2.nii.gz")
+    before = home.everything()
+    assert accept(home, "--labels", queue / "disagreement", "U2") == 2
+    assert "disagreement was made by nnunet-ssl rank and holds no segmentations" in capsys.readouterr().err
+    monkeypatch.chdir(queue / "consensus")
+    assert accept(home, "--labels", ".") == 2
+    assert "also holds what nobody has corrected. Name the cases" in capsys.readouterr().err
+    assert home.everything() == before
+    assert accept(home, "--labels", ".", "U0", "-np", 0) == 0
+
+
 def test_what_changed_is_printed_and_taken_back(home, capsys) -> None:
     before = home.everything()
     home.correct("U0", "U2")
