@@ -32,6 +32,10 @@ VERDICTS = (FIRST, LOOK, RELIABLE)
 """In the order of the rows."""
 
 _AGAIN = "Make the queue again with nnunet-ssl rank, in another folder."
+_TABLE_AGAIN = (
+    "Run the same nnunet-ssl rank again: it writes the table anew and predicts nothing again. To choose cases "
+    "yourself, name them for nnunet-ssl self-train with --cases."
+)
 
 
 @dataclass(frozen=True)
@@ -332,32 +336,34 @@ def write_rows(folder: Path, queue: Queue, rows: Sequence[Row]) -> None:
 
 
 def read_rows(folder: Path, queue: Queue) -> list[Row]:
-    """Read ``cases.csv``; a case that is not (yet) in it has no segmentation either.
+    """Read ``cases.csv``; a case that is not (yet) in it has no segmentation either. Editors may add a byte-order mark.
 
     Raises:
         UserError: there is none, or it is not of this queue: other columns, a case twice or one that the queue lacks.
     """
     file = folder / ROWS_FILE
     try:
-        lines = list(csv.reader(io.StringIO(file.read_bytes().decode()), strict=True))
+        lines = list(csv.reader(io.StringIO(file.read_bytes().decode("utf-8-sig")), strict=True))
     except FileNotFoundError:
         raise UserError(f"There is no {file} yet: run nnunet-ssl rank again, which goes on.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{file} is no table: {error}. {_AGAIN}") from None
+        raise UserError(f"{file} is no table: {error}. {_TABLE_AGAIN}") from None
     expected = _header(queue)
     if not lines or lines[0] != expected:
         found = shorten(", ".join(lines[0]) if lines else "")
-        raise UserError(f"{file} should have the columns {', '.join(expected)}; found {found}. {_AGAIN}")
+        raise UserError(f"{file} should have the columns {', '.join(expected)}; found {found}. {_TABLE_AGAIN}")
     rows = []
     for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
         try:
             rows.append(_row(line, queue))
         except ValueError as error:
-            raise UserError(f"Line {number} of {file} is broken: {error}. {_AGAIN}") from None
+            raise UserError(f"Line {number} of {file} is broken: {error}. {_TABLE_AGAIN}") from None
     if twice := sorted(case for case, count in Counter(row.case for row in rows).items() if count > 1):
-        raise UserError(f"{file} has {some_of(twice)} more than once. {_AGAIN}")
+        raise UserError(f"{file} has {some_of(twice)} more than once. {_TABLE_AGAIN}")
     return rows
 
 

@@ -183,6 +183,24 @@ def test_what_is_wrong_in_the_rows_is_named(tmp_path, before, after, said) -> No
         read_rows(tmp_path, QUEUE)
 
 
+@pytest.mark.parametrize("saved", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n") + "\r\n"])
+def test_a_table_that_an_editor_has_saved(tmp_path, saved) -> None:
+    write_rows(tmp_path, QUEUE, ROWS)
+    file = tmp_path / "cases.csv"
+    file.write_text(saved(file.read_text()), encoding="utf-8", newline="")
+    assert [row.case for row in read_rows(tmp_path, QUEUE)] == [row.case for row in ROWS]
+
+
+def test_a_table_of_other_columns_costs_no_prediction(tmp_path) -> None:
+    write_rows(tmp_path, QUEUE, ROWS)
+    file = tmp_path / "cases.csv"
+    file.write_text(file.read_text().replace(",", ";"))
+    with pytest.raises(
+        UserError, match="the same nnunet-ssl rank again: it writes the table anew and predicts nothing"
+    ):
+        read_rows(tmp_path, QUEUE)
+
+
 def test_rows_that_are_not_there_or_no_text_are_named(tmp_path) -> None:
     with pytest.raises(UserError, match="run nnunet-ssl rank again"):
         read_rows(tmp_path, QUEUE)
