@@ -6,6 +6,7 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
         except BaseException:
             # What was done before an interruption can be looked at.
             if ranking.done:
-                ranking.publish()
+                with suppress(UserError):
+                    ranking.publish()
             raise
         _report(ranking, ranking.publish())
     return 1 if ranking.problems else 0
@@ -248,6 +250,7 @@ def _predict(ranking: Ranking, wanted: Wanted, dataset: _Dataset, device: torch.
 
 def _report(ranking: Ranking, rows: list[Row]) -> None:
     from nnunet_ssl.data.queue import FIRST, VERDICTS
+    from nnunet_ssl.ranking.run import REPLACED_FOLDER
 
     counts = Counter(row.verdict for row in rows)
     print(f"{len(rows)} case(s): {', '.join(f'{counts[verdict]} {verdict}' for verdict in VERDICTS)}")
@@ -255,7 +258,12 @@ def _report(ranking: Ranking, rows: list[Row]) -> None:
         print(f"  {row.case}: {row.verdict} ({row.reason})")
     for case, reason in ranking.problems.items():
         print(f"{case} was not predicted: {reason}")
-    if rows and not counts[FIRST]:
+    if ranking.replaced:
+        print(
+            f"Predicted again: {some_of(ranking.replaced)}. Their earlier consensus is in "
+            f"{ranking.folder / REPLACED_FOLDER}."
+        )
+    if rows and not counts[FIRST] and len(ranking.queue.models) > 1:
         print("No Dice is below --first. The first case in the table is the one that the models agree least on.")
     spent = ranking.seconds.predicting + ranking.seconds.other
     if spent:

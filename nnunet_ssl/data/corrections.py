@@ -274,6 +274,8 @@ def write_labels(reader: Any, labels: NDArray[np.integer], file: Path, propertie
     # A full disk is no error to every library.
     try:
         with contextlib.redirect_stdout(io.StringIO()):
+            # ITK fills a file that was cut off up with background, of which most label maps end.
+            check_file(reader, file)
             stored = reader.read_seg(str(file))[0][0]
     except Exception as error:
         raise BadImageError(

@@ -39,9 +39,12 @@ def open_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: it holds something else, another run uses it, or it cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"-o {folder} is a file. {ELSEWHERE}")
-    foreign = sorted(list_names(folder) - {_WORK})
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"-o {folder} is a file. {ELSEWHERE}")
+        foreign = sorted(list_names(folder) - {_WORK})
+    except OSError as error:
+        raise UserError(f"-o {folder} cannot be used: {error.strerror or error}. {ELSEWHERE}") from None
     if foreign and not (folder / QUEUE_FILE).is_file():
         raise UserError(
             f"-o {folder} is no queue and holds something else already: {some_of(foreign, 5)}. Name a folder that is "
@@ -56,13 +59,16 @@ def open_folder(folder: Path) -> Iterator[Path]:
 def agree(folder: Path, wanted: Queue) -> Queue:
     """Make the queue's description, or go on with the one that there is; returns it with today's cases.
 
-    What models were trained on stays as it was noted first: the folds may have got new cases since.
+    A queue in which no case is done may be made of something else now, since nothing is lost. Else, what models were
+    trained on stays as it was noted first: the folds may have got new cases since.
 
     Raises:
         UserError: the queue was made with other models, or of something else; the text says what differs.
     """
-    if (folder / QUEUE_FILE).is_file():
-        there = read_queue(folder)
+    there = read_queue(folder) if (folder / QUEUE_FILE).is_file() else None
+    if there is not None and not (folder / _WORK / _DONE).exists():
+        (folder / _WORK / _RANGES).unlink(missing_ok=True)
+    elif there is not None:
         if differences := _differences(there, wanted):
             raise UserError(
                 f"{folder} was made otherwise: {'; '.join(differences)}. Go on with what it was made with, or choose "
@@ -113,7 +119,13 @@ def read_done(folder: Path, queue: Queue) -> dict[str, Done]:
         return done
     except OSError as error:
         raise UserError(f"{folder / _WORK / _DONE} cannot be read: {error.strerror or error}.") from None
-    there = {name: list_names(folder / name) for name in ("consensus", "disagreement", "uncertainty", "pictures")}
+    try:
+        there = {name: list_names(folder / name) for name in ("consensus", "disagreement", "uncertainty", "pictures")}
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be listed: {error.strerror or error}. It must be a folder: move it away, and its "
+            "files are made again."
+        ) from None
     for line in lines:
         try:
             content = json.loads(line)

@@ -16,6 +16,7 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from numpy.typing import NDArray
 
+from nnunet_ssl.data.corrections import write_labels
 from nnunet_ssl.data.image_checks import BadImageError, check_image, describe_labeled_images, read_image
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.ranking.scores import ENTROPY_STEP
@@ -76,7 +77,7 @@ class Ensemble:
         Raises:
             UserError: a checkpoint cannot be loaded.
         """
-        self._predictors: list[tuple[nnUNetPredictor, list[Any]]] = []
+        self._predictors: list[tuple[nnUNetPredictor, dict[str, Any]]] = []
         for folder, folds in folders.items():
             on_gpu = device.type == "cuda"
             try:
@@ -90,8 +91,9 @@ class Ensemble:
                 raise
             except Exception as error:
                 files = ", ".join(str(folder / f"fold_{fold}" / checkpoint) for fold in folds)
-                raise UserError(f"A checkpoint cannot be loaded: {files}: {one_line(error)}.") from error
-            self._predictors.append((predictor, list(predictor.list_of_parameters)))
+                raise UserError(f"A checkpoint cannot be loaded: {files}: {one_line(error).rstrip('.')}.") from error
+            names = [f"{folder.name.split('__')[0]} fold {fold}" for fold in folds]
+            self._predictors.append((predictor, dict(zip(names, predictor.list_of_parameters, strict=True))))
         self._first = self._predictors[0][0]
         manager = self._first.plans_manager
         self.reader = manager.image_reader_writer_class()
@@ -130,13 +132,17 @@ class Ensemble:
         return PreparedCase(image[0], torch.from_numpy(data).to(torch.float32).contiguous(), properties)
 
     def predict(self, case: PreparedCase) -> CasePrediction:
-        """Predict with all models, one after the other; no more than two models' probabilities are in memory."""
+        """Predict with all models, one after the other; no more than two models' probabilities are in memory.
+
+        Raises:
+            BadImageError: a model's prediction is no number somewhere. Argmax would call that background.
+        """
         total: NDArray[np.float32] | None = None
         label_maps: list[NDArray[np.integer]] = []
         for predictor, weights in self._predictors:
-            for parameters in weights:
+            for name, parameters in weights.items():
                 predictor.list_of_parameters = [parameters]
-                logits = predictor.predict_logits_from_preprocessed_data(case.data).cpu()
+                logits = _logits(predictor, case.data, name)
                 label_map, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
                     logits,
                     predictor.plans_manager,
@@ -157,23 +163,50 @@ class Ensemble:
         return CasePrediction(np.asarray(consensus).astype(label_maps[0].dtype), total, label_maps)
 
     def write(self, label_map: NDArray[np.integer], file: Path, properties: dict[str, Any]) -> None:
-        """Write a label map as nnU-Net writes its predictions, in the image's geometry."""
-        self.reader.write_seg(label_map, str(file), properties)
+        """Write a label map as nnU-Net writes its predictions, in the image's geometry; errors as of write_labels."""
+        write_labels(self.reader, label_map, file, properties)
 
     def write_map(self, values: NDArray[np.float32], file: Path, properties: dict[str, Any]) -> None:
         """Write an :func:`~nnunet_ssl.ranking.scores.entropy_map` as a NIfTI of single precision, in the same geometry.
 
         nnU-Net's writers know where voxels lie, and whole numbers alone. So they write the multiples, which are scaled
-        afterwards. A format without geometry, such as PNG, gives the voxels their spacing alone.
+        afterwards; errors as of :meth:`write`. A format without geometry, such as PNG, gives the voxels their spacing
+        alone.
         """
         if not {"sitk_stuff", "nibabel_stuff"} & set(properties):
             spacing = [float(size) for size in properties["spacing"]]
             affine = np.diag([*spacing[:0:-1], 1.0 if len(values) == 1 else spacing[0], 1.0])
             nibabel.save(nibabel.Nifti1Image(values.transpose(2, 1, 0), affine), file)  # type: ignore[attr-defined]
             return
-        self.write(np.rint(values / ENTROPY_STEP).astype(np.uint16), file, properties)
-        steps = nibabel.load(file)
-        scaled = np.asarray(steps.dataobj, np.float32) * np.float32(ENTROPY_STEP)  # type: ignore[attr-defined]
+        self.reader.write_seg(np.rint(values / ENTROPY_STEP).astype(np.uint16), str(file), properties)
+        try:
+            steps = nibabel.load(file)
+            scaled = np.asarray(steps.dataobj, np.float32) * np.float32(ENTROPY_STEP)  # type: ignore[attr-defined]
+        except Exception as error:
+            # A full disk is no error to every library.
+            raise BadImageError(f"what was written cannot be read again: {one_line(error)}") from error
         image = nibabel.Nifti1Image(scaled, None, steps.header)  # type: ignore[attr-defined]
         image.set_data_dtype(np.float32)
         nibabel.save(image, file)  # type: ignore[attr-defined]
+
+
+def _logits(predictor: nnUNetPredictor, data: torch.Tensor, model: str) -> torch.Tensor:
+    """What a model predicts.
+
+    Raises:
+        BadImageError: it is not a number, or infinite, somewhere.
+    """
+    try:
+        logits = predictor.predict_logits_from_preprocessed_data(data)
+    except RuntimeError as error:
+        if "inf in predicted array" not in str(error):
+            raise
+        finite = False
+    else:
+        finite = not bool(torch.isnan(logits).any())
+    if not finite:
+        raise BadImageError(
+            f"{model} predicts values that are not numbers (NaN or infinite) for it; leave this model out, or train it "
+            "again if it predicts them for other cases too"
+        )
+    return logits.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import io
 import math
 import sys
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.data.image_checks import BadImageError
 from nnunet_ssl.data.queue import VERDICTS, Queue, Row, case_files, write_rows
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import cannot_write, replacing
 from nnunet_ssl.out_of_memory import free_memory, is_out_of_memory
 from nnunet_ssl.ranking.folder import Done, append_done, stamps
@@ -27,6 +29,8 @@ from nnunet_ssl.ranking.scores import LabeledRange, Scores, disagreement_map, en
 
 _GO_ON = "Make room there and run this again, which goes on."
 _NO_MEMORY = "memory ran out"
+REPLACED_FOLDER = "replaced"
+"""Of the queue: each case's consensus before the last, if it is not the same."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Ranking:
         ranges: what the labeled cases are like.
         thresholds: of the verdicts.
         problems: reasons by case, of cases that could not be predicted.
+        seconds: where the time went.
+        replaced: files of an earlier consensus that were moved aside, since the case was predicted again.
     """
 
     folder: Path
@@ -72,18 +78,22 @@ class Ranking:
     thresholds: Thresholds
     problems: dict[str, str] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
+    replaced: list[str] = field(default_factory=list)
 
     def images(self, case: str) -> list[Path]:
         """The image files of a case."""
         return [self.raw / image for image in self.queue.cases[case]]
 
     def to_do(self) -> list[str]:
-        """Cases that are not done, or whose images have changed since."""
-        return [
+        """Cases that are not done, or whose images have changed since; what was done of those does not count more."""
+        cases = [
             case
             for case in self.queue.cases
             if case not in self.done or self.done[case].stamps != stamps(self.images(case))
         ]
+        for case in cases:
+            self.done.pop(case, None)
+        return cases
 
     def rows(self) -> list[Row]:
         """All cases that are done, the one to label first on top."""
@@ -167,13 +177,20 @@ class Ranking:
             target.parent.mkdir(exist_ok=True)
             with replacing(target, aside=self.folder / "work" / f"unfinished{ending}") as unfinished:
                 yield unfinished
+                if target.parent.name == "consensus":
+                    self._keep(target, unfinished)
+        except BadImageError as error:
+            raise UserError(f"{target} cannot be written. {_GO_ON} In detail: {error}") from error
         except OSError as error:
             raise cannot_write(target, error, _GO_ON) from error
-        except RuntimeError as error:
-            # What ITK makes of a full disk.
-            if "write" not in str(error).lower():
-                raise
-            raise cannot_write(target, OSError(str(error).strip().splitlines()[-1]), _GO_ON) from error
+
+    def _keep(self, earlier: Path, new: Path) -> None:
+        """Move an earlier consensus that is not the same aside: a person may have corrected it."""
+        if earlier.is_file() and not filecmp.cmp(earlier, new, shallow=False):
+            kept = self.folder / REPLACED_FOLDER / earlier.name
+            kept.parent.mkdir(exist_ok=True)
+            earlier.replace(kept)
+            self.replaced.append(earlier.name)
 
 
 def _prepared(

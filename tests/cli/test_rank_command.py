@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -258,11 +259,66 @@ def test_models_of_other_plans_or_labels_are_named(home, capsys) -> None:
 
 def test_a_broken_checkpoint_is_named(home, capsys) -> None:
     file = home / "results" / DATASET / "CrossMatchTrainer__nnUNetPlans__tiny" / "fold_0" / "checkpoint_final.pth"
-    file.write_bytes(file.read_bytes()[:1000])
+    content = file.read_bytes()
+    file.write_bytes(content[:1000])
     assert rank(home) == 2
     said = capsys.readouterr().err
     assert "A checkpoint cannot be loaded" in said
     assert str(file) in said
+    # The queue has it, but nothing is done with it.
+    file.write_bytes(content)
+    keep(home, "unlabeled_000")
+    assert rank(home) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_predicts_no_numbers_is_named(home, capsys, value) -> None:
+    """Argmax of NaN is background, so that two such models would agree."""
+    keep(home, "unlabeled_000")
+    file = home / "results" / DATASET / "CrossMatchTrainer__nnUNetPlans__tiny" / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    for tensor in checkpoint["network_weights"].values():
+        tensor.fill_(value)
+    torch.save(checkpoint, file)
+    assert rank(home) == 1
+    assert "unlabeled_000 was not predicted: CrossMatchTrainer fold 0 predicts values that" in capsys.readouterr().out
+    assert not read_rows(home / "queue", read_queue(home / "queue"))
+
+
+def test_a_consensus_that_was_corrected_is_kept_when_the_case_is_predicted_again(home, capsys) -> None:
+    keep(home, "unlabeled_000", "unlabeled_001")
+    image = home / "raw" / DATASET / "imagesUn" / "unlabeled_001_0000.nii.gz"
+    assert rank(home) == 0
+    files = case_files(home / "queue", "unlabeled_000", ".nii.gz")
+    found = files.consensus.read_bytes()
+    sitk.WriteImage(read(files.consensus) * 0 + 1, str(files.consensus))
+    corrected = files.consensus.read_bytes()
+    shutil.rmtree(files.uncertainty.parent)
+    image.write_bytes(b"no image")
+    assert rank(home) == 1
+    assert "Predicted again: unlabeled_000.nii.gz" in capsys.readouterr().out
+    assert files.consensus.read_bytes() == found
+    assert (home / "queue" / "replaced" / "unlabeled_000.nii.gz").read_bytes() == corrected
+    # What was found in an image that is gone does not stay in the table.
+    assert [row.case for row in read_rows(home / "queue", read_queue(home / "queue"))] == ["unlabeled_000"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+def test_a_disk_on_which_a_segmentation_does_not_fit(home, capfd) -> None:
+    """ITK does not tell that it could not write; a limit on the size of files is such a disk."""
+    import resource
+
+    keep(home, "unlabeled_000")
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY))
+        try:
+            os._exit(rank(home))
+        except BaseException:
+            os._exit(7)
+    assert os.waitpid(child, 0)[1] == 2 << 8
+    assert "unlabeled_000.nii.gz cannot be written. Make room there" in capfd.readouterr().err
+    assert not (home / "queue" / "consensus" / "unlabeled_000.nii.gz").exists()
 
 
 def test_no_unlabeled_case_is_an_error(home, capsys) -> None:

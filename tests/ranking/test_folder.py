@@ -144,6 +144,29 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path) -> None:
         pass
 
 
+@pytest.mark.parametrize("name", ["file/queue", "x" * 300])
+def test_a_place_where_no_folder_can_be_is_named(tmp_path, name) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be used: .* another place with -o"), open_folder(tmp_path / name):
+        pass
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(made) -> None:
+    folder, _, queue = made
+    (folder / "pictures").rename(folder / "elsewhere")
+    (folder / "pictures").touch()
+    with pytest.raises(UserError, match="pictures cannot be listed"):
+        read_done(folder, queue)
+
+
+def test_a_queue_in_which_nothing_is_done_may_change(tmp_path) -> None:
+    agree(tmp_path, queue_of(["a"]))
+    write_ranges(tmp_path, {"organ": LabeledRange(1.0, 2.0)})
+    other = replace(queue_of(["a"]), models=(replace(MODEL, sha256="c" * 64, trained_on=("u",)),))
+    assert agree(tmp_path, other) == read_queue(tmp_path) == other
+    assert read_ranges(tmp_path) is None  # of the cases of other models
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path) -> None:
     code = (
         "import sys; from pathlib import Path\nfrom nnunet_ssl.ranking.folder import open_folder\n"
