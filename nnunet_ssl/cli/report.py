@@ -208,7 +208,7 @@ def _case_names(training: Training) -> set[str]:
     names = set()
     for folder in _RAW_FOLDERS:
         names |= {re.sub(r"_\d{4}$", "", name) for name in _stems((training.raw / folder).glob("*"))}
-    names |= {re.sub(r"_seg$", "", name) for name in _stems(training.preprocessed.glob("*/**/*"))}
+    names |= {re.sub(r"_seg$", "", name) for name in _stems(training.preprocessed.glob("[!.]*/**/*"))}
     with contextlib.suppress(OSError):
         splits = (training.preprocessed / "splits_final.json").read_text(encoding="utf-8", errors="replace")
         names |= set(re.findall(r'"([^"]+)"', splits)) - {"train", "val", "unlabeled"}

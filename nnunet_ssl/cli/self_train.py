@@ -132,8 +132,8 @@ def _report(name: str, source: str, made: Made) -> None:
         f"  labeled {len(cases.labeled)}, pseudo-labeled {len(cases.pseudo_labeled)}, unlabeled {len(cases.unlabeled)} "
         "case(s)"
     )
-    shares = list(made.ignored.values())
-    print(f"  ignored, for models disagree: {100 * sum(shares) / len(shares):.2f} % of the pseudo-labeled voxels")
+    share = sum(made.ignored.values()) / len(made.ignored)
+    print(f"  ignored because the models disagree: {100 * share:.2f} % of the pseudo-labeled voxels")
     rows = [
         [
             number,

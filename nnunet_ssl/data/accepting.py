@@ -194,7 +194,8 @@ def _corrections(work: _Acceptance, wanted: Wanted) -> list[Correction]:
     cases, unusable = find_raw_cases(images, work.ending, files_per_case(work.dataset.raw, work.description))
     found, problems = find_corrections(wanted.labels, cases, wanted.cases, work.reader, work.ending)
     labeled = find_raw_cases(work.dataset.raw / LABELED_IMAGES_FOLDER, work.ending, 1)
-    reasons = {one.identifier: f"it is in {LABELED_IMAGES_FOLDER} already" for found in labeled for one in found}
+    there = f"it is in {LABELED_IMAGES_FOLDER} already; move its file elsewhere, or name the cases to accept"
+    reasons = {one.identifier: there for found in labeled for one in found}
     reasons |= {problem.identifier: problem.reason for problem in unusable}
     work.problems += [CaseProblem(one.identifier, reasons.get(one.identifier, one.reason)) for one in problems]
     if not found and not work.problems:

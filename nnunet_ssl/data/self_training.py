@@ -179,10 +179,12 @@ def _choose(queue: Queue, wanted: Wanted) -> list[str]:
     if not chosen:
         found = list(verdicts.values())
         counts = ", ".join(f"{found.count(one)} '{one}'" for one in sorted(set(found)))
+        alone = "with two or more models, since one alone agrees with no other"
+        again = alone if len(queue.models) == 1 else "with a lower --reliable, which predicts nothing again"
         raise UserError(
             f"No case in {wanted.queue} has the verdict {' or '.join(map(repr, wanted.verdicts))}; there are "
             f"{counts or 'no cases'}. Look at them and name those whose consensus is good enough (--cases CASE ...), "
-            "or run nnunet-ssl rank again with a lower --reliable, which predicts nothing again."
+            f"or run nnunet-ssl rank again {again}."
         )
     return sorted(set(chosen))
 

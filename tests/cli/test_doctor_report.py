@@ -13,7 +13,7 @@ from test_doctor import CASES, Dataset
 from nnunet_ssl import __version__
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.cli.main import main
-from nnunet_ssl.cli.report import Hidden
+from nnunet_ssl.cli.report import Hidden, Training
 
 PATIENT = "Jane Doe-1970.01"
 
@@ -80,6 +80,15 @@ def test_a_report_names_no_case_and_no_other_folder(
     assert code == 1 and "FAIL" in text and "<case" in text
     private = [*CASES, "new_0", PATIENT, "Jane", "stranger", "odd", "jane", "doe", "secret", str(home), sys.prefix]
     assert [name for name in private if name in text] == []
+
+
+def test_what_an_acceptance_keeps_is_no_case(dataset: Dataset) -> None:
+    """Otherwise a report after nnunet-ssl accept would hide the names of nnU-Net's own files."""
+    kept = dataset.preprocessed / ".nnunet_ssl_accept" / "1" / "old"
+    kept.mkdir(parents=True)
+    (kept / "splits_final.json").touch()
+    cases = Hidden.of(Training(dataset.raw.name, "2d", "nnUNetPlans", "0", "UniMatchTrainer")).cases
+    assert "splits_final" not in cases and CASES[0] in cases
 
 
 def test_a_report_on_what_is_broken(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ def test_what_was_made_is_printed(home, capsys) -> None:
         "Labeling 2 case(s) with the consensus of 2 model(s)",
         "Dataset951_Tiny_SelfTrained: made from Dataset007_Tiny",
         "  labeled 4, pseudo-labeled 2, unlabeled 1 case(s)",
-        "  ignored, for models disagree: 20.00 % of the pseudo-labeled voxels",
+        "  ignored because the models disagree: 20.00 % of the pseudo-labeled voxels",
         "",
         "fold  of Dataset007_Tiny  labeled  pseudo-labeled  validation",
         "----  ------------------  -------  --------------  ----------",

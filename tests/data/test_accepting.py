@@ -122,7 +122,7 @@ def test_one_wrong_file_and_nothing_changes(home) -> None:
     named = {line.strip().split(": ")[0]: line for line in lines[1:]}
     assert sorted(named) == ["L1", "U1", "U2", "U3", "U7"]
     assert "size (20, 23, 24) is not (20, 24, 24)" in named["U1"] and "the value(s) 3" in named["U2"]
-    assert "L1: it is in imagesTr already" in named["L1"]
+    assert "L1: it is in imagesTr already; move its file elsewhere, or name the cases to accept" in named["L1"]
     assert "save it as U3.nii.gz" in named["U3"] and "imagesUn has no such case" in named["U7"]
     assert home.everything() == before
 

@@ -143,6 +143,16 @@ def test_other_verdicts_and_named_cases(home) -> None:
     assert list(made.cases.pseudo_labeled) == ["U2"] and list(made.cases.unlabeled) == ["U0", "U1"]
 
 
+@pytest.mark.parametrize(
+    ("trainers", "advice"), [(1, "with two or more models"), (2, "with a lower --reliable")], ids=["one", "two"]
+)
+def test_no_case_is_reliable(home, trainers: int, advice: str) -> None:
+    models = [home.model(trainer=name) for name in ("nnUNetTrainer", "CrossMatchTrainer")[:trainers]]
+    home.rank({"U0": "look at it"}, models)
+    with pytest.raises(UserError, match=f"there are 1 'look at it'.*nnunet-ssl rank again {advice}"):
+        training(home)
+
+
 # Folds, and labels that they hide
 
 
