@@ -392,5 +392,5 @@ def test_a_transformer_in_the_plans_is_refused_by_name(make, planned_3d):
     architecture = trainer.configuration_manager.configuration["architecture"]
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.primus.Primus"
     trainer.was_initialized = False
-    with pytest.raises(UserError, match="a Primus; supported are PlainConvUNet and ResidualEncoderUNet"):
+    with pytest.raises(UserError, match=r"a Primus\. Supported are PlainConvUNet and ResidualEncoderUNet"):
         trainer.initialize()

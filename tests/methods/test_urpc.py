@@ -157,7 +157,7 @@ def test_without_deep_supervision_every_scale_has_the_supervised_loss(planned_2d
 def test_a_network_of_one_resolution_is_refused_by_name(planned_2d, monkeypatch, tmp_path):
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
     network = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 3, 1)
-    with pytest.raises(UserError, match=r"^URPCTrainer learns from .* configuration tiny .*n_stages"):
+    with pytest.raises(UserError, match=r"^URPCTrainer needs a network that .* configuration tiny .*n_stages"):
         trainer.build_training_network(network)
 
 

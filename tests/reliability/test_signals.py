@@ -27,6 +27,14 @@ from nnunet_ssl.trainer.loaders import Loaders
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored():
+    """A shell that runs the tests in the background has SIGINT ignored, by them and by what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 
 
