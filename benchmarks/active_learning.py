@@ -4,7 +4,7 @@
 
 Starts from the 4 labeled cases of a fold; its other training cases have hidden labels, which play the person. In each
 repetition, two trainings that differ by chance alone rank these cases. Then 8 of them get labels, the first of the
-queue in one arm, any in the other, and nnUNetTrainer is trained anew. All steps are commands of nnU-Net and of this
+queue in one arm, any in the other, and nnUNetTrainer is trained again. All steps are commands of nnU-Net and of this
 package. Prints the mean Dice over the fold's validation cases, on which nothing is chosen. Run again, it goes on where
 it stopped.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -55,6 +56,22 @@ def flush_to_disk(file: Path) -> None:
     """Get a file's content to the disk."""
     with file.open("r+b") as opened:
         os.fsync(opened.fileno())
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 digest of a file, in hexadecimal digits.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as opened:
+            while block := opened.read(2**22):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
+    return digest.hexdigest()
 
 
 def list_names(folder: Path) -> set[str]:

@@ -39,6 +39,11 @@ def trainers_folder() -> Path:
     )
 
 
+def model_name(trainer: str, plans: str, configuration: str) -> str:
+    """The folder of a trained model within its dataset's, as nnU-Net names it."""
+    return f"{trainer}__{plans}__{configuration}"
+
+
 def trainer_descriptions(folder: Path) -> dict[str, str]:
     """Trainer names with the first line of their modules' docstrings, read without importing anything."""
     descriptions = {}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.cli.lookup import dataset_name, nnunet_folder
+from nnunet_ssl.cli.lookup import dataset_folders, held_dataset, worker_processes
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import some_of
 
@@ -54,27 +53,22 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--undo reverses the whole last acceptance; give only -d with it.")
     if args.cases and not args.labels:
         raise UserError("Name the folder with the corrected segmentations: --labels FOLDER.")
-    if args.np is not None and args.np < 0:
-        raise UserError(f"-np is {args.np}; give 0 or more.")
-    dataset = _folders(args.d)
+    num_processes = worker_processes(args.np)
+    dataset = dataset_folders(
+        args.d,
+        otherwise=f"The dataset must be planned and preprocessed first: nnUNetv2_plan_and_preprocess -d {args.d}.",
+    )
 
     from nnunet_ssl.data.journal import recover
-    from nnunet_ssl.data.splits import lock_file
-    from nnunet_ssl.files import lock
 
-    with lock(lock_file(dataset.preprocessed), wait=False) as held:
-        if not held:
-            raise UserError(
-                f"Another command is changing {dataset.preprocessed.name} right now (its cases or its folds). Wait "
-                "until it has ended, then run this again."
-            )
+    with held_dataset(dataset.preprocessed):
         said: list[str] = []
         recover(dataset.roots, said.append)
         print(*said, sep="\n", end="\n" if said else "", flush=True)
         if args.undo:
             return _undo(dataset)
         if args.labels:
-            return _accept(dataset, args)
+            return _accept(dataset, args, num_processes)
         if not said:
             raise UserError(
                 "No acceptance was interrupted. Name the folder with the corrected segmentations: --labels FOLDER."
@@ -82,27 +76,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _folders(name: str) -> DatasetFolders:
-    """The dataset's folders in nnU-Net's three."""
-    raw = nnunet_folder("nnUNet_raw", "nnU-Net reads images and labels there.")
-    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
-    results = os.environ.get("nnUNet_results")
-    dataset = dataset_name(name)
-
-    from nnunet_ssl.data.accepting import DatasetFolders
-
-    for folder in (raw / dataset, preprocessed / dataset):
-        if not folder.is_dir():
-            raise UserError(
-                f"There is no folder {folder}. The dataset must be planned and preprocessed first: "
-                f"nnUNetv2_plan_and_preprocess -d {name}."
-            )
-    return DatasetFolders(raw / dataset, preprocessed / dataset, Path(results) / dataset if results else None)
-
-
-def _accept(dataset: DatasetFolders, args: argparse.Namespace) -> int:
-    from nnunetv2.configuration import default_num_processes
-
+def _accept(dataset: DatasetFolders, args: argparse.Namespace, num_processes: int) -> int:
     from nnunet_ssl.data.accepting import Wanted, accept
     from nnunet_ssl.data.corrections import LabelValues
     from nnunet_ssl.evaluation.segmentations import Segmentations
@@ -114,7 +88,7 @@ def _accept(dataset: DatasetFolders, args: argparse.Namespace) -> int:
         dataset,
         values,
         Wanted(args.labels, args.cases, args.allow_empty),
-        num_processes=min(default_num_processes, os.cpu_count() or 1) if args.np is None else args.np,
+        num_processes=num_processes,
     )
     print(f"Accepted {len(cases)} case(s) into {dataset.raw.name}: {some_of(cases)}")
     width = max(len(where) for where, _ in changes)

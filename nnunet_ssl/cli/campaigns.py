@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.cli.lookup import dataset_name, nnunet_folder, trainers_folder
+from nnunet_ssl.cli.lookup import dataset_name, device_name, nnunet_folder, trainers_folder
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,11 +90,6 @@ def choose_machine(args: argparse.Namespace) -> Machine:
     Raises:
         UserError: a GPU is asked for and there is none.
     """
-    import torch
-
     from nnunet_ssl.benchmark.schedule import find_machine
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: PyTorch finds no GPU. Use -device cpu.")
-    return find_machine(device, args.jobs, compiled=args.compile)
+    return find_machine(device_name(args.device), args.jobs, compiled=args.compile)

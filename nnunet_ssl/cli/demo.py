@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.cli.demo_steps import Steps, duration
-from nnunet_ssl.cli.lookup import RECOMMENDED, trainer_descriptions, trainers_folder
+from nnunet_ssl.cli.lookup import RECOMMENDED, device_name, trainer_descriptions, trainers_folder
 from nnunet_ssl.data.nnunet_files import read_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, write_text
@@ -102,8 +102,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps that are not done yet, then print the table and the paths of the pictures."""
-    import torch
-
     start = time.monotonic()
     folder = args.o.resolve()
     # All that can be wrong with the arguments is said before anything is written.
@@ -114,9 +112,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"-np is {processes}; give 1 or more.")
     compared = list(trainer_descriptions(trainers_folder())) if args.all else [args.trainer]
     modules = {name: _module_of(name) for name in (BASELINE, *compared)}
+    device = device_name(args.device)
     settings = {"trainer": "all" if args.all else args.trainer, "seed": args.seed, "epochs": args.epochs}
     _prepare_folder(folder, settings, overwrite=args.overwrite)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     trainers = {name: f"{name}_demo" for name in modules}
     _write_trainers(folder / "trainers", modules, trainers, args.epochs)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
-from nnunet_ssl.cli.lookup import RECOMMENDED, find_trainer, import_errors, trainers_folder
+from nnunet_ssl.cli.lookup import RECOMMENDED, check_fold_name, find_trainer, import_errors, trainers_folder
 from nnunet_ssl.cli.report import report
 from nnunet_ssl.cli.training_checks import check_dataset, check_device
 from nnunet_ssl.errors import UserError
@@ -46,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per finding; exit code 1 if any of them failed."""
     if args.c is not None and args.d is None:
         raise UserError("-c needs -d: which dataset's configuration?")
-    if not re.fullmatch(r"all|\d+", args.f):
-        raise UserError(f"-f is {args.f!r}; it must be a number or 'all'.")
+    check_fold_name(args.f)
     if args.report:
         found = list(findings(args))
         print(report(args, found))

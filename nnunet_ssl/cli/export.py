@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import re
 import shutil
 import tempfile
 import zipfile
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.cli.lookup import find_trainer, model_name, trained_model
+from nnunet_ssl.cli.lookup import check_fold_name, find_trainer, model_name, trained_model
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, cannot_write, replacing
@@ -57,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the model and print the commands for the other machine."""
     for fold in args.f:
-        if not re.fullmatch(r"all|\d+", fold):
-            raise UserError(f"-f is {fold!r}; a fold must be a number or 'all'.")
+        check_fold_name(fold)
     if Path(args.chk).name != args.chk:
         raise UserError(f"-chk is {args.chk!r}; it must be the name of a file in the folds' folders.")
     output = Path(args.o)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.cli.lookup import (
+    check_fold_name,
     dataset_name,
     find_program,
     find_trainer,
@@ -57,8 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Copy the checkpoint, then train in place of this process."""
-    if not re.fullmatch(r"all|\d+", args.f):
-        raise UserError(f"-f is {args.f!r}; a fold must be a number or 'all'.")
+    check_fold_name(args.f)
     results = nnunet_folder("nnUNet_results", "nnU-Net keeps trained models there.") / dataset_name(args.d)
     folder = _fold_folder(results, args.tr, args)
     begun = next((folder / name for name in _CHECKPOINTS if (folder / name).is_file()), None)

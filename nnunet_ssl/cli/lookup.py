@@ -10,19 +10,24 @@ import importlib
 import io
 import os
 import pkgutil
+import re
 import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.data.nnunet_files import read_plans as plans_of_file
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import did_you_mean
 from nnunet_ssl.trainer_lookup import RECOMMENDED as RECOMMENDED
 from nnunet_ssl.trainer_lookup import find_trainer as find_trainer
+from nnunet_ssl.trainer_lookup import model_name as model_name
 from nnunet_ssl.trainer_lookup import trainer_descriptions as trainer_descriptions
 from nnunet_ssl.trainer_lookup import trainers_folder as trainers_folder
+
+if TYPE_CHECKING:
+    from nnunet_ssl.data.accepting import DatasetFolders
 
 # Folders and datasets
 
@@ -67,6 +72,84 @@ def dataset_folder(dataset: str, *needed: str) -> Path:
     raise UserError(f"Nowhere in {' and '.join(map(str, roots))} is there {name} with {' and '.join(needed)}.")
 
 
+def dataset_folders(dataset: str, *, otherwise: str) -> DatasetFolders:
+    """The folders of a dataset in nnU-Net's three; the one in nnUNet_results need not be there.
+
+    Args:
+        dataset: number or name.
+        otherwise: what to do where it has no folder in nnUNet_raw or nnUNet_preprocessed.
+
+    Raises:
+        UserError: there is none.
+    """
+    raw = nnunet_folder("nnUNet_raw", "nnU-Net reads images and labels there.")
+    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
+    results = os.environ.get("nnUNet_results")
+    name = dataset_name(dataset)
+
+    from nnunet_ssl.data.accepting import DatasetFolders
+
+    for folder in (raw / name, preprocessed / name):
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}. {otherwise}")
+    return DatasetFolders(raw / name, preprocessed / name, Path(results) / name if results else None)
+
+
+@contextlib.contextmanager
+def held_dataset(preprocessed: Path) -> Iterator[None]:
+    """Hold a dataset's cases and folds for this command alone.
+
+    Args:
+        preprocessed: its folder in nnUNet_preprocessed.
+
+    Raises:
+        UserError: another command holds them.
+    """
+    from nnunet_ssl.data.splits import lock_file
+    from nnunet_ssl.files import lock
+
+    with lock(lock_file(preprocessed), wait=False) as held:
+        if not held:
+            raise UserError(
+                f"Another command is changing {preprocessed.name} right now (its cases or its folds). Wait until it "
+                "has ended, then run this again."
+            )
+        yield
+
+
+# Values of options
+
+
+def check_fold_name(fold: str) -> None:
+    """Refuse what is not a fold's name."""
+    if not re.fullmatch(r"all|\d+", fold):
+        raise UserError(f"-f is {fold!r}; a fold must be a number or 'all'.")
+
+
+def worker_processes(asked: int | None) -> int:
+    """How many worker processes -np asks for; without it, as many as nnU-Net and this machine's cores allow."""
+    if asked is not None and asked < 0:
+        raise UserError(f"-np is {asked}; give 0 or more.")
+
+    from nnunet_ssl.data.worker_processes import default_workers
+
+    return default_workers() if asked is None else asked
+
+
+def device_name(asked: str | None) -> str:
+    """The device that -device asks for; without it, the GPU where there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda: PyTorch finds no GPU. Use -device cpu.")
+    return device
+
+
 # Plans
 
 
@@ -94,11 +177,6 @@ def listing(what: str, names: list[str]) -> str:
 
 
 # Trainers and models
-
-
-def model_name(trainer: str, plans: str, configuration: str) -> str:
-    """The folder of a trained model within its dataset's, as nnU-Net names it."""
-    return f"{trainer}__{plans}__{configuration}"
 
 
 def trained_model(dataset: str, trainer: str, plans: str, configuration: str) -> Path:

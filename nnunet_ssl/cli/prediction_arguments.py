@@ -111,10 +111,10 @@ def processes(asked: int | None, cases: int) -> int:
         if asked < 1:
             raise UserError(f"-np is {asked}; give 1 or more.")
         return asked
-    from nnunetv2.configuration import default_num_processes
+    from nnunet_ssl.data.worker_processes import default_workers
 
     # A process takes seconds to start.
-    return max(1, min(default_num_processes, os.cpu_count() or 1, cases // 4))
+    return max(1, min(default_workers(), cases // 4))
 
 
 def report_problems(results: dict[str, FolderResult], *, chill: bool) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.cli.lookup import listing, nnunet_folder, plan_again, read_plans
+from nnunet_ssl.cli.lookup import listing, nnunet_folder, plan_again, read_plans, worker_processes
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.data.raw_cases import unread_folders_message
 from nnunet_ssl.errors import UserError
@@ -77,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
         )
     plans = read_plans(preprocessed_dataset, args.p, args.d)
 
-    from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_ssl.data.preprocessing import preprocess_unlabeled
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     plans_manager = PlansManager(plans)
     dataset_json = read_dataset_json(preprocessed_dataset / "dataset.json", otherwise=plan_again(args.d))
-    num_processes = min(default_num_processes, os.cpu_count() or 1) if args.np is None else args.np
+    num_processes = worker_processes(args.np)
     failed = 0
     for configuration in _configurations(args.c, plans_manager, preprocessed_dataset, args.p):
         report = preprocess_unlabeled(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.cli.lookup import dataset_name, find_trainer, nnunet_folder, plan_again
+from nnunet_ssl.cli.lookup import check_fold_name, dataset_folders, device_name, find_trainer, nnunet_folder, plan_again
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import some_of
 
@@ -36,7 +35,7 @@ Predicts the cases of imagesUn, and those whose labels the named folds hide, wit
 per case the consensus of the models, where they disagree and how uncertain they are, a table (cases.csv) and a page to
 look at (index.html). The first case in the table is the one to label next.
 
-A run that was stopped goes on where it was. With other --reliable or --first, only table and page are written anew.
+A run that was stopped goes on where it was. With other --reliable or --first, only table and page are written again.
 
 Exit code 1 if a case could not be predicted; the others are.
 """
@@ -97,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     folds, trainers = _checked(args)
     dataset = _find_dataset(args.d)
 
+    import torch
+
     from nnunet_ssl.ranking.cases import find_unlabeled
     from nnunet_ssl.ranking.folder import agree, open_folder, read_done
     from nnunet_ssl.ranking.models import Wanted, check_alike, check_there
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     for trainer in trainers:
         find_trainer(trainer)
     check_alike(wanted, dataset.description)
-    device = _device(args.device)
+    device = torch.device(device_name(args.device))
     models, named = _models(wanted, dataset, trained)
     found = find_unlabeled(dataset.raw, dataset.description, named, models)
     queue = _queue(args, dataset, found, models)
@@ -138,8 +139,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace) -> tuple[list[int | str], list[str]]:
     for fold in args.f:
-        if not re.fullmatch(r"all|\d+", fold):
-            raise UserError(f"-f is {fold!r}; a fold must be a number or 'all'.")
+        check_fold_name(fold)
     if Path(args.chk).name != args.chk:
         raise UserError(f"-chk is {args.chk!r}; it must be the name of a file in the folds' folders.")
     if not 0 <= args.first <= args.reliable <= 1:
@@ -151,30 +151,13 @@ def _checked(args: argparse.Namespace) -> tuple[list[int | str], list[str]]:
 
 
 def _find_dataset(dataset: str) -> _Dataset:
-    raw = nnunet_folder("nnUNet_raw", "nnU-Net reads images there.")
-    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and folds there.")
     results = nnunet_folder("nnUNet_results", "nnU-Net keeps trained models there.")
-    name = dataset_name(dataset)
+    folders = dataset_folders(dataset, otherwise=f"Plan the dataset: nnUNetv2_plan_and_preprocess -d {dataset}.")
 
     from nnunet_ssl.data.nnunet_files import read_dataset_json
 
-    folders = [root / name for root in (raw, preprocessed, results)]
-    for folder in folders[:2]:
-        if not folder.is_dir():
-            raise UserError(
-                f"There is no folder {folder}. Plan the dataset: nnUNetv2_plan_and_preprocess -d {dataset}."
-            )
-    description = read_dataset_json(folders[0] / "dataset.json", otherwise=plan_again(dataset))
-    return _Dataset(folders[0], folders[1], folders[2], description)
-
-
-def _device(asked: str | None) -> torch.device:
-    import torch
-
-    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: PyTorch finds no GPU. Use -device cpu.")
-    return torch.device(device)
+    description = read_dataset_json(folders.raw / "dataset.json", otherwise=plan_again(dataset))
+    return _Dataset(folders.raw, folders.preprocessed, results / folders.raw.name, description)
 
 
 def _models(wanted: Wanted, dataset: _Dataset, trained: _Dataset) -> tuple[list[Model], list[Fold]]:

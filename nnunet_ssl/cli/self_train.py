@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.cli.lookup import dataset_name, nnunet_folder
+from nnunet_ssl.cli.lookup import dataset_folders, held_dataset, worker_processes
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.text import some_of
 
 if TYPE_CHECKING:
-    from nnunet_ssl.data.accepting import DatasetFolders
     from nnunet_ssl.data.self_training import Made
 
 HELP = "make a new dataset in which models have labeled the cases on which they agree"
@@ -61,52 +59,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the dataset, and print what it holds and which commands come next."""
-    if args.np is not None and args.np < 0:
-        raise UserError(f"-np is {args.np}; give 0 or more.")
-    source = _folders(args.d)
+    num_processes = worker_processes(args.np)
+    source = dataset_folders(args.d, otherwise="The ranked dataset is needed with its images and plans.")
     name = _new_name(args.target, source.raw.name)
-
-    from nnunetv2.configuration import default_num_processes
 
     from nnunet_ssl.data.corrections import LabelValues
     from nnunet_ssl.data.queue import VERDICTS
     from nnunet_ssl.data.self_training import Wanted, self_train
-    from nnunet_ssl.data.splits import lock_file
     from nnunet_ssl.evaluation.segmentations import Segmentations
-    from nnunet_ssl.files import lock
 
     if unknown := sorted(set(args.verdicts) - set(VERDICTS)):
         raise UserError(f"--verdicts {some_of(unknown)}: the verdicts are {', '.join(map(repr, VERDICTS))}.")
-    with lock(lock_file(source.preprocessed), wait=False) as held:
-        if not held:
-            raise UserError(
-                f"Another command is changing {source.preprocessed.name} right now (its cases or its folds). Run this "
-                "again when it has ended."
-            )
+    with held_dataset(source.preprocessed):
         description = Segmentations.from_dataset_json(source.raw / "dataset.json")
         made = self_train(
             source,
             LabelValues(description.labels, description.values, description.ignore_label),
             Wanted(name, args.queue, args.verdicts, args.cases, args.copy),
-            num_processes=min(default_num_processes, os.cpu_count() or 1) if args.np is None else args.np,
+            num_processes=num_processes,
         )
     _report(name, source.raw.name, made)
     _print_next(name, made)
     return 0
-
-
-def _folders(name: str) -> DatasetFolders:
-    raw = nnunet_folder("nnUNet_raw", "nnU-Net reads images and labels there.")
-    preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
-    results = os.environ.get("nnUNet_results")
-    dataset = dataset_name(name)
-
-    from nnunet_ssl.data.accepting import DatasetFolders
-
-    for folder in (raw / dataset, preprocessed / dataset):
-        if not folder.is_dir():
-            raise UserError(f"There is no folder {folder}. The ranked dataset is needed with its images and plans.")
-    return DatasetFolders(raw / dataset, preprocessed / dataset, Path(results) / dataset if results else None)
 
 
 def _new_name(target: str, source: str) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.fold_check import check_fold, train_all
@@ -21,6 +19,7 @@ from nnunet_ssl.data.unlabeled_cases import (
     no_unlabeled_cases_message,
     preprocessed_cases,
 )
+from nnunet_ssl.data.worker_processes import default_workers
 from nnunet_ssl.distributed import Ranks
 from nnunet_ssl.errors import UserError
 
@@ -78,7 +77,7 @@ class UnlabeledSource:
             plans_manager=self.plans_manager,
             configuration=configuration,
             dataset_json=self.dataset_json,
-            num_processes=min(default_num_processes, os.cpu_count() or 1),
+            num_processes=default_workers(),
             log=log,
         )
         if report.done or report.removed or report.failed or report.warnings:

@@ -33,7 +33,7 @@ VERDICTS = (FIRST, LOOK, RELIABLE)
 
 _AGAIN = "Make the queue again with nnunet-ssl rank, in another folder."
 _TABLE_AGAIN = (
-    "Run the same nnunet-ssl rank again: it writes the table anew and predicts nothing again. To choose cases "
+    "Run the same nnunet-ssl rank again: it writes the table again and predicts nothing again. To choose cases "
     "yourself, name them for nnunet-ssl self-train with --cases."
 )
 

@@ -29,15 +29,20 @@ FORMAT_VERSION = 1
 # What nnU-Net writes for a preprocessed case.
 CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")
 
-# What of a configuration changes the voxels. Patch and batch size do not: the patch size sets nothing but the block
-# sizes on disk, and configurations of several patch sizes may share one folder.
-_CONFIGURATION_KEYS = (
+IMAGE_KEYS = (
     "preprocessor_name",
     "spacing",
     "normalization_schemes",
     "use_mask_for_norm",
     "resampling_fn_data",
     "resampling_fn_data_kwargs",
+)
+"""What of a configuration changes the voxels of a preprocessed image."""
+
+# The same for an image with its segmentation. Patch and batch size do not: the patch size sets nothing but the block
+# sizes on disk, and configurations of several patch sizes may share one folder.
+_CONFIGURATION_KEYS = (
+    *IMAGE_KEYS,
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )

@@ -6,7 +6,6 @@ has seen that label too, at second hand.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from nnunet_ssl.data.nnunet_files import read_json
 from nnunet_ssl.data.queue import Model
 from nnunet_ssl.data.records import folder_name
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import sha256_of
+from nnunet_ssl.trainer_lookup import model_name
 
 RECORD = "self_training.json"
 FORMAT_VERSION = 1
@@ -78,11 +79,11 @@ def check_model(model: Model, dataset: str, results: Path) -> None:
     Raises:
         UserError: it was trained again since, or with other cases.
     """
-    name = "__".join((model.trainer, model.plans, model.configuration))
+    name = model_name(model.trainer, model.plans, model.configuration)
     folder = results / (model.dataset or dataset) / name / f"fold_{model.fold}"
     checkpoint = folder / model.checkpoint
     again = "Rank again: nnunet-ssl rank."
-    if checkpoint.is_file() and _sha256(checkpoint) != model.sha256:
+    if checkpoint.is_file() and sha256_of(checkpoint) != model.sha256:
         raise UserError(f"{checkpoint} is not the one that ranked the cases: it was trained again since. {again}")
     counts = (len(model.trained_on), len(model.validated_on))
     listed = model.dataset is None and model.fold != "all"
@@ -93,14 +94,6 @@ def check_model(model: Model, dataset: str, results: Path) -> None:
             "labels the model has seen. Put the folds of that time back into splits_final.json and rank again, or "
             "rank with other models."
         )
-
-
-def _sha256(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(2**22):
-            found.update(part)
-    return found.hexdigest()
 
 
 def _counts_of_log(folder: Path) -> tuple[int, int] | None:

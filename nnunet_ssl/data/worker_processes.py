@@ -13,10 +13,17 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from nnunetv2.configuration import default_num_processes
+
 from nnunet_ssl.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def default_workers() -> int:
+    """As many processes as nnU-Net starts by default, but no more than there are cores."""
+    return min(default_num_processes, os.cpu_count() or 1)
 
 
 def in_worker_processes(

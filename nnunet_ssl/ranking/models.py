@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_plans
 from nnunet_ssl.data.queue import Model
+from nnunet_ssl.data.records import IMAGE_KEYS
 from nnunet_ssl.data.splits import Fold
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import sha256_of
 from nnunet_ssl.networks.architectures import check_architecture
 from nnunet_ssl.text import shorten, some_of
+from nnunet_ssl.trainer_lookup import model_name
 
 _MEND = "nnU-Net writes it when a training starts: train again, or copy it from where the model came from."
 # What preprocessing and the way back read of plans, and of a configuration; all models get one preprocessed image.
@@ -27,12 +29,7 @@ _OF_PLANS = (
     "label_manager",
 )
 _OF_CONFIGURATION = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
+    *IMAGE_KEYS,
     "resampling_fn_probabilities",
     "resampling_fn_probabilities_kwargs",
 )
@@ -61,7 +58,7 @@ class Wanted:
 
     def folder(self, trainer: str) -> Path:
         """Of a trainer's models."""
-        return self.results / f"{trainer}__{self.plans}__{self.configuration}"
+        return self.results / model_name(trainer, self.plans, self.configuration)
 
     def file(self, trainer: str, fold: int | str) -> Path:
         """A model's checkpoint."""
@@ -173,7 +170,7 @@ def describe(wanted: Wanted, splits: Sequence[Fold], labeled: Sequence[str]) -> 
                     configuration=wanted.configuration,
                     fold=fold,
                     checkpoint=wanted.checkpoint,
-                    sha256=_sha256(file),
+                    sha256=sha256_of(file),
                     trained_on=tuple(lists["train"]),
                     validated_on=tuple(lists["val"]),
                 )
@@ -190,14 +187,3 @@ def _lists(fold: int | str, splits: Sequence[Fold], labeled: Sequence[str]) -> F
             f"{fold} were trained on. Choose other folds with -f, or put back the splits_final.json of the training."
         )
     return splits[int(fold)]
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as opened:
-            while block := opened.read(2**22):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"The checkpoint {file} cannot be read: {error.strerror or error}.") from None
-    return digest.hexdigest()

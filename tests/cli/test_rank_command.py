@@ -159,7 +159,7 @@ def test_the_queue_is_what_stock_predictions_give(home, capsys) -> None:
     assert str(home / "queue" / "index.html") in said
     assert "unlabeled_001" in (home / "queue" / "index.html").read_text()
 
-    # A second run has nothing to predict, and judges anew.
+    # A second run has nothing to predict, and judges again.
     times = {file: file.stat().st_mtime_ns for file in (home / "queue" / "consensus").iterdir()}
     assert rank(home, "--reliable", "0", "--first", "0") == 0
     assert "All 2 case(s) are predicted already." in capsys.readouterr().out

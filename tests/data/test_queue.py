@@ -196,7 +196,7 @@ def test_a_table_of_other_columns_costs_no_prediction(tmp_path) -> None:
     file = tmp_path / "cases.csv"
     file.write_text(file.read_text().replace(",", ";"))
     with pytest.raises(
-        UserError, match="the same nnunet-ssl rank again: it writes the table anew and predicts nothing"
+        UserError, match="the same nnunet-ssl rank again: it writes the table again and predicts nothing"
     ):
         read_rows(tmp_path, QUEUE)
 
