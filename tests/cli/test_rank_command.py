@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from small_disk import can_limit_files, small_disk
 
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.data.queue import case_files, read_queue, read_rows
@@ -303,21 +303,13 @@ def test_a_consensus_that_was_corrected_is_kept_when_the_case_is_predicted_again
     assert [row.case for row in read_rows(home / "queue", read_queue(home / "queue"))] == ["unlabeled_000"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
-def test_a_disk_on_which_a_segmentation_does_not_fit(home, capfd) -> None:
+@can_limit_files
+def test_a_disk_on_which_a_segmentation_does_not_fit(home, capsys) -> None:
     """ITK does not tell that it could not write; a limit on the size of files is such a disk."""
-    import resource
-
     keep(home, "unlabeled_000")
-    child = os.fork()
-    if not child:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY))
-        try:
-            os._exit(rank(home))
-        except BaseException:
-            os._exit(7)
-    assert os.waitpid(child, 0)[1] == 2 << 8
-    assert "unlabeled_000.nii.gz cannot be written. Make room there" in capfd.readouterr().err
+    with small_disk(2500):
+        assert rank(home) == 2
+    assert "unlabeled_000.nii.gz cannot be written. Make room there" in capsys.readouterr().err
     assert not (home / "queue" / "consensus" / "unlabeled_000.nii.gz").exists()
 
 

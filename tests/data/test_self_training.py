@@ -17,6 +17,7 @@ from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from ranked_home import HIDING, RankedHome, consensus, disagreement, image, truth
+from small_disk import can_limit_files, small_disk
 from tiny_dataset import write_image
 
 from nnunet_ssl.data import new_dataset as new_dataset_module
@@ -383,23 +384,12 @@ def test_a_full_disk(home, monkeypatch, function) -> None:
     refused(home, "Nothing was made, because of .*No space left on device")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+@can_limit_files
 def test_a_disk_on_which_labels_do_not_fit(home) -> None:
     """ITK does not tell that it could not write; a limit on the size of files is such a disk."""
-    import resource
-
     before = home.everything()
-    child = os.fork()
-    if not child:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-        try:
-            training(home)
-        except UserError as error:
-            os._exit(5 if "U0: its labels cannot be stored" in str(error) and "Is the disk full?" in str(error) else 6)
-        except BaseException:
-            os._exit(7)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 5 << 8
+    with small_disk(100), pytest.raises(UserError, match=r"U0: its labels cannot be stored(.|\n)*Is the disk full\?"):
+        training(home)
     assert home.everything() == before
 
 
