@@ -21,6 +21,7 @@ from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.cli.demo_steps import Steps, duration
 from nnunet_ssl.cli.lookup import RECOMMENDED, device_name, trainer_descriptions, trainers_folder
 from nnunet_ssl.data.nnunet_files import read_json, read_plans
+from nnunet_ssl.data.small_plan import inheriting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, write_text
 
@@ -275,30 +276,8 @@ def _configure(dataset: _Dataset) -> None:
 
 def demo_configuration(parent: Mapping[str, Any]) -> dict[str, Any]:
     """A 2D configuration for a few minutes on two CPU cores; it shares the preprocessed data of its parent."""
-    architecture = json.loads(json.dumps(parent["architecture"]))
-    options = architecture["arch_kwargs"]
-    stages = min(len(CHANNELS), options["n_stages"])
-    strides = options["strides"][:stages]
-    options.update(
-        n_stages=stages,
-        features_per_stage=list(CHANNELS[:stages]),
-        kernel_sizes=options["kernel_sizes"][:stages],
-        strides=strides,
-        n_conv_per_stage=[2] * stages,
-        n_conv_per_stage_decoder=[2] * (stages - 1),
-    )
-    patch = []
-    for axis, length in enumerate(parent["patch_size"]):
-        factor = 1
-        for stride in strides:
-            factor *= stride[axis]
-        patch.append(min(LONGEST_PATCH, length) // factor * factor)
-    return {
-        "inherits_from": PARENT,
-        "patch_size": patch,
-        "batch_size": BATCH_SIZE,
-        "architecture": architecture,
-    }
+    patch = [min(LONGEST_PATCH, length) for length in parent["patch_size"]]
+    return inheriting(PARENT, parent, patch_size=patch, batch_size=BATCH_SIZE, channels=CHANNELS)
 
 
 def _evaluate(

@@ -25,6 +25,7 @@ COMMANDS = (
     "methods",
     "preprocess",
     "split",
+    "plan-small",
     "convert",
     "doctor",
     "extend",

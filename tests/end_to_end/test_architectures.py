@@ -55,9 +55,9 @@ def plan_preset(planned, preset: str) -> str:
     return name
 
 
-def train(planned, plans: str, trainer: str, *options: object, **kwargs) -> str:
+def train(planned, plans: str, trainer: str, *options: object, configuration: str = "tiny", **kwargs) -> str:
     return planned.run(
-        "nnUNetv2_train", planned.dataset_id, "tiny", 0, "-p", plans, "-tr", trainer, "-device", "cpu", *options,
+        "nnUNetv2_train", planned.dataset_id, configuration, 0, "-p", plans, "-tr", trainer, "-device", "cpu", *options,
         **kwargs,
     ).stdout  # fmt: skip
 
@@ -115,6 +115,10 @@ def test_a_residual_preset_from_a_pretrained_encoder(planned_3d, tmp_path):
     for name in ("encoder.stem.convs.0.conv.weight", "encoder.stages.2.blocks.0.conv1.conv.weight"):
         moved = (trained[name] - checkpoint["network_weights"][name]).norm()
         assert 0 < moved < 0.3 * checkpoint["network_weights"][name].norm()
+
+    printed = nnunet_ssl(planned_3d, "plan-small", "-d", planned_3d.dataset_id, "-p", plans)
+    assert f"nnUNetv2_train {planned_3d.dataset_id} 3d_small 0 -p {plans} -tr UniMatchTrainer_10epochs" in printed
+    assert "Mean Validation Dice" in train(planned_3d, plans, "UniMatchTrainer_short", configuration="3d_small")
 
 
 @pytest.mark.slow
