@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import inspect
 import re
+import shlex
 import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +19,7 @@ import pytest
 import torch
 from method_steps import gradients_step, make_batches, make_trainer
 
+from nnunet_ssl.cli.main import COMMANDS, module_of
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.variants import TRAINING_LENGTHS
 from nnunet_ssl.trainer_lookup import RECOMMENDED
@@ -106,6 +112,67 @@ def test_the_readme_recommends_what_commands_do() -> None:
     assert re.findall(r"\*\*try `(\w+)` first\*\*", readme) == [RECOMMENDED]
     examples = set(re.findall(r"-tr (\w+)", readme))
     assert examples == {RECOMMENDED}
+
+
+def _commands(page: str) -> Iterator[list[str]]:
+    """The words of nnU-Net's and this package's commands in blocks of code."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    lines = [*"".join(blocks).replace("\\\n", "").splitlines()]
+    lines += re.findall(r"^    +(\S.*)$", page.replace("\\\n", ""), re.MULTILINE)
+    for line in lines:
+        if "nnunet-ssl" not in line and "nnUNetv2_" not in line:
+            continue
+        try:
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+        except ValueError:  # prose that a command prints
+            continue
+        ends = [number for number, word in enumerate(words) if re.fullmatch(r"[|;&<>\d]+", word) and not word.isdigit()]
+        for start, end in zip([-1, *ends], [*ends, len(words)], strict=True):
+            command = words[start + 1 : end]
+            if len(command) > 1 and re.fullmatch(r"nnunet-ssl|nnUNetv2_\w+", command[0]):
+                yield command
+
+
+@functools.cache
+def _options(program: str, command: str) -> set[str]:
+    """The options of one of this package's commands, or of one of nnU-Net's, as its source has them."""
+    if program == "nnunet-ssl":
+        parser = argparse.ArgumentParser()
+        importlib.import_module(module_of(command)).add_arguments(parser)
+        return {"--debug", *parser._option_string_actions}
+    (script,) = entry_points(group="console_scripts", name=program)
+    return {"-h", "--help", *re.findall(r"""["'](--?[a-zA-Z]\w*)["']""", inspect.getsource(script.load()))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PROJECT).as_posix())
+def test_the_commands_of_a_page_have_these_options(page: Path) -> None:
+    for words in _commands(page.read_text(encoding="utf-8")):
+        program, command = words[0], words[1].strip(",.")
+        if program == "nnunet-ssl" and command not in COMMANDS:
+            assert command in ("--help", "--version", "--debug", "COMMAND"), " ".join(words)
+            continue
+        given = {word.split("=")[0] for word in words[1:] if re.match(r"--?[a-zA-Z]", word)}
+        assert given <= _options(program, command), " ".join(words)
+
+
+def test_the_commands_of_a_page_are_found() -> None:
+    page = """
+```bash
+nnUNetv2_train 952 3d_small 0 -tr T > log.txt 2>&1 &
+nnunet-ssl rank -d 9 \\
+    -c 2d   # a comment
+```
+text with nnunet-ssl in it
+
+    pip install . && nnunet-ssl demo --all
+"""
+    assert list(_commands(page)) == [
+        ["nnUNetv2_train", "952", "3d_small", "0", "-tr", "T"],
+        ["nnunet-ssl", "rank", "-d", "9", "-c", "2d"],
+        ["nnunet-ssl", "demo", "--all"],
+    ]
+    assert "-tr" in _options("nnUNetv2_train", "952") and "--models-of" in _options("nnunet-ssl", "rank")
+    assert "-x" not in _options("nnUNetv2_train", "952") | _options("nnunet-ssl", "rank")
 
 
 def _anchor(heading: str) -> str:
