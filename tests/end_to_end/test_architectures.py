@@ -102,7 +102,7 @@ def test_a_residual_preset_from_a_pretrained_encoder(planned_3d, tmp_path):
     torch.save(checkpoint, tmp_path / "nnssl.pth")
     options = ["-i", tmp_path / "nnssl.pth", "-d", planned_3d.dataset_id, "-c", "tiny", "-p", plans]
     printed = nnunet_ssl(planned_3d, "adapt", *options, "-o", tmp_path / "start.pth")
-    assert f"-p {plans} -tr CrossMatchTrainer -pretrained_weights {tmp_path / 'start.pth'}" in printed
+    assert f"-p {plans} -tr UniMatchTrainer -pretrained_weights {tmp_path / 'start.pth'}" in printed
 
     output = train(planned_3d, plans, trainer, "-pretrained_weights", tmp_path / "start.pth")
     assert "Loading pretrained weights from file" in output and "encoder.stem.convs.0.conv.weight shape" in output
