@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,11 @@ class RankedHome(TinyDataset):
         }
         return Model(**{**known, **entries})
 
-    def rank(self, verdicts: dict[str, str], models: Sequence[Model] = ()) -> None:
+    def rank(
+        self, verdicts: dict[str, str], models: Sequence[Model] = (), dice: Mapping[str, float] | None = None
+    ) -> None:
         """Write the queue."""
+        agreed = dice or {}
         shutil.rmtree(self.queue, ignore_errors=True)
         for case in verdicts:
             write_image(self.queue / "consensus" / f"{case}.nii.gz", consensus(case))
@@ -99,7 +102,10 @@ class RankedHome(TinyDataset):
         )
         write_queue(self.queue, queue)
         structures = {name: StructureRow(0.9, 1.0, 1) for name in queue.structures}
-        rows = [Row(case, verdict, "as it came out", 0.9, 0.1, structures) for case, verdict in verdicts.items()]
+        rows = [
+            Row(case, verdict, "as it came out", agreed.get(case, 0.9), 0.1, structures)
+            for case, verdict in verdicts.items()
+        ]
         write_rows(self.queue, queue, rows)
 
     @property

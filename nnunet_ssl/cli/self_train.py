@@ -43,15 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NEW",
         help="number of the new dataset, 1 to 999, or its whole name, such as Dataset951_Mine",
     )
-    parser.add_argument(
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
         "--verdicts",
         nargs="+",
         default=["reliable"],
         metavar="VERDICT",
         help="take cases with one of these verdicts (default: reliable); quote those of several words",
     )
-    parser.add_argument(
+    chosen.add_argument(
         "--cases", nargs="+", default=[], metavar="CASE", help="take these cases, whatever their verdict"
+    )
+    chosen.add_argument(
+        "--best",
+        metavar="N",
+        help="take the N cases on which the models agree most, or a share of all such as 50%%, whatever their verdict",
     )
     parser.add_argument("--copy", action="store_true", help="copy the images (default: link to them)")
     parser.add_argument("-np", type=int, metavar="N", help="worker processes, each holds one case in memory")
@@ -60,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the dataset, and print what it holds and which commands come next."""
     num_processes = worker_processes(args.np)
+    _check_best(args)
     source = dataset_folders(args.d, otherwise="The ranked dataset is needed with its images and plans.")
     name = _new_name(args.target, source.raw.name)
 
@@ -75,12 +82,20 @@ def run(args: argparse.Namespace) -> int:
         made = self_train(
             source,
             LabelValues(description.labels, description.values, description.ignore_label),
-            Wanted(name, args.queue, args.verdicts, args.cases, args.copy),
+            Wanted(name, args.queue, args.verdicts, args.cases, args.best, args.copy),
             num_processes=num_processes,
         )
     _report(name, source.raw.name, made)
     _print_next(name, made)
     return 0
+
+
+def _check_best(args: argparse.Namespace) -> None:
+    if args.best is None:
+        return
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)%|(\d+)", args.best, re.ASCII)
+    if number is None or not (0 < float(number[1]) <= 100 if number[1] else int(number[2])):
+        raise UserError(f"--best is {args.best!r}; give a number of cases from 1, or a share such as 50%.")
 
 
 def _new_name(target: str, source: str) -> str:

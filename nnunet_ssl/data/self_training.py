@@ -27,7 +27,7 @@ from nnunet_ssl.data.journal import refuse_unfinished
 from nnunet_ssl.data.leak_guard import copies_of, image_signature
 from nnunet_ssl.data.new_dataset import NewDataset, new_dataset
 from nnunet_ssl.data.nnunet_files import read_descriptions, read_fingerprint, read_plans
-from nnunet_ssl.data.queue import RELIABLE, Queue, case_files, read_queue, read_rows
+from nnunet_ssl.data.queue import RELIABLE, Queue, case_files, read_queue
 from nnunet_ssl.data.raw_cases import (
     IMAGES_FOLDER,
     LABELED_IMAGES_FOLDER,
@@ -37,7 +37,7 @@ from nnunet_ssl.data.raw_cases import (
 )
 from nnunet_ssl.data.records import source_files
 from nnunet_ssl.data.seen_labels import FORMAT_VERSION, RECORD, check_model, labels_seen, read_record
-from nnunet_ssl.data.self_training_cases import Cases, sort_cases
+from nnunet_ssl.data.self_training_cases import Cases, choose_cases, sort_cases
 from nnunet_ssl.data.splits import SPLITS_FILE, write_splits
 from nnunet_ssl.data.worker_processes import in_worker_processes
 from nnunet_ssl.errors import UserError
@@ -57,6 +57,7 @@ class Wanted:
         queue: the folder that nnunet-ssl rank has written.
         verdicts: cases of the queue with one of them get pseudo-labels.
         cases: these get them instead, whatever their verdict.
+        best: as many get them instead, those on which the models agree most: a number, or a share such as "50%".
         copy: whether images are copied; links lead to them otherwise.
     """
 
@@ -64,6 +65,7 @@ class Wanted:
     queue: Path
     verdicts: Sequence[str] = (RELIABLE,)
     cases: Sequence[str] = ()
+    best: str | None = None
     copy: bool = False
 
 
@@ -114,7 +116,7 @@ def self_train(
         _check_queue(queue, wanted.queue, source.raw.name, description)
         plans = _read_plans(source, queue)
         seen = _labels_seen(source, queue)
-        chosen = _choose(queue, wanted)
+        chosen = choose_cases(queue, wanted.queue, wanted.verdicts, wanted.cases, wanted.best)
         cases = sort_cases(source.raw, source.preprocessed, description, chosen, seen, strict=bool(wanted.cases))
 
         ignore = values.ignore if values.ignore is not None else max(values.allowed) + 1
@@ -169,24 +171,6 @@ def _labels_seen(source: DatasetFolders, queue: Queue) -> dict[str, set[str]]:
         labels = labels_seen(model, name, source.raw.parent, source.preprocessed.parent)
         seen.setdefault(str(model), set()).update(labels)
     return seen
-
-
-def _choose(queue: Queue, wanted: Wanted) -> list[str]:
-    verdicts = {row.case: row.verdict for row in read_rows(wanted.queue, queue)}
-    if unknown := sorted(set(wanted.cases) - set(verdicts)):
-        raise UserError(f"{wanted.queue} has no ranked case {some_of(unknown)}. Choose of those in its cases.csv.")
-    chosen = list(wanted.cases) or [case for case, verdict in verdicts.items() if verdict in wanted.verdicts]
-    if not chosen:
-        found = list(verdicts.values())
-        counts = ", ".join(f"{found.count(one)} '{one}'" for one in sorted(set(found)))
-        alone = "with two or more models, since one alone agrees with no other"
-        again = alone if len(queue.models) == 1 else "with a lower --reliable, which predicts nothing again"
-        raise UserError(
-            f"No case in {wanted.queue} has the verdict {' or '.join(map(repr, wanted.verdicts))}; there are "
-            f"{counts or 'no cases'}. Look at them and name those whose consensus is good enough (--cases CASE ...), "
-            f"or run nnunet-ssl rank again {again}."
-        )
-    return sorted(set(chosen))
 
 
 def _read_plans(source: DatasetFolders, queue: Queue) -> dict[str, Any]:

@@ -6,11 +6,13 @@ pseudo-label is one whose labels they all hide.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.data.queue import Queue, Row, read_rows
 from nnunet_ssl.data.raw_cases import (
     IMAGES_FOLDER,
     LABELED_IMAGES_FOLDER,
@@ -78,6 +80,54 @@ class Cases:
                 new["unlabeled"] = hidden
             made.append(new)
         return made
+
+
+def choose_cases(
+    queue: Queue, folder: Path, verdicts: Sequence[str], cases: Sequence[str] = (), best: str | None = None
+) -> list[str]:
+    """The cases that get pseudo-labels, by name.
+
+    Args:
+        queue: of the ranking.
+        folder: of the queue.
+        verdicts: cases with one of them; used where neither ``cases`` nor ``best`` is given.
+        cases: exactly these.
+        best: a number such as "12", or a share of all such as "50%": those on which the models agree most.
+
+    Raises:
+        UserError: a case is not in the queue, or none is left.
+    """
+    rows = {row.case: row for row in read_rows(folder, queue)}
+    if unknown := sorted(set(cases) - set(rows)):
+        raise UserError(f"{folder} has no ranked case {some_of(unknown)}. Choose of those in its cases.csv.")
+    if best is not None:
+        return sorted(_best(list(rows.values()), best, folder))
+    chosen = list(cases) or [case for case, row in rows.items() if row.verdict in verdicts]
+    if not chosen:
+        found = [row.verdict for row in rows.values()]
+        counts = ", ".join(f"{found.count(one)} '{one}'" for one in sorted(set(found)))
+        alone = "with two or more models, since one alone agrees with no other"
+        again = alone if len(queue.models) == 1 else "with a lower --reliable, which predicts nothing again"
+        raise UserError(
+            f"No case in {folder} has the verdict {' or '.join(map(repr, verdicts))}; there are "
+            f"{counts or 'no cases'}. Look at them and name those whose consensus is good enough (--cases CASE ...), "
+            f"or run nnunet-ssl rank again {again}."
+        )
+    return sorted(set(chosen))
+
+
+def _best(rows: Sequence[Row], best: str, folder: Path) -> list[str]:
+    """Of two on which the models agree as much, the first by name."""
+    known = sorted((-row.dice, row.case) for row in rows if not math.isnan(row.dice))
+    if not known:
+        raise UserError(
+            f"No case in {folder} says how far its models agree. That takes two models or more; rank again with them "
+            "(nnunet-ssl rank)."
+        )
+    count = max(1, round(len(known) * float(best[:-1]) / 100)) if best.endswith("%") else int(best)
+    if count > len(known):
+        raise UserError(f"--best asks for {count} cases, and {folder} has {len(known)}. Give fewer.")
+    return [case for _, case in known[:count]]
 
 
 def sort_cases(

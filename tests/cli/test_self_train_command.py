@@ -53,6 +53,11 @@ def test_options(home, capsys) -> None:
     assert not (made / "imagesTr" / "U2_0000.nii.gz").is_symlink()
     assert self_train(home, "--as", 952, "--verdicts", "reliable", "look at it") == 0
     assert "pseudo-labeled 3, unlabeled 0" in capsys.readouterr().out
+    assert self_train(home, "--as", 953, "--best", "50%") == 0
+    assert "pseudo-labeled 2, unlabeled 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        self_train(home, "--as", 954, "--best", "2", "--cases", "U2")
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,11 @@ def test_options(home, capsys) -> None:
         (["--as", "Dataset951_../x"], "give a number from 1 to 999, or a name"),
         (["--as", "951", "-np", "-1"], "-np is -1"),
         (["--as", "951", "--verdicts", "good"], "the verdicts are 'label this first', 'look at it', 'reliable'"),
+        (["--as", "951", "--best", "0"], "--best is '0'; give a number of cases from 1, or a share such as 50%"),
+        (["--as", "951", "--best", "120%"], "--best is '120%'; give"),
+        (["--as", "951", "--best", "-1"], "--best is '-1'; give"),
+        (["--as", "951", "--best", "half"], "--best is 'half'; give"),
+        (["--as", "951", "--best", "4"], "--best asks for 4 cases, and"),
         (["--as", "951", "--queue", "nowhere"], "nowhere is no queue"),
         (["--as", "951", "-d", "8"], "8"),
     ],

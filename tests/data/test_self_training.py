@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -142,6 +143,28 @@ def test_other_verdicts_and_named_cases(home) -> None:
     assert sorted(training(home, verdicts=["reliable", "look at it"]).cases.pseudo_labeled) == ["U0", "U1", "U2"]
     made = training(home, "Dataset952_Tiny", cases=["U2"])
     assert list(made.cases.pseudo_labeled) == ["U2"] and list(made.cases.unlabeled) == ["U0", "U1"]
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        ("1", ["U1"]),
+        ("2", ["U0", "U1"]),
+        ("3", ["U0", "U1", "U2"]),
+        ("1%", ["U1"]),
+        ("34%", ["U1"]),
+        ("50%", ["U0", "U1"]),
+    ],
+)
+def test_the_best_cases(home, best, expected) -> None:
+    """Whatever their verdicts; of the two that are as good, the first by name."""
+    home.rank({"U0": "look at it", "U1": "label this first", "U2": "reliable"}, dice={"U0": 0.5, "U1": 0.8, "U2": 0.5})
+    assert list(training(home, best=best).cases.pseudo_labeled) == expected
+
+
+def test_one_model_tells_nothing_of_the_best_cases(home) -> None:
+    home.rank({"U0": "look at it"}, dice={"U0": math.nan})
+    refused(home, "That takes two models or more", best="1")
 
 
 @pytest.mark.parametrize(
