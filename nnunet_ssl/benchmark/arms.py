@@ -1,4 +1,4 @@
-"""The arms of a campaign: trainers, also with settings, also after a start by nnUNetTrainer."""
+"""The arms of a campaign: trainers, also with settings, after a start by nnUNetTrainer, or as teachers of it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ class Arm:
     """One way to train.
 
     Attributes:
-        name: as the user gave it: a trainer, ``TRAINER:NAME=VALUE,NAME=VALUE``, ``TRAINER@warm=SHARE``, or with both.
+        name: as the user gave it: a trainer, ``TRAINER:NAME=VALUE,NAME=VALUE``, ``TRAINER@warm=SHARE`` or
+            ``TRAINER@self-train=ROUNDS``, also these with settings.
         trainer: its class name.
         settings: added to the configuration as ``semi_supervised``.
         warm: share of the length that nnUNetTrainer trains first; 0: none.
+        rounds: of self-training, in which nnUNetTrainer learns from what two trainings of the trainer agree on.
     """
 
     name: str
     trainer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     warm: float = 0.0
+    rounds: int = 0
 
 
 def short_name(arm: str) -> str:
@@ -40,25 +43,36 @@ def short_name(arm: str) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a training; each starts from the weights of the one before, and ends as a training of its own.
+    """A part of a training, which ends as a training of its own. After a warm start, its weights go on.
 
     Attributes:
         arm: what trains.
         epochs: its length.
         plans: added to the plans' name, so that nnU-Net gives the stage a folder of its own.
+        round: of self-training: 0 with the labels that there are, then with the pseudo-labels of the round before.
+        fold: of self-training, whose two folds have the same cases; None: the training's own fold.
     """
 
     arm: Arm
     epochs: int
     plans: str = ""
+    round: int = 0
+    fold: int | None = None
 
 
 def stages(arm: Arm, epochs: int) -> list[Stage]:
-    """The one stage of an arm, or the two of a warm start.
+    """The one stage of an arm, the two of a warm start, or those of self-training: two teachers a round, one student.
 
     Raises:
-        UserError: the length leaves no epoch for one of the two.
+        UserError: the length leaves no epoch for one of the two of a warm start.
     """
+    if arm.rounds:
+        arms = [arm, *[Arm(BASELINE, BASELINE)] * arm.rounds]
+        return [
+            Stage(one, epochs, round=number, fold=fold)
+            for number, one in enumerate(arms)
+            for fold in ((0,) if number == arm.rounds else (0, 1))
+        ]
     if not arm.warm:
         return [Stage(arm, epochs)]
     first = round(epochs * arm.warm)
@@ -86,7 +100,7 @@ def parse_arms(texts: Sequence[str], common: Sequence[str]) -> list[Arm]:
     for text in dict.fromkeys(texts):
         start, colon, rest = text.partition(":")
         trainer, at, share = start.partition("@")
-        warm = _parse_warm(share, f"-tr {text}") if at else 0.0
+        warm, rounds = _parse_start(share, f"-tr {text}") if at else (0.0, 0)
         own = _parse_settings(rest.split(","), f"-tr {text}") if colon else {}
         settings_class = getattr(find_trainer(trainer), "settings_class", None)
         if own and settings_class is None:
@@ -98,20 +112,27 @@ def parse_arms(texts: Sequence[str], common: Sequence[str]) -> list[Arm]:
         except UserError as error:
             raise UserError(f"-tr {text}: {error}") from None
         written = ",".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-        name = trainer + (f"@warm={warm:g}" if warm else "") + (f":{written}" if written else "")
-        arms[name] = Arm(name, trainer, settings, warm)
+        began = f"@warm={warm:g}" if warm else f"@self-train={rounds}" if rounds else ""
+        name = trainer + began + (f":{written}" if written else "")
+        arms[name] = Arm(name, trainer, settings, warm, rounds)
     return list(arms.values())
 
 
-def _parse_warm(text: str, option: str) -> float:
-    name, _, share = text.partition("=")
+def _parse_start(text: str, option: str) -> tuple[float, int]:
+    """Share of a warm start, and rounds of self-training: one of them is 0."""
+    name, _, value = text.partition("=")
+    if name == "self-train" and re.fullmatch(r"[1-9]", value, re.ASCII):
+        return 0.0, int(value)
     try:
-        warm = float(share) if name == "warm" else 0.0
+        warm = float(value) if name == "warm" else 0.0
     except ValueError:
         warm = 0.0
     if not 0 < warm < 1:
-        raise UserError(f"{option}: after @, give warm= and {BASELINE}'s share of the length, such as @warm=0.5.")
-    return warm
+        raise UserError(
+            f"{option}: after @, give warm= and {BASELINE}'s share of the length, such as @warm=0.5, or self-train= "
+            "and the number of rounds, 1 to 9, such as @self-train=1."
+        )
+    return warm, 0
 
 
 def _parse_settings(texts: Sequence[str], option: str) -> dict[str, Any]:

@@ -23,19 +23,21 @@ class Progress:
         steps: median seconds of a step, per epoch.
         cpu_steps: median processor seconds of a step, per epoch, of the training process alone.
         peak_memory: in MB; see :func:`peak_memory`.
+        between: seconds of what self-training does between its trainings.
     """
 
     epochs: list[float]
     steps: list[float]
     cpu_steps: list[float]
     peak_memory: float
+    between: float = 0.0
 
     def forget(self, before: int) -> None:
         """Forget all epochs but the first ones."""
         for values in (self.epochs, self.steps, self.cpu_steps):
             del values[before:]
         if not before:
-            self.peak_memory = 0.0
+            self.peak_memory = self.between = 0.0
 
     @classmethod
     def read(cls, file: Path) -> Progress:
@@ -98,18 +100,16 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def costs(progress: Progress, epochs: Sequence[int], iterations: int) -> dict[str, object]:
+def costs(progress: Progress, epochs: Sequence[int]) -> dict[str, object]:
     """The columns on time and memory; an epoch that was not measured, because a kill came, counts as the others.
 
     Args:
         progress: what was measured.
         epochs: of each stage; steps are medians within a stage, weighted by its length.
-        iterations: of an epoch.
     """
     measured = progress.epochs or [float("nan")]
     return {
-        "iterations": sum(epochs) * iterations,
-        "training_seconds": round(statistics.fmean(measured) * sum(epochs), 1),
+        "training_seconds": round(statistics.fmean(measured) * sum(epochs) + progress.between, 1),
         "seconds_per_step": f"{_typical(progress.steps, epochs):.6f}",
         "cpu_seconds_per_step": f"{_typical(progress.cpu_steps, epochs):.6f}",
         "peak_memory_mb": round(progress.peak_memory, 1),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nnunet_ssl.benchmark.arms import stages
 from nnunet_ssl.benchmark.campaign import Campaign, Training
 from nnunet_ssl.benchmark.progress import Progress, progress_file
 from nnunet_ssl.benchmark.results import Run, read_runs
@@ -85,7 +86,7 @@ def run_trainings(
     if len(waiting) < len(trainings):
         print(f"{len(trainings) - len(waiting)} of {len(trainings)} trainings are in {campaign.results}", flush=True)
     running: dict[int, _Running] = {}
-    total = len(trainings) * campaign.epochs
+    total = sum(epochs_of(campaign, training) for training in trainings)
     with (
         tqdm(total=total, unit="epoch", desc="train", disable=None, leave=False) as bar,
         _all_ended(running),
@@ -130,7 +131,7 @@ def expected_seconds(campaign: Campaign, trainings: Sequence[Training], jobs: in
         name = training.arm.name
         progress = Progress.read(progress_file(campaign.task(training)))
         seconds.setdefault(name, []).extend(progress.epochs)
-        left[name] = left.get(name, 0) + campaign.epochs - epochs_done(campaign, training)
+        left[name] = left.get(name, 0) + epochs_of(campaign, training) - epochs_done(campaign, training)
     known = {name: statistics.fmean(values) for name, values in seconds.items() if values}
     if not known:
         return 0.0
@@ -138,11 +139,17 @@ def expected_seconds(campaign: Campaign, trainings: Sequence[Training], jobs: in
     return sum(count * known.get(name, unknown) for name, count in left.items()) / jobs
 
 
+def epochs_of(campaign: Campaign, training: Training) -> int:
+    """Of all its stages."""
+    return sum(stage.epochs for stage in stages(training.arm, campaign.epochs))
+
+
 def epochs_done(campaign: Campaign, training: Training) -> int:
     """That a training has done; all where its result is known, even if its folder has gone."""
+    total = epochs_of(campaign, training)
     if training.key in results_of(campaign):
-        return campaign.epochs
-    return min(campaign.epochs, len(Progress.read(progress_file(campaign.task(training))).epochs))
+        return total
+    return min(total, len(Progress.read(progress_file(campaign.task(training))).epochs))
 
 
 def _end(seconds: float) -> str:
@@ -180,6 +187,7 @@ def _start(campaign: Campaign, training: Training, machine: Machine, place: int)
         trainer=training.arm.trainer,
         settings=training.arm.settings,
         warm=training.arm.warm,
+        rounds=training.arm.rounds,
         setting=training.setting.name,
         labeled=training.setting.labeled,
         fold=training.setting.fold,

@@ -29,6 +29,7 @@ from nnunet_ssl.benchmark.arms import Arm, Stage, plans_of_arm, stages
 from nnunet_ssl.benchmark.campaign import Campaign
 from nnunet_ssl.benchmark.progress import Progress, costs, measure, progress_file
 from nnunet_ssl.benchmark.results import add_run
+from nnunet_ssl.benchmark.self_training import Home
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_json, read_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
@@ -54,6 +55,7 @@ class Task:
         trainer: class name.
         settings: see :class:`~nnunet_ssl.benchmark.arms.Arm`.
         warm: see :class:`~nnunet_ssl.benchmark.arms.Arm`.
+        rounds: see :class:`~nnunet_ssl.benchmark.arms.Arm`.
         setting: name of the setting.
         labeled: number of labeled cases.
         fold: number of the fold.
@@ -70,6 +72,7 @@ class Task:
     trainer: str
     settings: Mapping[str, Any]
     warm: float
+    rounds: int
     setting: str
     labeled: int
     fold: int
@@ -81,7 +84,16 @@ class Task:
 
     def stages(self, campaign: Campaign) -> list[Stage]:
         """See :func:`~nnunet_ssl.benchmark.arms.stages`."""
-        return stages(Arm(self.arm, self.trainer, self.settings, self.warm), campaign.epochs)
+        return stages(self._arm, campaign.epochs)
+
+    def home(self, campaign: Campaign, task_file: Path) -> Home | None:
+        """The folders in which self-training takes place; None for any other arm."""
+        folder = campaign.folder / "self_training" / task_file.stem
+        return Home(folder, campaign, self.setting, self._arm, self.device) if self.rounds else None
+
+    @property
+    def _arm(self) -> Arm:
+        return Arm(self.arm, self.trainer, self.settings, self.warm, self.rounds)
 
     def write(self, file: Path) -> None:
         """Write it to a file."""
@@ -116,7 +128,7 @@ def train(task: Task, task_file: Path) -> None:
     """Train from the last checkpoint, or from the start, and add the result to the campaign's table.
 
     With a warm start nnUNetTrainer trains first, to the end of a shorter training, and the trainer then starts from its
-    weights as with ``-pretrained_weights``.
+    weights as with ``-pretrained_weights``. In self-training every training starts anew; the last one is evaluated.
 
     The seed sets Python, NumPy and PyTorch of this process and of the workers of nnU-Net's loaders. What goes on from a
     checkpoint is seeded by the epoch too.
@@ -131,32 +143,43 @@ def train(task: Task, task_file: Path) -> None:
     campaign = read_campaign(Path(task.folder))
     progress = Progress.read(progress_file(task_file))
     parts = task.stages(campaign)
+    home = task.home(campaign, task_file)
+    if home is not None:
+        home.enter()
     start, before = None, 0
     for stage in parts:
-        trainer = make_trainer(task, campaign, stage)
+        if home is not None and stage.round and stage.fold == 0:
+            progress.between += home.make_dataset(stage.round)
+        trainer = make_trainer(task, campaign, stage, home)
         _train_stage(trainer, task.seed, progress, progress_file(task_file), start=start, before=before)
         folder = Path(trainer.output_folder)
-        start, before = folder / "checkpoint_final.pth", before + stage.epochs
+        start = folder / "checkpoint_final.pth" if home is None else None
+        before += stage.epochs
 
     started = time.monotonic()
     # Not compiled: validation has other shapes, for which it would be compiled again.
-    validating = make_trainer(task, campaign, parts[-1], compiled=False)
+    validating = make_trainer(task, campaign, parts[-1], home, compiled=False)
     validating.initialize()
     validating.load_checkpoint(str(folder / "checkpoint_final.pth"))
     validating.perform_actual_validation(False)
     seconds = time.monotonic() - started
 
+    from nnunetv2.paths import nnUNet_preprocessed
+
     from nnunet_ssl.evaluation.folders import evaluate_folder
     from nnunet_ssl.evaluation.segmentations import Segmentations
 
-    preprocessed = Path(trainer.preprocessed_dataset_folder_base)
+    # In self-training, the last dataset has an ignore label that the campaign's has not.
+    preprocessed = Path(str(nnUNet_preprocessed)) / campaign.dataset
     segmentations = Segmentations.from_dataset_json(preprocessed / "dataset.json")
     result = evaluate_folder(folder / "validation", preprocessed / "gt_segmentations", segmentations)
     _, expected = trainer.do_split()
     if result.failed or {case.case for case in result.cases} != set(expected):
         raise UserError(f"Not all validation cases could be evaluated in {folder / 'validation'}: {result.failed}")
-    measured = costs(progress, [stage.epochs for stage in parts], trainer.num_iterations_per_epoch)
-    add_run(campaign.results, {**describe(task, campaign), **measured, "validation_seconds": round(seconds, 1)}, result)
+    iterations = campaign.epochs * trainer.num_iterations_per_epoch
+    measured = costs(progress, [stage.epochs for stage in parts])
+    about = {**describe(task, campaign), "iterations": iterations, **measured, "validation_seconds": round(seconds, 1)}
+    add_run(campaign.results, about, result)
 
 
 def _train_stage(trainer: Any, seed: int, progress: Progress, file: Path, *, start: Path | None, before: int) -> None:
@@ -185,23 +208,29 @@ def _train_stage(trainer: Any, seed: int, progress: Progress, file: Path, *, sta
     trainer.run_training()
 
 
-def make_trainer(task: Task, campaign: Campaign, stage: Stage, *, compiled: bool | None = None) -> Any:
+def make_trainer(
+    task: Task, campaign: Campaign, stage: Stage, home: Home | None = None, *, compiled: bool | None = None
+) -> Any:
     """nnU-Net's trainer of a stage, with a checkpoint after each epoch; ``compiled`` is for another choice."""
     import torch
     from nnunetv2.paths import nnUNet_preprocessed
 
     from nnunet_ssl.trainer_lookup import find_trainer
 
-    dataset = Path(str(nnUNet_preprocessed)) / campaign.dataset
-    plans = read_plans(campaign.plans_file, otherwise=_REMEDY)
+    if home is None:
+        dataset, file = Path(str(nnUNet_preprocessed)) / campaign.dataset, campaign.plans_file
+    else:
+        dataset, file = home.preprocessed(stage.round), home.plans_file(stage.round)
+    plans = read_plans(file, otherwise=_REMEDY)
     plans, configuration = plans_of_arm(plans, campaign.configuration, stage.arm)
     plans["continue_training"] = False
     plans["plans_name"] += stage.plans
     dataset_json = read_dataset_json(dataset / "dataset.json", otherwise="Plan the dataset again.")
     trainer_class = find_trainer(stage.arm.trainer)
     device = torch.device(task.device)
+    fold = task.fold if stage.fold is None else stage.fold
     trainer = trainer_class(
-        plans=plans, configuration=configuration, fold=task.fold, dataset_json=dataset_json, device=device
+        plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=device
     )
     trainer.num_epochs = stage.epochs
     trainer.save_every = 1

@@ -23,7 +23,8 @@ these. Two such commands share the work, also on two machines with one file syst
 
 An arm is a trainer, or a trainer with settings: MutualReliableTrainer:mutual_weight=0.0,ramp_length=0.1.
 CrossMatchTrainer@warm=0.5 trains nnUNetTrainer for half of the epochs, then CrossMatchTrainer from its weights for the
-other half.
+other half. With nnUNetTrainer@self-train=1, two trainings of nnUNetTrainer rank the unlabeled cases, and a third one
+learns also from the half on which they agree most.
 
 --labeled draws cases of fold 0 (or --draw-fold) as 'nnunet-ssl split' does, with seed 0. --folds uses folds of
 splits_final.json unchanged. If splits_final.json lacks a fold that is needed, the command appends it. It changes
@@ -52,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="ARM",
-        help="trainers, optionally with settings (TRAINER:NAME=VALUE,NAME=VALUE) or a warm start (TRAINER@warm=SHARE); "
+        help="trainers, optionally with settings (TRAINER:NAME=VALUE,NAME=VALUE), a warm start (TRAINER@warm=SHARE) or "
+        "rounds of self-training (TRAINER@self-train=ROUNDS); "
         "they are compared with nnUNetTrainer if it is among them, or else with the first",
     )
     _add_case_arguments(parser)
@@ -149,6 +151,11 @@ def _train(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     arms = parse_arms(args.tr, args.settings)
     for arm in arms:
         stages(arm, args.epochs)
+        if arm.rounds and (dataset.raw is None or not (dataset.raw / "dataset.json").is_file()):
+            raise UserError(
+                f"-tr {arm.name}: self-training reads images, and there is no {dataset.raw or 'nnUNet_raw'}. Set "
+                "nnUNet_raw to the folder that has the dataset."
+            )
     campaign = open_campaign(
         folder,
         preprocessed_folder=dataset.preprocessed,

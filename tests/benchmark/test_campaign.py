@@ -17,6 +17,7 @@ from nnunet_ssl.benchmark.campaign import (
     plan_settings,
     plan_trainings,
 )
+from nnunet_ssl.benchmark.self_training import Home
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock
@@ -71,6 +72,8 @@ def test_arms_with_settings(monkeypatch):
         ("CrossMatchTrainer@warm=1", "such as @warm=0.5"),
         ("CrossMatchTrainer@warm=half", "such as @warm=0.5"),
         ("CrossMatchTrainer@cold=0.5", "such as @warm=0.5"),
+        ("nnUNetTrainer@self-train=0", "1 to 9, such as @self-train=1"),
+        ("nnUNetTrainer@self-train=one", "such as @self-train=1"),
     ):
         with pytest.raises(UserError, match=message):
             parse_arms([wrong], [])
@@ -89,6 +92,34 @@ def test_a_warm_start_has_two_stages_in_folders_of_their_own(monkeypatch):
     assert other.plans != first.plans, "arms share no start, so that their trainings vary each by itself"
     with pytest.raises(UserError, match="of 1 epochs, 0 would be nnUNetTrainer's and 1 CrossMatchTrainer's"):
         stages(warm, 1)
+
+
+def test_self_training_has_two_teachers_a_round_and_one_student(monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    once, twice = parse_arms(
+        ["nnUNetTrainer@self-train=1", "CrossMatchTrainer@self-train=2:ramp_length=0.2"], ["seed=1"]
+    )
+    assert once == Arm("nnUNetTrainer@self-train=1", "nnUNetTrainer", {}, 0.0, 1)
+    assert twice.name == "CrossMatchTrainer@self-train=2:seed=1,ramp_length=0.2" and twice.rounds == 2
+    student = Arm("nnUNetTrainer", "nnUNetTrainer")
+    assert stages(once, 5) == [
+        *(Stage(once, 5, "", 0, 0), Stage(once, 5, "", 0, 1), Stage(student, 5, "", 1, 0)),
+    ]
+    assert [(one.arm, one.round, one.fold) for one in stages(twice, 5)] == [
+        *((twice, 0, 0), (twice, 0, 1), (student, 1, 0), (student, 1, 1), (student, 2, 0)),
+    ]
+
+
+def test_datasets_of_rounds_have_numbers_of_their_own(dataset, tmp_path):
+    campaign = begin(dataset, tmp_path / "c")
+    names = [Home(tmp_path, campaign, "", Arm("A", "A", rounds=3), "cpu").dataset(number) for number in range(4)]
+    # The phantoms are number 997.
+    assert names == [
+        dataset.name,
+        "Dataset999_Phantoms_Round1",
+        "Dataset998_Phantoms_Round2",
+        "Dataset996_Phantoms_Round3",
+    ]
 
 
 def test_settings_are_added_to_those_that_a_configuration_inherits():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trees import contents
 
 pytestmark = pytest.mark.slow
 
@@ -174,3 +175,36 @@ def test_warm_start(planned_2d, tmp_path):
     assert kept and all(torch.equal(after[name], before[name]) for name in kept)
     last = max(name for name in after if ".seg_layers." in name and name.endswith("weight"))
     assert not torch.equal(after[last], before[last]), "drawn at random, as with -pretrained_weights"
+
+
+def test_self_training_in_two_rounds(planned_2d, tmp_path):
+    """Killed while it ranks and while it trains on pseudo-labels, it goes on there; the dataset stays as it is."""
+    folder = tmp_path / "bench"
+    arms = ["-tr", "nnUNetTrainer_short@self-train=2", "--seeds", "0", "--epochs", "1"]
+    home = folder / "self_training" / "nnUNetTrainer_short_self-train_2_2_labeled_seed_0"
+    log = folder / "logs" / f"{home.name}.log"
+    before = contents(planned_2d.raw)
+    for sign in ("Predicting", "\nnnunet-ssl rank -d 997 -c tiny -p nnUNetPlans -tr nnUNetTrainer -f 0 1"):
+        first = start(planned_2d, folder, *arms)
+        wait_for(lambda sign=sign: log.is_file() and sign in log.read_text(), 600)
+        first.kill()
+        first.wait()
+        wait_for(lambda: not processes_of(tmp_path), 60)
+    finish(start(planned_2d, folder, *arms))
+    assert contents(planned_2d.raw) == before
+    text = log.read_text()
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert {row["training"] for row in rows} == {"nnUNetTrainer_short@self-train=2; 2 labeled; seed 0"}
+    assert {row["structure"] for row in rows} == set(planned_2d.phantoms.labels)
+    assert {row["case"] for row in rows} == set(
+        json.loads((folder / "campaign.json").read_text())["settings"]["2 labeled"]["val"]
+    )
+    for number, name in ((1, "Dataset999"), (2, "Dataset998")):
+        record = json.loads(next(home.glob(f"nnUNet_raw/{name}_*/self_training.json")).read_text())
+        cases = json.loads((home / f"queue_{number}" / "queue.json").read_text())["cases"]
+        assert len(record["pseudo_labeled"]) == round(len(cases) / 2), "the better half"
+        assert {model["trainer"] for model in record["models"]} == {
+            "nnUNetTrainer_short" if number == 1 else "nnUNetTrainer"
+        }
+    assert text.count("Epoch 0") >= 5
+    assert (home / "nnUNet_results").is_dir() and len(list(home.glob("nnUNet_results/*/*/*/checkpoint_final.pth"))) == 5
