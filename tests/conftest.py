@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # nnU-Net reads it when it is imported. It would start eight processes for each of its pools.
@@ -23,6 +24,10 @@ from warm_commands import CAN_FORK, WarmCommands
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
 from nnunet_ssl.testing.short import short_trainers
+
+# What is checked is true on a slow or busy machine too.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 WARM = WarmCommands()
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

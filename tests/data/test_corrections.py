@@ -65,7 +65,7 @@ def test_voxel_types_and_formats(case, tmp_path, ending, kind) -> None:
         assert getattr(written, what)() == getattr(like, what)()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_read_is_what_is_stored(case, tmp_path, data) -> None:
     """Whatever labels, type and format, and however header values were rounded."""

@@ -16,7 +16,7 @@ PATCHES = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PATCHES, st.integers(0, 2**32 - 1))
 def test_boxes_lie_in_the_patch_and_cover_the_asked_volume(patch, seed):
     np.random.seed(seed)

@@ -153,7 +153,7 @@ def test_numpy_datasets_of_older_plans(dataset: TinyDataset, tmp_path: Path) -> 
         )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(2, 9)),
     scale=st.floats(0.1, 10),

@@ -76,7 +76,7 @@ def test_memory_is_bounded(cases, structures):
     assert foreground._voxels.is_shared() and foreground._rare.is_shared()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     low=st.lists(st.integers(-30, 300), min_size=3, max_size=3),
     size=st.lists(st.integers(1, 20), min_size=3, max_size=3),
@@ -110,7 +110,7 @@ def test_an_aim_that_is_no_longer_predicted_is_forgotten_and_others_are_kept():
     assert drawn(foreground, KEYS[0]) == {(2, 1, 2, 3)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 4), voxels=st.integers(1, 60), values=st.integers(1, 9), seed=st.integers(0, 999))
 def test_a_voxel_of_each_label_is_drawn(rows, voxels, values, seed):
     labels = torch.randint(0, values, (rows, voxels), generator=torch.Generator().manual_seed(seed))

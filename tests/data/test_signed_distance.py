@@ -43,7 +43,7 @@ def naive_map(mask: np.ndarray, spacing) -> np.ndarray:
     st.sampled_from([(6, 5), (4, 1), (3, 4, 5), (1, 6, 4)]).flatmap(lambda shape: arrays(bool, shape)),
     st.lists(st.floats(0.3, 5.0), min_size=3, max_size=3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_is_the_distance_to_the_boundary(mask, spacing):
     spacing = spacing[: mask.ndim]
     found = signed_distance_map(mask, spacing)
@@ -52,7 +52,7 @@ def test_it_is_the_distance_to_the_boundary(mask, spacing):
 
 
 @given(st.sampled_from([(7, 8), (4, 5, 6)]).flatmap(lambda shape: arrays(bool, shape)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_signs_and_bounds(mask):
     found = signed_distance_map(mask, [1.0] * mask.ndim)
     assert np.abs(found).max() <= 1

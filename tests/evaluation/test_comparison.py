@@ -83,7 +83,7 @@ def test_a_structure_found_where_there_is_none_counts():
     assert compare(models, ["one"], "hd95")[1][1][-1] == 1, "a distance stays missing"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 3), st.integers(2, 8), st.floats(-0.5, 0.5), st.integers(0, 99))
 def test_constant_shift(runs, cases, shift, seed):
     """A model that is better by the same amount in each case: no spread is left in the pairs."""

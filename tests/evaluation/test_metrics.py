@@ -46,7 +46,7 @@ def masks(min_dims=2, max_dims=3):
 spacings = st.lists(st.floats(0.3, 4.0), min_size=3, max_size=3)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(masks(), spacings)
 def test_equals_the_naive_reference(pair, spacing):
     prediction, reference = pair
@@ -57,7 +57,7 @@ def test_equals_the_naive_reference(pair, spacing):
     np.testing.assert_allclose(dataclasses.astuple(result), expected, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks(), spacings)
 def test_equals_medpy(pair, spacing):
     prediction, reference = pair
@@ -69,7 +69,7 @@ def test_equals_medpy(pair, spacing):
     np.testing.assert_allclose(dataclasses.astuple(result), expected, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(masks(min_dims=2, max_dims=2), st.integers(0, 2), spacings)
 def test_structures_of_one_slice_equal_medpy(pair, axis, spacing):
     """Small structures in a large image: all of their voxels are surface."""
@@ -79,7 +79,7 @@ def test_structures_of_one_slice_equal_medpy(pair, axis, spacing):
     np.testing.assert_allclose((result.hd95, result.asd, result.assd), expected, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(masks(), spacings)
 def test_symmetry_identity_and_relation(pair, spacing):
     one, other = pair

@@ -57,7 +57,7 @@ def test_masked_dice_by_hand():
     assert masked_dice_loss(p, y, m).item() == pytest.approx(1 - 1.0 / 2.25, abs=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.sampled_from(SHAPES))
 def test_masked_dice_properties(seed, shape):
     p, y, m = random_case(shape, seed, 1)

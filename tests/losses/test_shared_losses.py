@@ -73,7 +73,7 @@ def test_sharpen(shape, regions, temperature) -> None:
 
 
 @given(scale=st.floats(0.1, 1000), temperature=st.floats(0.01, 1.0), regions=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_sharpened_probabilities_are_such_and_keep_their_order(scale, temperature, regions) -> None:
     logits = drawn((1, 3, 4, 4), regions)[0] * scale
     found = sharpen(logits, temperature=temperature, regions=regions)
@@ -147,7 +147,7 @@ def largest_of(label: np.ndarray) -> np.ndarray:
 
 
 @given(seed=st.integers(0, 2**31), dim=st.integers(2, 3), share=st.floats(0.05, 0.6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_largest_components(seed, dim, share) -> None:
     rng = np.random.default_rng(seed)
     classes = rng.integers(1, 4, (2, 1, *[6] * dim)) * (rng.random((2, 1, *[6] * dim)) < share)

@@ -138,7 +138,7 @@ def test_nothing_is_learned_where_all_are_certain_and_agree():
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 1000), st.floats(0.01, 1.0))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_soft_labels_are_between_0_and_1_and_keep_the_order(seed, scale, temperature):
     generator = torch.Generator().manual_seed(seed)
     p = (torch.randn(2, 3, 4, 5, generator=generator) * scale).softmax(1).requires_grad_()

@@ -246,7 +246,7 @@ def test_the_mean_is_for_the_validation_after_the_training_alone(planned_2d, mon
 
 
 @given(st.integers(0, 10_000), st.booleans(), st.sampled_from([(4, 5), (2, 3, 4)]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_lesson_is_bounded_and_carries_no_gradient(seed, regions, spatial):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(2, 3, *spatial, generator=generator) * 30).requires_grad_()

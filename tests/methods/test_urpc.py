@@ -171,7 +171,7 @@ def test_scales_that_agree_have_no_loss_and_no_gradient(regions):
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 1000), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_however_certain_the_scales_the_loss_is_finite_and_not_negative(seed, scale, regions):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(4, 2, 3, 4, 5, generator=generator) * scale).requires_grad_()

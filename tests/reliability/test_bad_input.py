@@ -35,7 +35,7 @@ from nnunet_ssl.methods.crossmatch import CrossMatchSettings
 from nnunet_ssl.settings import PLANS_KEY
 
 IDENTIFIER = "nnUNetPlans_3d_fullres"
-MANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 
 
 @contextlib.contextmanager

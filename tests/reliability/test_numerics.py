@@ -64,7 +64,7 @@ def test_terms_and_gradients_are_finite_for_any_logits(method, regions, dtype, p
     largest = min(torch.finfo(dtype).max, 1e6)
     scales = st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 30.0, 1e3, largest])
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
     @given(seed=st.integers(0, 2**31), scale=scales, offset=scales, constant=st.booleans())
     def check(seed, scale, offset, constant):
         generator = torch.Generator().manual_seed(seed)
