@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_ssl.cli.campaigns import add_machine_arguments, check_numbers, choose_machine, find_dataset
+from nnunet_ssl.cli.campaigns import add_machine_arguments, check_arms, check_numbers, choose_machine, find_dataset
 from nnunet_ssl.errors import UserError
 
 HELP = "train several trainers several times on equal terms, and report gains, intervals and costs"
@@ -144,18 +144,12 @@ def _train(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     _check_numbers(args)
     dataset = find_dataset(args.d, folder)
 
-    from nnunet_ssl.benchmark.arms import parse_arms, stages
+    from nnunet_ssl.benchmark.arms import parse_arms
     from nnunet_ssl.benchmark.campaign import open_campaign, plan_settings, plan_trainings
     from nnunet_ssl.benchmark.schedule import run_trainings
 
     arms = parse_arms(args.tr, args.settings)
-    for arm in arms:
-        stages(arm, args.epochs)
-        if arm.rounds and (dataset.raw is None or not (dataset.raw / "dataset.json").is_file()):
-            raise UserError(
-                f"-tr {arm.name}: self-training reads images, and there is no {dataset.raw or 'nnUNet_raw'}. Set "
-                "nnUNet_raw to the folder that has the dataset."
-            )
+    check_arms(arms, dataset, args.epochs)
     campaign = open_campaign(
         folder,
         preprocessed_folder=dataset.preprocessed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from nnunet_ssl.cli.lookup import dataset_name, device_name, nnunet_folder, trai
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
+    from nnunet_ssl.benchmark.arms import Arm
     from nnunet_ssl.benchmark.schedule import Machine
 
 
@@ -82,6 +84,23 @@ def find_dataset(dataset: str, folder: Path) -> Dataset:
             f"{preprocessed / name} is not a planned dataset. Run nnUNetv2_plan_and_preprocess -d {dataset}."
         )
     return Dataset(name, preprocessed / name, raw / name if raw else None)
+
+
+def check_arms(arms: Sequence[Arm], dataset: Dataset, epochs: int) -> None:
+    """Whether the arms can be trained for so many epochs with what the dataset has.
+
+    Raises:
+        UserError: a warm start has no epoch, or self-training no images to rank.
+    """
+    from nnunet_ssl.benchmark.arms import stages
+
+    for arm in arms:
+        stages(arm, epochs)
+        if arm.rounds and (dataset.raw is None or not (dataset.raw / "dataset.json").is_file()):
+            raise UserError(
+                f"-tr {arm.name}: self-training reads images, and there is no {dataset.raw or 'nnUNet_raw'}. Set "
+                "nnUNet_raw to the folder that has the dataset."
+            )
 
 
 def choose_machine(args: argparse.Namespace) -> Machine:

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_ssl.benchmark.arms import BASELINE
-from nnunet_ssl.cli.campaigns import Dataset, add_machine_arguments, check_numbers, choose_machine, find_dataset
+from nnunet_ssl.cli.campaigns import (
+    Dataset,
+    add_machine_arguments,
+    check_arms,
+    check_numbers,
+    choose_machine,
+    find_dataset,
+)
 from nnunet_ssl.cli.lookup import RECOMMENDED
 from nnunet_ssl.errors import UserError
 
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     folder = (args.o or Path(f"nnunet_ssl_pilot_{args.d}_{args.c}")).resolve()
     dataset = find_dataset(args.d, folder)
 
-    from nnunet_ssl.benchmark.arms import parse_arms, stages
+    from nnunet_ssl.benchmark.arms import parse_arms
     from nnunet_ssl.benchmark.campaign import open_campaign, plan_settings
     from nnunet_ssl.benchmark.pilot import asked_for, in_words, run_pilot
     from nnunet_ssl.benchmark.report import Report
@@ -89,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_ssl.files import ELSEWHERE, write_text
 
     arms = parse_arms([BASELINE, *args.tr], [])
-    for arm in arms:
-        stages(arm, args.epochs)
+    check_arms(arms, dataset, args.epochs)
     if len(arms) < 2:
         raise UserError(f"-tr names only {BASELINE}, with which the others are compared. Name another trainer.")
     cases = labeled_cases(dataset.preprocessed, dataset.raw)

@@ -55,3 +55,15 @@ def test_a_table_alone_needs_no_dataset(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.csv").write_text("a,b\n1,2\n")
     assert main(["benchmark", "--table", str(tmp_path / "broken.csv"), "-o", str(tmp_path)]) == 2
     assert "is not a table of results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["benchmark", "pilot"])
+def test_self_training_needs_images(planned_2d, tmp_path, monkeypatch, capsys, command):
+    for name, value in planned_2d.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "elsewhere"))
+    more = ["--labeled", "2"] if command == "benchmark" else []
+    call = [command, "-d", planned_2d.raw.name, "-c", "tiny", "-tr", "nnUNetTrainer@self-train=1", *more]
+    assert main([*call, "-device", "cpu", "-o", str(tmp_path / "bench")]) == 2
+    assert "self-training reads images, and there is no" in capsys.readouterr().err
+    assert not (tmp_path / "bench").exists()
