@@ -13,7 +13,14 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
-from nnunet_ssl.cli.lookup import RECOMMENDED, check_fold_name, find_trainer, import_errors, trainers_folder
+from nnunet_ssl.cli.lookup import (
+    RECOMMENDED,
+    check_fold_name,
+    device_name,
+    find_trainer,
+    import_errors,
+    trainers_folder,
+)
 from nnunet_ssl.cli.report import report
 from nnunet_ssl.cli.training_checks import check_dataset, check_device
 from nnunet_ssl.errors import UserError
@@ -34,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", metavar="FOLD", default="0", help="fold, a number or 'all' (default: %(default)s)")
     parser.add_argument("-tr", metavar="TRAINER", default=RECOMMENDED, help="trainer (default: %(default)s)")
     parser.add_argument(
+        "--time",
+        action="store_true",
+        help="with -d and -c, also measure how long a training step takes on this machine",
+    )
+    parser.add_argument(
+        "-device", choices=("cpu", "cuda", "mps"), help="device of --time (default: cuda where there is one, else cpu)"
+    )
+    parser.add_argument(
         "--report",
         action="store_true",
         help="print one text to paste into an issue: system, all checks, and with -d and -c the plans in short and the "
@@ -46,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     if args.c is not None and args.d is None:
         raise UserError("-c needs -d: which dataset's configuration?")
     check_fold_name(args.f)
+    if args.time and args.c is None:
+        raise UserError("--time needs -d and -c: the step of which configuration?")
+    if args.device is not None and not args.time:
+        raise UserError("-device is the device of --time, which is missing.")
     if args.report:
         found = list(findings(args))
         print(report(args, found))
@@ -73,7 +92,8 @@ def _checks(args: argparse.Namespace) -> Iterator[Finding]:
     yield from safely(check_paths())
     yield from safely(check_trainer(args.tr))
     if args.d is not None:
-        yield from safely(check_dataset(args.d, args.c, args.p, args.f, args.tr))
+        timed_on = device_name(args.device) if args.time else None
+        yield from safely(check_dataset(args.d, args.c, args.p, args.f, args.tr, timed_on=timed_on))
     yield from safely(check_device())
 
 

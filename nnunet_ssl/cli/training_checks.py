@@ -19,9 +19,18 @@ if TYPE_CHECKING:
 
 
 def check_dataset(
-    dataset: str, configuration: str | None, plans_name: str, fold: str, trainer_name: str
+    dataset: str,
+    configuration: str | None,
+    plans_name: str,
+    fold: str,
+    trainer_name: str,
+    *,
+    timed_on: str | None = None,
 ) -> Iterator[Finding]:
-    """What nnU-Net and this package need of one dataset; with a configuration, all of it."""
+    """What nnU-Net and this package need of one dataset; with a configuration, all of it.
+
+    ``timed_on`` is the device on which a step's time is measured.
+    """
     if not (os.environ.get("nnUNet_raw") and os.environ.get("nnUNet_preprocessed")):
         raise UserError(f"dataset {dataset} cannot be looked up: set nnUNet_raw and nnUNet_preprocessed first")
 
@@ -65,6 +74,8 @@ def check_dataset(
     # Bad settings or a bad network leave nothing to compute, and have been reported.
     if not any(finding.level == "FAIL" for finding in [*settings, *network]):
         yield from safely(check_memory(trainer, plans_manager, configuration, description))
+        if timed_on is not None:
+            yield from safely(check_time(trainer, plans_manager, configuration, description, timed_on))
 
 
 def check_labeled(folder: Path, dataset_json: dict[str, Any], *, otherwise: str) -> Iterator[Finding]:
@@ -265,6 +276,27 @@ def check_memory(
     for gpu, free, _ in gpus():
         verdict = judge(estimate, free, made.settings.memory_mode)
         yield (ok if verdict.fits else warn)(f"{gpu}: {verdict.text}")
+
+
+def check_time(
+    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any], device: str
+) -> Iterator[Finding]:
+    """How long a step takes on this machine, and so a training, measured on two steps."""
+    from nnunet_ssl.trainer.memory import trainer_of_plans
+    from nnunet_ssl.trainer.step_time import seconds_per_step
+
+    made = trainer_of_plans(trainer, plans, configuration, dataset_json)
+    steps, epochs = made.num_iterations_per_epoch, made.num_epochs
+    try:
+        seconds = seconds_per_step(trainer, plans, configuration, dataset_json, device)
+    except Exception as error:
+        yield warn(f"no time of a step of {trainer.__name__} on {device} ({described(error)})")
+        return
+    epoch = seconds * steps
+    yield ok(
+        f"a step of {trainer.__name__} takes {seconds:.2f} s on {device}: {epoch / 60:.1f} min per epoch of {steps} "
+        f"steps, {epoch * epochs / 3600:.1f} h for {epochs} epochs, without loaders and validation (two steps measured)"
+    )
 
 
 def gpus() -> list[tuple[str, float, float]]:

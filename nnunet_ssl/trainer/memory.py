@@ -54,14 +54,16 @@ class StepBytes(NamedTuple):
     before: int
 
 
-def trainer_of_plans(trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any]) -> Any:
+def trainer_of_plans(
+    trainer: type[Any], plans: PlansManager, configuration: str, dataset_json: dict[str, Any], device: str = "cpu"
+) -> Any:
     """A trainer with what its step depends on, but without network and data, and without a trace on the disk.
 
     It is constructed as nnU-Net constructs it, :func:`without_a_trace`.
     """
     with without_a_trace():
         given = {**plans.plans, "continue_training": False}
-        made = trainer(given, configuration, 0, dataset_json, torch.device("cpu"))
+        made = trainer(given, configuration, 0, dataset_json, torch.device(device))
     made.batch_size = made.configuration_manager.batch_size
     made.num_input_channels = determine_num_input_channels(plans, made.configuration_manager, dataset_json)
     return made
@@ -139,7 +141,7 @@ def _rehearsal(trainer: Any, stage: str, activation_checkpointing: bool | None) 
 
 def _supervised_step(rehearsal: Any, mode: Mode, dtype: torch.dtype, live: LiveBytes) -> int:
     """nnUNetTrainer's step; returns the bytes that were alive before it."""
-    batch = _labeled_batch(rehearsal)
+    batch = labeled_batch(rehearsal)
     before = live.now
     rehearsal.loss(rehearsal.network(batch["data"].to(dtype)), batch["target"]).backward()
     return before
@@ -148,13 +150,13 @@ def _supervised_step(rehearsal: Any, mode: Mode, dtype: torch.dtype, live: LiveB
 def _semi_supervised_step(rehearsal: Any, mode: Mode, dtype: torch.dtype, live: LiveBytes) -> int:
     """A method's step; returns the bytes that were alive before it."""
     views = rehearsal.unlabeled_views()
-    made = _labeled_batch(rehearsal, weak=views.weak_labeled)
+    made = labeled_batch(rehearsal, weak=views.weak_labeled)
     made["extra"] = _extra_targets(rehearsal)
     deep_supervision = rehearsal.enable_deep_supervision
     labeled = LabeledBatch.from_loader(
         made, rehearsal.device, deep_supervision=deep_supervision, weak=views.weak_labeled
     )
-    unlabeled = UnlabeledBatch.from_loader(_unlabeled_batch(rehearsal, views), rehearsal.device)
+    unlabeled = UnlabeledBatch.from_loader(unlabeled_batch(rehearsal), rehearsal.device)
     del made
     before = live.now
     assert mode != "supervised"
@@ -198,8 +200,8 @@ def _channels_of_targets(trainer: Any) -> int:
     return len(labels.foreground_regions) + labels.has_ignore_label if labels.has_regions else 1
 
 
-def _labeled_batch(trainer: Any, *, weak: bool = False) -> dict[str, Any]:
-    # As nnU-Net's loader makes it.
+def labeled_batch(trainer: Any, *, weak: bool = False) -> dict[str, Any]:
+    """As nnU-Net's loader makes it, with tensors that nobody has filled; ``weak`` adds the weak view of the images."""
     size, patch = trainer.batch_size, trainer.configuration_manager.patch_size
     channels = _channels_of_targets(trainer)
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
@@ -220,8 +222,9 @@ def _extra_targets(trainer: Any) -> dict[str, Any]:
     return {name: target.largest(trainer.batch_size, patch) for name, target in trainer.extra_targets.items()}
 
 
-def _unlabeled_batch(trainer: Any, views: Views) -> dict[str, Any]:
-    # As UnlabeledDataLoader makes it.
+def unlabeled_batch(trainer: Any) -> dict[str, Any]:
+    """As UnlabeledDataLoader makes it, with tensors that nobody has filled."""
+    views: Views = trainer.unlabeled_views()
     size, patch = trainer.unlabeled_patches, trainer.configuration_manager.patch_size
 
     def image() -> Tensor:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from method_steps import of_methods
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_dataset import PLANS, unet
 
 from nnunet_ssl.cli import doctor, training_checks
@@ -19,6 +21,7 @@ from nnunet_ssl.cli.findings import Finding, ok
 from nnunet_ssl.cli.lookup import find_trainer, trainers_folder
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainer.step_time import seconds_per_step
 
 ARCHITECTURE = unet([4, 8, 16], dim=2, n_conv_per_stage=[1, 1, 1])
 CASES = [f"case_{index}" for index in range(6)]
@@ -364,7 +367,9 @@ def test_wrong_arguments(
     assert expected in failed[0]
 
 
-@pytest.mark.parametrize("arguments", [["-c", "2d"], ["-d", "7", "-f", "first"]])
+@pytest.mark.parametrize(
+    "arguments", [["-c", "2d"], ["-d", "7", "-f", "first"], ["-d", "7", "--time"], ["-device", "cpu"]]
+)
 def test_arguments_without_sense_are_refused(arguments: list[str]) -> None:
     assert main(["doctor", *arguments]) == 2
 
@@ -486,6 +491,36 @@ def test_the_estimate_of_every_trainer_changes_nothing(
         rf"ok    estimate of .*: nnUNetTrainer \d\.\d GB, {trainer.__name__} split .*\(batches of 4 \+ 4\)", text
     )
     assert sorted(dataset.home.rglob("*")) == before, "no folder either"
+
+
+@of_methods("trainer", fast=1)
+def test_a_step_of_every_trainer_is_timed_and_changes_nothing(
+    dataset: Dataset, trainer: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(dataset.home.rglob("*"))
+    call = ["doctor", "-d", "7", "-c", "2d", "-tr", f"{trainer.__name__}_5epochs", "--time", "-device", "cpu"]
+    assert main(call) == 0
+    assert re.search(
+        rf"ok    a step of {trainer.__name__}_5epochs takes \d+\.\d\d s on cpu: \d+\.\d min per epoch of 250 steps, "
+        r"\d+\.\d h for 5 epochs,",
+        capsys.readouterr().out,
+    )
+    assert sorted(dataset.home.rglob("*")) == before, "no folder either"
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainer", "MeanTeacherTrainer"])
+def test_the_first_step_does_not_count(dataset: Dataset, name: str) -> None:
+    slept: list[float] = []
+
+    class Slow(find_trainer(name)):  # type: ignore[misc]
+        def train_step(self, batch: dict) -> dict:
+            slept.append(0.3 if slept else 3.0)
+            time.sleep(slept[-1])
+            return super().train_step(batch)
+
+    plans = PlansManager(dataset.plans)
+    seconds = seconds_per_step(Slow, plans, "2d", dataset.dataset_json, "cpu", steps=3)
+    assert 0.3 <= seconds < 1.2 and len(slept) == 4
 
 
 def test_a_trainer_without_an_estimate_is_no_failure(
