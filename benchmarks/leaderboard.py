@@ -160,7 +160,8 @@ def draw(columns: Sequence[Column], file: Path) -> None:
     if not arms:
         file.unlink(missing_ok=True)
         return
-    figure = Figure((8, 1.2 + 0.16 * len(arms) * (len(columns) + 1)), layout="constrained")
+    # Two settings side by side in the legend: four are wider than the figure.
+    figure = Figure((8, 1.2 + 0.2 * (len(columns) // 2) + 0.16 * len(arms) * (len(columns) + 1)), layout="constrained")
     axis = figure.subplots()
     for index, column in enumerate(columns):
         color = mpl.colormaps["tab10"](index)
@@ -182,7 +183,7 @@ def draw(columns: Sequence[Column], file: Path) -> None:
         f"Dice minus that of {BASELINE} (in brackets), 95 % interval; hollow: fewer than {ENOUGH} trainings"
     )
     axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(file, dpi=120)
 
 
