@@ -117,9 +117,9 @@ def run(args: argparse.Namespace) -> int:
     everything = [path for paths in (*folders.values(), *best.values()) for path in paths]
     segmentations = segmentations_of(args, everything)
     references = _references(args)
+    workers = processes(args.np, sum(len(segmentations.cases(path)) for path in everything))
     if args.o:
         make_folder(args.o)
-    workers = processes(args.np, sum(len(segmentations.cases(path)) for path in everything))
 
     by_folder: dict[str, FolderResult] = {}
 

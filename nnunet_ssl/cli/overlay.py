@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     references = args.g or _folder_with(common, segmentations.file_ending, args.d, "labelsTr", "-g")
     images = args.i or _folder_with(common, f"_0000{segmentations.file_ending}", args.d, "imagesTr", "-i")
 
+    workers = processes(args.np, len(common) * len(folders))
     make_folder(args.o)
     others = set.union(*held) - common
     if others and common and not args.cases:
@@ -82,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
     if args.cases:
         cases = list(dict.fromkeys(args.cases))
     else:
-        workers = processes(args.np, len(common) * len(folders))
         results = [evaluate_folder(one, references, segmentations, num_processes=workers) for one in folders.values()]
         for result in results:
             problems.update(result.failed)

@@ -263,6 +263,9 @@ def test_compare_says_what_few_cases_and_trainings_do_not_show(base, tmp_path, c
         (["overlay", "one=PRED", "-d", "42", "-o", "OUT", "--worst", "0"], "--worst"),
         (["overlay", "one=PRED", "one=GT", "-d", "42", "-o", "OUT"], "several folders"),
         (["compare", "one=PRED", "one=PRED", "two=GT", "-d", "42"], "one has that folder already"),
+        (["overlay", "one=PRED", "-d", "42", "-o", "OUT", "-np", "0"], "-np is 0"),
+        (["overlay", "one=PRED", "-d", "42", "-o", "OUT", "-np", "0", "--cases", "a"], "-np is 0"),
+        (["compare", "one=PRED", "two=PRED", "-g", "LABELS", "-d", "42", "-o", "OUT", "-np", "0"], "-np is 0"),
         (["overlay", "one=PRED", "-d", "42", "-o", "FILE"], "cannot be created"),
         (["evaluate", "-p", "PRED", "-g", "GT", "-o", "FILE"], "cannot be created"),
         (["evaluate", "-p", "PRED", "-g", "GT", "--file-ending", ".png"], "--file-ending"),
@@ -286,3 +289,4 @@ def test_mistakes_are_explained(base, tmp_path, capsys, arguments, message):
     assert main(replaced) == 2
     assert message in capsys.readouterr().err
     assert not (Path.cwd() / "nowhere").exists()
+    assert not (tmp_path / "out").exists(), "nothing is made before all is checked"
