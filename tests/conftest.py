@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import hypothesis
 import pytest
+from hypothesis import settings
 
 # nnU-Net reads it when it is imported. It would start eight processes for each of its pools.
 os.environ.setdefault("nnUNet_def_n_proc", "1")
@@ -25,9 +25,11 @@ from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
 from nnunet_ssl.testing.short import short_trainers
 
-# What is checked is true on a slow or busy machine too.
-hypothesis.settings.register_profile("any machine", deadline=None)
-hypothesis.settings.load_profile("any machine")
+# What is checked is true on a slow or busy machine too. All else is as hypothesis has it, which draws the same examples
+# in every run where CI is set.
+_NO_DEADLINE = "no deadline"
+settings.register_profile(_NO_DEADLINE, settings(), deadline=None)
+settings.load_profile(_NO_DEADLINE)
 
 WARM = WarmCommands()
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
