@@ -8,7 +8,7 @@ other shapes that are as bright: a few labels leave much to be learned from more
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,21 @@ _TISSUE = 0.42  # its mean brightness
 _ROLES = {"labeled": 0, "unlabeled": 1, "validation": 2, "test": 3}
 
 Array = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How much the images of a dataset differ.
+
+    Attributes:
+        contrast: range from which each case draws how much its structures stand out from tissue; 0 is not at all.
+        noise: range from which each image draws the standard deviation of its noise; tissue is about 0.4.
+        shading: how much the brightness varies across an image; 0 is not at all.
+    """
+
+    contrast: tuple[float, float] = (1.0, 1.0)
+    noise: tuple[float, float] = (0.04, 0.08)
+    shading: float = 0.45
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ def write_phantom_dataset(
     num_classes: int = 2,
     num_channels: int = 1,
     two_d: bool = False,
-    contrasts: Mapping[str, tuple[float, float]] | None = None,
+    look: Look = Look(),  # noqa: B008 - it cannot be changed
 ) -> PhantomDataset:
     """Write a phantom dataset in nnU-Net's raw format.
 
@@ -73,8 +88,7 @@ def write_phantom_dataset(
         num_classes: 1 (chamber), 2 (and neighbor) or 3 (and the chamber's wall).
         num_channels: number of image channels, each with contrast and noise of its own.
         two_d: write two-dimensional images, which nnU-Net plans as ``2d`` only.
-        contrasts: range from which each case of a role ("labeled", "unlabeled", "validation", "test") draws how much
-            its structures stand out; 1 where a role is not named.
+        look: of all images.
 
     Raises:
         UserError: the folder is not named as nnU-Net wants, or ``num_classes`` is not 1, 2 or 3.
@@ -98,9 +112,9 @@ def write_phantom_dataset(
         cases[role] = tuple(f"{prefix}_{number:03d}" for number in range(counts[role]))
         for number, case in enumerate(cases[role]):
             of_case = [seed, _ROLES[role], number]
-            contrast = np.random.default_rng([*of_case, 1]).uniform(*(contrasts or {}).get(role, (1.0, 1.0)))
+            contrast = np.random.default_rng([*of_case, 1]).uniform(*look.contrast)
             channels, segmentation = draw_phantom(
-                np.random.default_rng(of_case), shape, spacing, num_channels=num_channels, contrast=contrast
+                np.random.default_rng(of_case), shape, spacing, num_channels=num_channels, contrast=contrast, look=look
             )
             for index, channel in enumerate(channels):
                 _write(folder / images / f"{case}_{index:04d}{FILE_ENDING}", channel, spacing)
@@ -131,6 +145,7 @@ def draw_phantom(
     *,
     num_channels: int = 1,
     contrast: float = 1.0,
+    look: Look = Look(),  # noqa: B008 - it cannot be changed
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
     """Draw one case.
 
@@ -140,6 +155,7 @@ def draw_phantom(
         spacing: millimeters per axis.
         num_channels: of the image.
         contrast: how much the structures stand out from tissue; 0 is not at all.
+        look: its noise and shading.
 
     Returns:
         The channels, each of shape ``shape`` and with intensities from 0 to about 2000, and the segmentation
@@ -177,12 +193,12 @@ def draw_phantom(
     segmentation[(neighbor < 0) & (chamber >= 0.06)] = 2
     segmentation[chamber < 0] = 1
 
-    channels = [_image(rng, position, segmentation, contrast) for _ in range(num_channels)]
+    channels = [_image(rng, position, segmentation, contrast, look) for _ in range(num_channels)]
     return [channel.reshape(shape) for channel in channels], segmentation.reshape(shape)
 
 
 def _image(
-    rng: np.random.Generator, position: Array, segmentation: NDArray[np.uint8], contrast: float
+    rng: np.random.Generator, position: Array, segmentation: NDArray[np.uint8], contrast: float, look: Look
 ) -> NDArray[np.float32]:
     tissue = _TISSUE + 0.10 * _smooth_field(rng, position, frequency=2.5)
     for _ in range(rng.integers(9, 15)):  # as bright as the structures, elsewhere
@@ -202,8 +218,8 @@ def _image(
     # Partial volume; a slice of a two-dimensional case has nothing to blur along z.
     image = gaussian_filter(image, [0.7 if length > 1 else 0.0 for length in image.shape])
     image = image ** rng.uniform(0.85, 1.2)
-    image = image * np.exp(0.45 * _smooth_field(rng, position, frequency=0.7))
-    noise = rng.uniform(0.04, 0.08)
+    image = image * np.exp(look.shading * _smooth_field(rng, position, frequency=0.7))
+    noise = rng.uniform(*look.noise)
     image = np.hypot(image + rng.normal(0, noise, image.shape), rng.normal(0, noise, image.shape))  # Rician
     return (image * rng.uniform(250, 1200)).astype(np.float32)
 

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy.ndimage import gaussian_filter
 
-from nnunet_ssl.data.phantoms import write_phantom_dataset
+from nnunet_ssl.data.phantoms import Look, write_phantom_dataset
 from nnunet_ssl.errors import UserError
 
 SMALL = {"shape": (16, 20, 24), "spacing": (2.5, 2.0, 2.0)}
@@ -88,19 +89,20 @@ def test_refuses_what_nnunet_would_not_find(tmp_path):
         write_phantom_dataset(tmp_path / "Dataset001_P", **counts, num_classes=4)
 
 
-def test_the_contrast_of_a_role_changes_its_images_alone(tmp_path):
-    counts = {"labeled": 1, "unlabeled": 1, "validation": 0, "test": 1, "seed": 5, "shape": (16, 32, 32)}
-    plain, faint = tmp_path / "Dataset001_Plain", tmp_path / "Dataset002_Faint"
-    write_phantom_dataset(plain, **counts)
-    write_phantom_dataset(faint, **counts, contrasts={"test": (0.2, 0.3)})
-
-    def read(folder, file):
-        return sitk.GetArrayFromImage(sitk.ReadImage(folder / file))
-
-    for same in ("imagesTr/phantom_000_0000.nii.gz", "imagesUn/unlabeled_000_0000.nii.gz", "labelsTs/test_000.nii.gz"):
-        assert np.array_equal(read(plain, same), read(faint, same))
-    chamber = read(plain, "labelsTs/test_000.nii.gz") == 1
-    above = [image[chamber].mean() / image[~chamber].mean() - 1 for image in (
-        read(folder, "imagesTs/test_000_0000.nii.gz") for folder in (plain, faint)
-    )]  # fmt: skip
-    assert 0.05 < above[1] < 0.6 * above[0]
+def test_the_look_changes_images_and_no_labels(tmp_path):
+    counts = {"labeled": 0, "unlabeled": 0, "validation": 0, "test": 1, "seed": 5, "shape": (16, 32, 32)}
+    looks = [Look(), Look(contrast=(0.2, 0.3)), Look(noise=(0.2, 0.3)), Look(shading=1.5)]
+    images, labels = [], []
+    for number, look in enumerate(looks, start=1):
+        folder = tmp_path / f"Dataset00{number}_Phantoms"
+        write_phantom_dataset(folder, **counts, look=look)
+        images.append(sitk.GetArrayFromImage(sitk.ReadImage(folder / "imagesTs/test_000_0000.nii.gz")))
+        labels.append(sitk.GetArrayFromImage(sitk.ReadImage(folder / "labelsTs/test_000.nii.gz")))
+    assert all(np.array_equal(one, labels[0]) for one in labels)
+    chamber, tissue = labels[0] == 1, labels[0] == 0
+    plain, faint, _, _ = (image[chamber].mean() / image[tissue].mean() - 1 for image in images)
+    assert 0.05 < faint < 0.6 * plain
+    plain, _, noisy, _ = (np.abs(np.diff(image, axis=2)).mean() / image.mean() for image in images)
+    assert noisy > 2 * plain
+    plain, _, _, shaded = (gaussian_filter(image, 6).std() / image.mean() for image in images)
+    assert shaded > 1.5 * plain

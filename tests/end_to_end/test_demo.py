@@ -36,11 +36,11 @@ def test_demo_of_all_trainers(tmp_path):
     trainers = ("nnUNetTrainer", *METHODS)
     finished = run_demo("-o", "out", "--all", "--epochs", "4", cwd=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    rows = re.findall(r"^(chamber|neighbor) +(\S+) +(\d\.\d+) ± \d\.\d+ +(.*?) +6$", finished.stdout, re.MULTILINE)
+    rows = re.findall(r"^(chamber|neighbor) +(\S+) +(\d\.\d+) ± \d\.\d+ +(.*?) +24$", finished.stdout, re.MULTILINE)
     assert [row[:2] for row in rows] == [
         (structure, trainer) for structure in ("chamber", "neighbor") for trainer in trainers
     ]
-    assert "200 labeled iterations each" in finished.stdout
+    assert "400 labeled iterations each" in finished.stdout
     assert all(0 <= float(dice) <= 1 for _, _, dice, _ in rows)
     assert all(float(dice) > 0.5 for structure, _, dice, _ in rows if structure == "chamber")
     assert all(re.match(r"\d+\.\d\d", hd95) for structure, _, _, hd95 in rows if structure == "chamber")
@@ -55,7 +55,7 @@ def test_demo_of_all_trainers(tmp_path):
     ]
     assert all(path.is_file() for path in shown)
     for trainer in (f"{name}_demo" for name in trainers):
-        assert len(list((out / "predictions" / trainer).glob("*.nii.gz"))) == 6
+        assert len(list((out / "predictions" / trainer).glob("*.nii.gz"))) == 24
         checkpoint = out / "nnUNet_results" / "Dataset001_Phantom" / f"{trainer}__nnUNetPlans__demo" / "fold_0"
         assert (checkpoint / "checkpoint_final.pth").is_file()
     assert all(list(folder.iterdir()) == [] for folder in (tmp_path / "user").iterdir()), "the user's folders"
@@ -169,7 +169,7 @@ def test_configuration_fits_the_plan_it_inherits_from(patch_size, strides, expec
     assert configuration["inherits_from"] == "2d" and configuration["patch_size"] == expected
     made = configuration["architecture"]["arch_kwargs"]
     stages = made["n_stages"]
-    assert stages == min(3, len(strides))
+    assert stages == min(4, len(strides))
     assert [len(made[key]) for key in ("strides", "kernel_sizes", "features_per_stage")] == [stages] * 3
     assert len(made["n_conv_per_stage_decoder"]) == stages - 1
     assert options["n_stages"] == len(strides), "the parent stays as it was"
