@@ -40,8 +40,8 @@ LONGEST_PATCH, BATCH_SIZE = 64, 4
 EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 10, 100, 2
 
 NEXT = """
-These phantoms are made so that unlabeled images help: they differ much in contrast and shading, and only one of them has
-labels. To see whether unlabeled images help with your data:
+These phantoms are made so that unlabeled images help: they differ much in contrast and shading, and only one of them
+has labels. To see whether unlabeled images help with your data:
 
   nnunet-ssl doctor -d DATASET -c 3d_fullres -tr {trainer}    # unlabeled images are in imagesUn; is anything missing?
   nnunet-ssl pilot -d DATASET -c 3d_fullres -tr {trainer}     # short trainings with and without them

@@ -68,7 +68,7 @@ def write_phantom_dataset(
     num_classes: int = 2,
     num_channels: int = 1,
     two_d: bool = False,
-    look: Look = Look(),  # noqa: B008 - it cannot be changed
+    look: Look = Look(),
 ) -> PhantomDataset:
     """Write a phantom dataset in nnU-Net's raw format.
 
@@ -145,7 +145,7 @@ def draw_phantom(
     *,
     num_channels: int = 1,
     contrast: float = 1.0,
-    look: Look = Look(),  # noqa: B008 - it cannot be changed
+    look: Look = Look(),
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
     """Draw one case.
 
