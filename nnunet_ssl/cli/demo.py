@@ -261,9 +261,10 @@ def _make_phantoms(folder: Path, seed: int) -> None:
 
     # Two-dimensional images are so small that a network can see many in a few minutes. One label shows little of how
     # they differ. benchmarks/results has what five seeds of it came to.
-    counts = {"labeled": 1, "unlabeled": 60, "validation": 1, "test": 24}
     look = Look(contrast=(0.35, 1.0), noise=(0.03, 0.06), shading=0.8)
-    write_phantom_dataset(folder, **counts, seed=seed, shape=(64, 64), two_d=True, look=look)
+    write_phantom_dataset(
+        folder, labeled=1, unlabeled=60, validation=1, test=24, seed=seed, shape=(64, 64), two_d=True, look=look
+    )
 
 
 def _configure(dataset: _Dataset) -> None:
