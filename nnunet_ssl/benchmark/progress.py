@@ -100,25 +100,26 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def costs(progress: Progress, epochs: Sequence[int]) -> dict[str, object]:
+def costs(progress: Progress, epochs: Sequence[int], length: int) -> dict[str, object]:
     """The columns on time and memory; an epoch that was not measured, because a kill came, counts as the others.
 
     Args:
         progress: what was measured.
         epochs: of each stage; steps are medians within a stage, weighted by its length.
+        length: epochs of the campaign's trainings. Self-training has several of them, and its step costs the sum.
     """
     measured = progress.epochs or [float("nan")]
     return {
         "training_seconds": round(statistics.fmean(measured) * sum(epochs) + progress.between, 1),
-        "seconds_per_step": f"{_typical(progress.steps, epochs):.6f}",
-        "cpu_seconds_per_step": f"{_typical(progress.cpu_steps, epochs):.6f}",
+        "seconds_per_step": f"{_typical(progress.steps, epochs, length):.6f}",
+        "cpu_seconds_per_step": f"{_typical(progress.cpu_steps, epochs, length):.6f}",
         "peak_memory_mb": round(progress.peak_memory, 1),
     }
 
 
-def _typical(steps: Sequence[float], epochs: Sequence[int]) -> float:
+def _typical(steps: Sequence[float], epochs: Sequence[int], length: int) -> float:
     total, begin = 0.0, 0
     for count in epochs:
         total += count * statistics.median(steps[begin : begin + count] or [float("nan")])
         begin += count
-    return total / begin
+    return total / length

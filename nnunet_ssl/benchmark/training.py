@@ -177,7 +177,7 @@ def train(task: Task, task_file: Path) -> None:
     if result.failed or {case.case for case in result.cases} != set(expected):
         raise UserError(f"Not all validation cases could be evaluated in {folder / 'validation'}: {result.failed}")
     iterations = campaign.epochs * trainer.num_iterations_per_epoch
-    measured = costs(progress, [stage.epochs for stage in parts])
+    measured = costs(progress, [stage.epochs for stage in parts], campaign.epochs)
     about = {**describe(task, campaign), "iterations": iterations, **measured, "validation_seconds": round(seconds, 1)}
     add_run(campaign.results, about, result)
 

@@ -112,12 +112,13 @@ def test_costs_are_relative_to_the_baseline_of_the_campaign():
 
 def test_a_warm_start_costs_what_its_stages_cost():
     done = Progress([10, 10, 10, 40], [1, 1, 1, 5], [0.1, 0.3, 0.2, 0.6], 7)
-    about = costs(done, [3, 1])
+    about = costs(done, [3, 1], 4)
     assert about["training_seconds"] == 70
     assert float(about["seconds_per_step"]) == 2 and float(about["cpu_seconds_per_step"]) == pytest.approx(0.3)
-    assert float(costs(done, [4])["seconds_per_step"]) == 1, "without one, the median"
+    assert float(costs(done, [4], 4)["seconds_per_step"]) == 1, "without one, the median"
     done.between = 5
-    assert costs(done, [3, 1])["training_seconds"] == 75, "with what self-training does between its trainings"
+    assert costs(done, [3, 1], 4)["training_seconds"] == 75, "with what self-training does between its trainings"
+    assert float(costs(done, [2, 2], 2)["seconds_per_step"]) == 1 + 3, "two trainings cost twice as much as one"
     done.forget(3)
     assert done == Progress([10, 10, 10], [1, 1, 1], [0.1, 0.3, 0.2], 7, 5)
 
