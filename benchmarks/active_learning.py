@@ -24,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from few_labels import make_dataset
+
 from nnunet_ssl.cli.lookup import find_program
 from nnunet_ssl.data.queue import ROWS_FILE
 from nnunet_ssl.evaluation.tables import format_table
@@ -107,18 +109,7 @@ def plan(folder: Path, source: Path, fold: Mapping[str, Sequence[str]]) -> Home:
     home = Home(folder, f"Dataset{NUMBER}_{source.name.partition('_')[2]}")
     for name in _FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    description = json.loads((source / "dataset.json").read_text())
-    ending, labeled = description["file_ending"], [*fold["train"], *fold["val"]]
-    for place, cases in (("imagesTr", labeled), ("imagesUn", fold["unlabeled"]), ("labelsTr", labeled)):
-        (home.raw / place).mkdir(parents=True, exist_ok=True)
-        where = source / ("labelsTr" if place == "labelsTr" else "imagesTr")
-        for case in cases:
-            for file in where.glob(f"{case}{ending}" if place == "labelsTr" else f"{case}_????{ending}"):
-                if not (home.raw / place / file.name).is_file():
-                    shutil.copyfile(file, home.raw / place / file.name)
-    write_text(home.raw / "dataset.json", json.dumps({**description, "numTraining": len(labeled)}, indent=2))
-    folds = [{"train": fold["train"], "val": fold["val"]} for _ in FOLDS]
-    write_text(home.raw / "splits_final.json", json.dumps(folds, indent=2))
+    make_dataset(source, home.raw, fold, folds=len(FOLDS))
     home.run("nnUNetv2_plan_and_preprocess", "-d", NUMBER, "-c", "3d_fullres", "-np", 2, "-npfp", 2)
     file = home.preprocessed / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
