@@ -123,7 +123,7 @@ def _commands(page: str) -> Iterator[list[str]]:
         if "nnunet-ssl" not in line and "nnUNetv2_" not in line:
             continue
         try:
-            words = shlex.split(line.removeprefix("$ "), comments=True)
+            words = shlex.split(re.sub(r"\$\([^()]*\)", "VALUE", line.removeprefix("$ ")), comments=True)
         except ValueError:  # prose that a command prints
             continue
         ends = [number for number, word in enumerate(words) if re.fullmatch(r"[|;&<>\d]+", word) and not word.isdigit()]
