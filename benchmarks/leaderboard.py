@@ -179,8 +179,10 @@ def draw(columns: Sequence[Column], file: Path) -> None:
     axis.axvline(0, color="gray", linewidth=1)
     axis.set_yticks(range(len(arms)), [short_name(arm) for arm in arms])
     axis.set_ylim(len(arms) - 0.5, -0.5)
-    axis.set_xlabel(
-        f"Dice minus that of {BASELINE} (in brackets), 95 % interval; hollow: fewer than {ENOUGH} trainings"
+    # Of the figure: below an axis that long names of arms have moved to the right, it would be cut off.
+    figure.supxlabel(
+        f"Dice minus that of {BASELINE} (in brackets), 95 % interval; hollow: fewer than {ENOUGH} trainings",
+        fontsize="medium",
     )
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
@@ -193,7 +195,8 @@ nnUNetTrainer, paired over the cases, and its 95 % interval over cases and train
 no difference. n is the number of trainings; fewer than {ENOUGH} are "too few" for a conclusion. Cost is the time of a
 step relative to nnUNetTrainer in the same campaign (on a CPU, its processor time). Arms are sorted by their mean
 difference, and those that lack a column come last. [Chance](explanation/chance.md) explains why the spread of trainings
-matters."""
+matters. `@self-train=1` is [self-training](how-to/benchmark.md#arms): its cost is that of its three trainings, without
+the ranking."""
 
 
 def _read(folder: Path) -> tuple[Campaign, Report]:

@@ -149,18 +149,19 @@ def test_the_picture_shows_every_gain(leaderboard, tmp_path, monkeypatch):
     assert points[round(gains["Once"].difference, 6)] == "white" != points[round(gains["Good"].difference, 6)]
 
 
-def test_the_legend_of_four_settings_lies_within_the_picture(leaderboard, tmp_path, monkeypatch):
+def test_nothing_is_cut_off_with_four_settings_and_long_names(leaderboard, tmp_path, monkeypatch):
+    dice = BASE | {"nnUNetTrainer@self-train=2": [0.8, 0.8, 0.8]}
     for number in range(4):
         setting = {"dataset": f"Dataset90{number}_ALongerName", "setting": f"fold {number}, {number + 4} labeled"}
-        campaign(tmp_path / f"{number}", BASE | {"Good": [0.8, 0.8, 0.8]}, identifier=f"c{number}", **setting)
-    inside = []
+        campaign(tmp_path / f"{number}", dice, identifier=f"c{number}", **setting)
+    drawn = []
 
     def look(figure, *_, **__):
         figure.draw_without_rendering()
-        legend, whole = figure.legends[0].get_window_extent(), figure.bbox
-        inside.append(whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and legend.y1 <= whole.y1)
+        drawn.append((figure.get_tightbbox().extents, figure.get_size_inches()))
         assert len(figure.legends[0].get_texts()) == 4
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", look)
     leaderboard.draw(leaderboard._columns(leaderboard.read_reports(tmp_path)), tmp_path / "picture.png")
-    assert inside == [True]
+    ((left, bottom, right, top), (width, height)) = drawn[0]
+    assert left >= 0 and right <= width and bottom >= 0 and top <= height
