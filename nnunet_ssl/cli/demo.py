@@ -40,8 +40,8 @@ LONGEST_PATCH, BATCH_SIZE = 64, 4
 EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 10, 100, 2
 
 NEXT = """
-These phantoms are made so that unlabeled images help: they differ much in contrast and shading, and only one of them
-has labels. To see whether unlabeled images help with your data:
+These phantoms are made so that unlabeled images help: they differ much in contrast and shading, and only two of them
+have labels. To see whether unlabeled images help with your data:
 
   nnunet-ssl doctor -d DATASET -c 3d_fullres -tr {trainer}    # unlabeled images are in imagesUn; is anything missing?
   nnunet-ssl pilot -d DATASET -c 3d_fullres -tr {trainer}     # short trainings with and without them
@@ -259,11 +259,11 @@ def _module_of(trainer: str) -> str:
 def _make_phantoms(folder: Path, seed: int) -> None:
     from nnunet_ssl.data.phantoms import Look, write_phantom_dataset
 
-    # Two-dimensional images are so small that a network can see many in a few minutes. One label shows little of how
-    # they differ. benchmarks/results has what five seeds of it came to.
+    # Two-dimensional images are so small that a network can see many in a few minutes. Two labels show little of how
+    # they differ; one may show so little that pseudo-labels are wrong. benchmarks/results has what seeds of it came to.
     look = Look(contrast=(0.35, 1.0), noise=(0.03, 0.06), shading=0.8)
     write_phantom_dataset(
-        folder, labeled=1, unlabeled=60, validation=1, test=24, seed=seed, shape=(64, 64), two_d=True, look=look
+        folder, labeled=2, unlabeled=60, validation=1, test=24, seed=seed, shape=(64, 64), two_d=True, look=look
     )
 
 
