@@ -26,7 +26,10 @@ import nnunet_ssl
 from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
 from nnunet_ssl.cli.methods import COSTS, measured_costs
 from nnunet_ssl.data.labeled_targets import AddTargets
+from nnunet_ssl.testing.tiny import unet
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
+from nnunet_ssl.trainer.memory import unlabeled_batch
+from nnunet_ssl.trainer.step_time import filled
 
 # The large plan that needs no dataset: nnU-Net's own for patches of 128x128x128, and two structures.
 PATCH, BATCH, FEATURES = (128, 128, 128), 2, (32, 64, 128, 256, 320, 320)
@@ -50,26 +53,7 @@ def plans_without_dataset(
 ) -> dict[str, Any]:
     """nnU-Net's plans, configuration 3d_fullres, for the plain U-Net with ``features`` per stage."""
     stages = len(features)
-    architecture = {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": stages,
-            "features_per_stage": list(features),
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3, 3, 3]] * stages,
-            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-            "n_conv_per_stage": [2] * stages,
-            "n_conv_per_stage_decoder": [2] * (stages - 1),
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
+    architecture = unet(list(features), n_conv_per_stage=[2] * stages, n_conv_per_stage_decoder=[2] * (stages - 1))
     configuration = {
         "data_identifier": "nnUNetPlans_3d_fullres",
         "patch_size": list(patch),
@@ -156,18 +140,11 @@ def give_unlabeled_batches(trainer: SemiSupervisedTrainer, count: int = 1) -> No
     """A few unlabeled batches for ever, on the device, in place of the loader: the step is measured alone."""
     u, patch = trainer.unlabeled_batch_size, trainer.configuration_manager.patch_size
     views = trainer.unlabeled_views()
-    shape = (u, trainer.num_input_channels, *patch)
 
     def batch() -> dict[str, Any]:
         boxes = [torch.from_numpy(views.cutmix.draw(u, patch)) for _ in range(views.strong)] if views.cutmix else []
-        return {
-            "weak": torch.randn(shape),
-            "strong": [torch.randn(shape) for _ in range(views.strong)],
-            "boxes": boxes,
-            "partner": (torch.arange(u) + 1) % u,
-            "keys": ["unlabeled"] * u,
-            **({"augmented": torch.randn(shape)} if views.augmented else {}),
-        }
+        partner = (torch.arange(u) + 1) % u
+        return filled(unlabeled_batch(trainer)) | {"boxes": boxes, "partner": partner, "keys": ["unlabeled"] * u}
 
     loader: Any = itertools.cycle([_on_device(batch(), trainer.device) for _ in range(count)])
     trainer.dataloader_unlabeled = loader

@@ -47,31 +47,6 @@ PLANS: dict[str, Any] = {
 }
 
 
-def unet(features: list[int], *, dim: int = 3, name: str = "PlainConvUNet", **arguments: Any) -> dict[str, Any]:
-    """The plans' entry for a U-Net with one convolution per stage of the decoder; ``arguments`` are the rest."""
-    stages = len(features)
-    return {
-        "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
-        "arch_kwargs": {
-            "n_stages": stages,
-            "features_per_stage": features,
-            "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
-            "kernel_sizes": [[3] * dim] * stages,
-            "strides": [[1] * dim] + [[2] * dim] * (stages - 1),
-            "n_conv_per_stage_decoder": [1] * (stages - 1),
-            "conv_bias": True,
-            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-            **arguments,
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-
-
 def voxels(seed: int, shape: tuple[int, ...] = (20, 24, 24)) -> np.ndarray:
     """Random intensities around 100, without zeros."""
     return np.random.default_rng(seed).uniform(50, 150, shape).astype(np.float32)

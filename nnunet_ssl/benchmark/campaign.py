@@ -181,6 +181,12 @@ def read_campaign(folder: Path) -> Campaign:
     return Campaign(folder, **{name: content[name] for name in names})
 
 
+def fold_of(campaign: Campaign, setting: str) -> Fold:
+    """The cases of a setting, as they were when the campaign began with it."""
+    fold: Fold = read_json(campaign.folder / _FILE, otherwise=_OTHER_FOLDER)["settings"][setting]
+    return fold
+
+
 def _plans(preprocessed_folder: Path, name: str, configuration: str, more: Path | None) -> dict[str, Any]:
     """The plans with what ``more`` adds, checked to have a configuration whose cases are preprocessed."""
     again = f"Make it with nnUNetv2_plan_and_preprocess -d {preprocessed_folder.name}, or choose other plans with -p."

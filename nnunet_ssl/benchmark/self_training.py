@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.benchmark.arms import Arm, Stage, plans_of_arm, stages
-from nnunet_ssl.benchmark.campaign import Campaign
-from nnunet_ssl.data.nnunet_files import read_json, read_plans
+from nnunet_ssl.benchmark.campaign import Campaign, fold_of
+from nnunet_ssl.data.nnunet_files import read_plans
 from nnunet_ssl.data.splits import SPLITS_FILE, write_splits
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_text
@@ -58,9 +58,10 @@ class Home:
         """Preprocessed folder of a round's dataset."""
         return self.folder / "nnUNet_preprocessed" / self.dataset(number)
 
-    def plans_file(self, number: int) -> Path:
-        """Plans of a round's dataset."""
-        return self.preprocessed(number) / f"{self.campaign.plans}.json"
+    def plans(self, stage: Stage) -> tuple[dict[str, Any], str]:
+        """Plans of a stage's dataset, with the configuration of its arm, and that one's name."""
+        file = self.preprocessed(stage.round) / f"{self.campaign.plans}.json"
+        return plans_of_arm(read_plans(file, otherwise=_REMEDY), self.campaign.configuration, stage.arm)
 
     def enter(self) -> None:
         """Make the folders of this process and of those that it starts nnU-Net's; they are made as a whole.
@@ -97,7 +98,7 @@ class Home:
             read_plans(self.campaign.plans_file, otherwise=_REMEDY), self.campaign.configuration, self.arm
         )
         write_text(own / f"{self.campaign.plans}.json", json.dumps(plans, indent=4) + "\n")
-        fold = read_json(self.campaign.folder / "campaign.json", otherwise=_REMEDY)["settings"][self.setting]
+        fold = fold_of(self.campaign, self.setting)
         # Two trainings of one trainer, which differ by chance alone, need two folds.
         write_splits(own / SPLITS_FILE, [fold, fold])
 
@@ -116,7 +117,7 @@ class Home:
         started = time.monotonic()
         teachers = next(one for one in stages(self.arm, self.campaign.epochs) if one.round == number - 1)
         queue, made = self.folder / f"queue_{number}", self.dataset(number)
-        _, configuration = self._plans(teachers)
+        _, configuration = self.plans(teachers)
         source = ["-d", self.dataset(0)]
         command = [*source, "-c", configuration, "-p", self.campaign.plans, "-tr", teachers.arm.trainer, "-f", "0", "1"]
         # Mirroring would make ranking take longer than the trainings.
@@ -129,14 +130,12 @@ class Home:
 
         from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
-        workers = [int(os.environ.get("nnUNet_def_n_proc", "1"))]
-        preprocess_dataset(int(made[7:10]), self.campaign.plans, (self.campaign.configuration,), workers)
+        from nnunet_ssl.data.worker_processes import default_workers
+
+        configurations = (self.campaign.configuration,)
+        preprocess_dataset(int(made[7:10]), self.campaign.plans, configurations, [default_workers()])
         done.touch()
         return time.monotonic() - started
-
-    def _plans(self, stage: Stage) -> tuple[dict[str, Any], str]:
-        plans = read_plans(self.plans_file(stage.round), otherwise=_REMEDY)
-        return plans_of_arm(plans, self.campaign.configuration, stage.arm)
 
 
 def _run(command: str, *arguments: str, accepted: tuple[int, ...] = (0,)) -> None:

@@ -128,7 +128,8 @@ def train(task: Task, task_file: Path) -> None:
     """Train from the last checkpoint, or from the start, and add the result to the campaign's table.
 
     With a warm start nnUNetTrainer trains first, to the end of a shorter training, and the trainer then starts from its
-    weights as with ``-pretrained_weights``. In self-training every training starts anew; the last one is evaluated.
+    weights as with ``-pretrained_weights``. In self-training every training starts with random weights; the last
+    one is evaluated.
 
     The seed sets Python, NumPy and PyTorch of this process and of the workers of nnU-Net's loaders. What goes on from a
     checkpoint is seeded by the epoch too.
@@ -218,11 +219,12 @@ def make_trainer(
     from nnunet_ssl.trainer_lookup import find_trainer
 
     if home is None:
-        dataset, file = Path(str(nnUNet_preprocessed)) / campaign.dataset, campaign.plans_file
+        dataset = Path(str(nnUNet_preprocessed)) / campaign.dataset
+        plans = read_plans(campaign.plans_file, otherwise=_REMEDY)
+        plans, configuration = plans_of_arm(plans, campaign.configuration, stage.arm)
     else:
-        dataset, file = home.preprocessed(stage.round), home.plans_file(stage.round)
-    plans = read_plans(file, otherwise=_REMEDY)
-    plans, configuration = plans_of_arm(plans, campaign.configuration, stage.arm)
+        dataset = home.preprocessed(stage.round)
+        plans, configuration = home.plans(stage)
     plans["continue_training"] = False
     plans["plans_name"] += stage.plans
     dataset_json = read_dataset_json(dataset / "dataset.json", otherwise="Plan the dataset again.")

@@ -285,13 +285,13 @@ def check_time(
     from nnunet_ssl.trainer.memory import trainer_of_plans
     from nnunet_ssl.trainer.step_time import seconds_per_step
 
-    made = trainer_of_plans(trainer, plans, configuration, dataset_json)
-    steps, epochs = made.num_iterations_per_epoch, made.num_epochs
     try:
-        seconds = seconds_per_step(trainer, plans, configuration, dataset_json, device)
+        made = trainer_of_plans(trainer, plans, configuration, dataset_json, device)
+        seconds = seconds_per_step(made)
     except Exception as error:
         yield warn(f"no time of a step of {trainer.__name__} on {device} ({described(error)})")
         return
+    steps, epochs = made.num_iterations_per_epoch, made.num_epochs
     epoch = seconds * steps
     yield ok(
         f"a step of {trainer.__name__} takes {seconds:.2f} s on {device}: {epoch / 60:.1f} min per epoch of {steps} "

@@ -64,7 +64,7 @@ def tiny_plans(*, dim: int, labels: str = "classes", **settings: Any) -> tuple[d
         "resampling_fn_seg_kwargs": {**resampling, "is_seg": True, "order": 1},
         "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
         "resampling_fn_probabilities_kwargs": {**resampling, "order": 1},
-        "architecture": _tiny_unet(dim),
+        "architecture": unet([4, 6, 8], dim=dim, n_conv_per_stage=[1, 1, 1]),
         "semi_supervised": settings,
     }
     intensities = {"percentile_00_5": -2.0, "percentile_99_5": 2.0, "mean": 0.0, "std": 1.0, "min": -4.0, "max": 4.0}
@@ -82,17 +82,18 @@ def tiny_plans(*, dim: int, labels: str = "classes", **settings: Any) -> tuple[d
     return plans, dataset_json
 
 
-def _tiny_unet(dim: int) -> dict[str, Any]:
+def unet(features: list[int], *, dim: int = 3, name: str = "PlainConvUNet", **arguments: Any) -> dict[str, Any]:
+    """The plans' entry for a U-Net with one convolution per stage of the decoder; ``arguments`` are the rest."""
+    stages = len(features)
     return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
         "arch_kwargs": {
-            "n_stages": 3,
-            "features_per_stage": [4, 6, 8],
+            "n_stages": stages,
+            "features_per_stage": features,
             "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
-            "kernel_sizes": [[3] * dim] * 3,
-            "strides": [[1] * dim, [2] * dim, [2] * dim],
-            "n_conv_per_stage": [1, 1, 1],
-            "n_conv_per_stage_decoder": [1, 1],
+            "kernel_sizes": [[3] * dim] * stages,
+            "strides": [[1] * dim] + [[2] * dim] * (stages - 1),
+            "n_conv_per_stage_decoder": [1] * (stages - 1),
             "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
             "norm_op_kwargs": {"eps": 1e-05, "affine": True},
@@ -100,6 +101,7 @@ def _tiny_unet(dim: int) -> dict[str, Any]:
             "dropout_op_kwargs": None,
             "nonlin": "torch.nn.LeakyReLU",
             "nonlin_kwargs": {"inplace": True},
+            **arguments,
         },
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }

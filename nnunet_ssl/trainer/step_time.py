@@ -6,48 +6,33 @@ import contextlib
 import io
 import itertools
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnunet_ssl.data.labeled_targets import AddTargets
-from nnunet_ssl.trainer.memory import labeled_batch, trainer_of_plans, unlabeled_batch, without_a_trace
-
-if TYPE_CHECKING:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunet_ssl.trainer.memory import labeled_batch, unlabeled_batch, without_a_trace
 
 
-def seconds_per_step(
-    trainer_class: type[Any],
-    plans: PlansManager,
-    configuration: str,
-    dataset_json: dict[str, Any],
-    device: str,
-    *,
-    steps: int = 2,
-) -> float:
+def seconds_per_step(trainer: Any, *, steps: int = 2) -> float:
     """Mean time of a step, loaders and the first step, which is slower, not counted.
 
     Args:
-        trainer_class: of this package or nnU-Net's. Of a method with stages, the last stage is measured.
-        plans: of a preprocessed dataset.
-        configuration: of the plans.
-        dataset_json: of the dataset.
-        device: cpu, cuda or mps.
+        trainer: of this package or nnU-Net's, as :func:`~nnunet_ssl.trainer.memory.trainer_of_plans` makes it, for the
+            device that is measured. Of a method with stages, the last stage is measured.
         steps: how many are measured.
     """
-    trainer = trainer_of_plans(trainer_class, plans, configuration, dataset_json, device)
     with without_a_trace():
         trainer.initialize()
     trainer.network.train()
     ours = hasattr(trainer, "unlabeled_views")
-    batch = _filled(labeled_batch(trainer, weak=ours and trainer.unlabeled_views().weak_labeled))
+    batch = filled(labeled_batch(trainer, weak=ours and trainer.unlabeled_views().weak_labeled))
     if ours:
         batch = AddTargets(trainer.extra_targets)(**batch)
         last = trainer.stages()[-1]
         trainer.stage = lambda progress: last
-        trainer.dataloader_unlabeled = itertools.repeat(_filled(unlabeled_batch(trainer)))
+        trainer.dataloader_unlabeled = itertools.repeat(filled(unlabeled_batch(trainer)))
     begin = 0.0
     with contextlib.redirect_stdout(io.StringIO()):
         for step in range(steps + 1):
@@ -59,12 +44,12 @@ def seconds_per_step(
     return (time.perf_counter() - begin) / steps
 
 
-def _filled(value: Any) -> Any:
+def filled(value: Any) -> Any:
     """A batch whose images are noise, and whose labels and boxes are zeros."""
     if isinstance(value, dict):
-        return {name: _filled(one) for name, one in value.items()}
+        return {name: filled(one) for name, one in value.items()}
     if isinstance(value, list):
-        return [_filled(one) for one in value]
+        return [filled(one) for one in value]
     if not isinstance(value, Tensor):
         return value
     return torch.randn_like(value) if value.is_floating_point() else torch.zeros_like(value)

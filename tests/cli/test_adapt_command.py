@@ -9,11 +9,12 @@ import torch
 from nnssl_checkpoint import nnssl_checkpoint
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from tiny_dataset import PLANS, unet
+from tiny_dataset import PLANS
 from torch import nn
 
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.testing.tiny import unet
 from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 ARCHITECTURES = {

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from method_steps import of_methods
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tiny_dataset import PLANS, unet
+from tiny_dataset import PLANS
 
 from nnunet_ssl.cli import doctor, training_checks
 from nnunet_ssl.cli.findings import Finding, ok
 from nnunet_ssl.cli.lookup import find_trainer, trainers_folder
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.testing.tiny import unet
+from nnunet_ssl.trainer.memory import trainer_of_plans
 from nnunet_ssl.trainer.step_time import seconds_per_step
 
 ARCHITECTURE = unet([4, 8, 16], dim=2, n_conv_per_stage=[1, 1, 1])
@@ -519,7 +521,7 @@ def test_the_first_step_does_not_count(dataset: Dataset, name: str) -> None:
             return super().train_step(batch)
 
     plans = PlansManager(dataset.plans)
-    seconds = seconds_per_step(Slow, plans, "2d", dataset.dataset_json, "cpu", steps=3)
+    seconds = seconds_per_step(trainer_of_plans(Slow, plans, "2d", dataset.dataset_json), steps=3)
     assert 0.3 <= seconds < 1.2 and len(slept) == 4
 
 

@@ -14,6 +14,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.cli.main import main
+from nnunet_ssl.testing.tiny import unet
 
 # As nnU-Net's planners write them for the left atrium, ACDC (thick slices) and 2D, without what is not read here.
 ATRIUM = ([48, 80, 96], [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]])
@@ -25,36 +26,17 @@ FLAT_RESIDUAL = ([80, 96], [[1, 1], [2, 2], [2, 2]])
 def planned(patch: list[int], strides: list[list[int]], *, residual: bool = False) -> dict[str, Any]:
     stages, dim = len(strides), len(patch)
     kernels = [[1 if dim == 3 and stage == 0 and patch[0] < 20 else 3, *[3] * (dim - 1)] for stage in range(stages)]
-    layers = "torch.nn.modules"
-    options = {
-        "n_stages": stages,
-        "features_per_stage": [min(32 * 2**stage, 320) for stage in range(stages)],
-        "conv_op": f"{layers}.conv.Conv{dim}d",
-        "kernel_sizes": kernels,
-        "strides": strides,
-        "conv_bias": True,
-        "norm_op": f"{layers}.instancenorm.InstanceNorm{dim}d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
+    features = [min(32 * 2**stage, 320) for stage in range(stages)]
     if residual:
-        blocks = [1, 3, 4, 6, 6, 6][:stages]
-        options |= {"n_blocks_per_stage": blocks, "n_conv_per_stage_decoder": [1] * (stages - 1)}
+        blocks = {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6][:stages]}
     else:
-        options |= {"n_conv_per_stage": [2] * stages, "n_conv_per_stage_decoder": [2] * (stages - 1)}
-    network = "ResidualEncoderUNet" if residual else "PlainConvUNet"
+        blocks = {"n_conv_per_stage": [2] * stages, "n_conv_per_stage_decoder": [2] * (stages - 1)}
+    name = "ResidualEncoderUNet" if residual else "PlainConvUNet"
     return {
         "data_identifier": "nnUNetPlans_data",
         "batch_size": 49 if dim == 2 else 2,
         "patch_size": patch,
-        "architecture": {
-            "network_class_name": f"dynamic_network_architectures.architectures.unet.{network}",
-            "arch_kwargs": options,
-            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-        },
+        "architecture": unet(features, dim=dim, name=name, kernel_sizes=kernels, strides=strides, **blocks),
     }
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tiny_dataset import unet
 
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
+from nnunet_ssl.testing.tiny import unet
 
 DATASET = "Dataset007_Tiny"
 CASES = [f"case_{number}" for number in range(4)]
