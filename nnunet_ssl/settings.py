@@ -19,7 +19,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import Any, TypeVar
 
 from nnunet_ssl.errors import MethodError, UserError
@@ -99,6 +99,7 @@ class SemiSupervisedSettings:
 
     Raises:
         UserError: a value is out of its range; the text names the setting, the value and what is allowed.
+        MethodError: the class is no dataclass, or has a field that is no :func:`setting`.
 
     >>> SemiSupervisedSettings.from_plans({"batch_size": 2, "semi_supervised": {"ramp_length": 0.0}}).ramp_length
     0.0
@@ -146,6 +147,7 @@ class SemiSupervisedSettings:
     )
 
     def __post_init__(self) -> None:
+        _check_class(type(self))
         problems = [_problem(option, getattr(self, option.name)) for option in dataclasses.fields(self)]
         if any(problems):
             raise UserError(" ".join(filter(None, problems)))
@@ -251,6 +253,20 @@ def teacher_settings(settings: SemiSupervisedSettings) -> TeacherSettings:
     raise MethodError(
         f"The network has a teacher: derive {type(settings).__name__} from TeacherSettings, which say how it moves."
     )
+
+
+def _check_class(settings_class: type[SemiSupervisedSettings]) -> None:
+    """Whether the author of a method has written the settings as dataclass and :func:`setting` need them."""
+    # A dataclass puts the default in the place of its fields.
+    left = [name for one in settings_class.__mro__ for name, value in vars(one).items() if isinstance(value, Field)]
+    if left:
+        raise MethodError(f"{settings_class.__name__} is no dataclass: write @dataclass(frozen=True) above the class.")
+    plain = [option.name for option in dataclasses.fields(settings_class) if "choices" not in option.metadata]
+    if plain:
+        raise MethodError(
+            f"The field {plain[0]!r} of {settings_class.__name__} does not say which values are allowed. Write "
+            f"{plain[0]}: float = setting(default, help, minimum=...)."
+        )
 
 
 def _check_place(configuration: Mapping[str, Any], plans: Mapping[str, Any]) -> None:

@@ -71,10 +71,15 @@ def random_boxes(count: int, patch_size: Sequence[int], *, fraction: float, devi
     Returns:
         (count, dim, 2), int64, as :func:`box_mask` takes them.
 
+    Raises:
+        ValueError: the fraction is 0 or less, or above 1.
+
     >>> boxes = random_boxes(5, (12, 30), fraction=2 / 3, device=torch.device("cpu"))
     >>> (boxes[..., 1] - boxes[..., 0]).unique(dim=0).tolist()
     [[8, 20]]
     """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction:g}; the side of a box is a share of the patch's: above 0, at most 1.")
     axes = []
     for full in patch_size:
         side = max(1, int(full * fraction))

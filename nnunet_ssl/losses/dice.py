@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nnunet_ssl.compiled import fused
 from nnunet_ssl.distributed import sum_over_ranks
+from nnunet_ssl.losses.probabilities import one_resolution
 from nnunet_ssl.losses.pseudo_labels import members
 
 
@@ -35,9 +36,9 @@ def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, eps
     >>> masked_dice_loss(p, label, torch.tensor([[[True, False, True, True]]]))
     tensor(0.)
     """
-    axes = [0, *range(2, probabilities.ndim)]
     # Under autocast a half-precision sum over a batch of volumes overflows at 65504.
-    probabilities = probabilities.float()
+    probabilities = one_resolution(probabilities).float()
+    axes = [0, *range(2, probabilities.ndim)]
     # A class where it counts, and the background elsewhere: one channel, not K.
     masked_target = members(target & mask if target.dtype == torch.bool else target * mask, probabilities.shape[1])
     size = (probabilities.square() * mask).sum(axes) + masked_target.sum(axes)

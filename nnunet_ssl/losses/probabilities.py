@@ -115,7 +115,8 @@ def consistency_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None
     >>> consistency_mse(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
     tensor(1.)
     """
-    return masked_mean((student.float() - teacher.detach().float()).square(), mask)
+    student, teacher = one_resolution(student).float(), one_resolution(teacher).detach().float()
+    return masked_mean((student - teacher).square(), mask)
 
 
 @fused

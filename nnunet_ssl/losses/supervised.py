@@ -25,7 +25,7 @@ def voxelwise_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     >>> voxelwise_cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, dtype=torch.int64))
     tensor([[[0.6931, 0.6931, 0.6931]]])
     """
-    logits = logits.float()
+    logits = one_resolution(logits).float()
     if label.dtype == torch.bool:
         return functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
     return functional.cross_entropy(logits, label[:, 0].long(), reduction="none")[:, None]
@@ -46,7 +46,7 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, mask: Tensor | None = No
     >>> masked_cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, dtype=torch.int64))
     tensor(0.6931)
     """
-    return masked_mean(voxelwise_cross_entropy(one_resolution(logits), label), mask)
+    return masked_mean(voxelwise_cross_entropy(logits, label), mask)
 
 
 @fused

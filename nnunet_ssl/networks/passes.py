@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.compiled import compiled
+from nnunet_ssl.errors import MethodError
 from nnunet_ssl.networks.streams import Masks, Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork
 
@@ -33,12 +34,18 @@ class Outputs(Mapping[str, StreamOutput]):
 
     def __init__(self, streams: Mapping[str, Stream]) -> None:
         self._streams = streams
+        # Those that had their backward pass, in memory mode split; in stacked a method has to do without them too.
+        self._spent: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._streams)
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    def __contains__(self, name: object) -> bool:
+        # Without running the stream.
+        return name in self._streams
 
     def peek(self, name: str) -> StreamOutput:
         """What a stream will return, without gradient, before it is asked for.
@@ -55,6 +62,23 @@ class Outputs(Mapping[str, StreamOutput]):
     def finish(self) -> None:
         """Complete the gradients of all parameters."""
         raise NotImplementedError
+
+    def _stream(self, name: str) -> Stream:
+        if name not in self:
+            raise MethodError(
+                f"loss_terms() asks for the stream {name!r}, which streams() does not return; it returns "
+                f"{', '.join(map(repr, self)) or 'none'}."
+            )
+        return self._streams[name]
+
+    def _unspent(self, name: str) -> Stream:
+        stream = self._stream(name)
+        if name in self._spent:
+            raise MethodError(
+                f"loss_terms() asks for the stream {name!r} after the part of the loss that used it. In memory mode "
+                "split its graph is gone then: yield all that needs its gradient in one part, or keep a detached value."
+            )
+        return stream
 
 
 class StackedOutputs(Outputs):
@@ -75,17 +99,22 @@ class StackedOutputs(Outputs):
         drawn = {name: replace(stream, dropout=0.0) for name, stream in streams.items()}
         self._outputs = network(images, drawn, masks)
         self._losses: list[Tensor] = []
+        self._asked: set[str] = set()
 
     def __getitem__(self, name: str) -> StreamOutput:
+        if self._unspent(name).gradient:
+            self._asked.add(name)
         return self._outputs[name]
 
     def peek(self, name: str) -> StreamOutput:
         """The output, which is there already."""
+        self._stream(name)
         return self._outputs[name].detach()
 
     def backward(self, loss: Tensor) -> None:
         """Keep the loss for the one backward pass."""
         self._losses.append(loss)
+        self._spent |= self._asked
 
     def finish(self) -> None:
         """One backward pass of the sum of the losses."""
@@ -132,10 +161,8 @@ class SplitOutputs(Outputs):
         }
 
     def __getitem__(self, name: str) -> StreamOutput:
+        stream = self._unspent(name)
         if name not in self._outputs:
-            stream = self._streams[name]
-            if stream.gradient and name not in self._pending[_encoding_of(stream)]:
-                raise RuntimeError(f"The output of stream {name} was asked for after its backward pass.")
             self._outputs[name] = self._run(name, gradient=stream.gradient)
         return self._outputs[name]
 
@@ -146,7 +173,7 @@ class SplitOutputs(Outputs):
         return self._run(name, gradient=False)
 
     def _run(self, name: str, *, gradient: bool) -> StreamOutput:
-        stream = self._streams[name]
+        stream = self._stream(name)
         branch = self._network.branch_of(stream)
         image = self._images[stream.image]
         skips = self._features_without_gradient(stream) if stream.teacher else self._features_of(stream)
@@ -176,8 +203,17 @@ class SplitOutputs(Outputs):
 
     def backward(self, loss: Tensor) -> None:
         """Backward through the decoder of the streams asked for, and through each encoder that is then complete."""
-        loss.backward()
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise MethodError(
+                "A part of the loss uses, with gradient, the output of a stream that an earlier part has used. In "
+                "memory mode split its graph is gone then: yield both in one part, or detach the earlier output."
+            ) from None
         finished = {name for name in self._outputs if self._streams[name].gradient}
+        self._spent |= finished
         for name in finished:
             del self._outputs[name]
         for encoding, pending in self._pending.items():

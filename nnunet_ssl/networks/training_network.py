@@ -85,6 +85,27 @@ class TrainingNetwork(Branch):
         assert isinstance(branch, Branch)
         return branch
 
+    def check_streams(self, streams: Mapping[str, Stream]) -> None:
+        """Whether all that streams ask for is there.
+
+        Raises:
+            MethodError: a teacher, network, decoder or head is not.
+        """
+        for name, stream in streams.items():
+            if stream.teacher and not self.has_teacher:
+                raise _absent(name, "a teacher", "TrainingNetwork(network, teacher=True)")
+            if stream.network is not None and f"network_{stream.network}" not in self.training_only:
+                made = f"TrainingNetwork(network, networks={{{stream.network!r}: another_network(network)}})"
+                raise _absent(name, f"the network {stream.network!r}", made)
+            parts = self.branch_of(stream).training_only
+            if stream.decoder is not None and f"decoder_{stream.decoder}" not in parts:
+                if stream.teacher:
+                    raise MethodError(f"The stream {name!r} is the teacher's, which has nnU-Net's own decoder alone.")
+                made = f"TrainingNetwork(network, decoders={{{stream.decoder!r}: another_decoder(network.decoder)}})"
+                raise _absent(name, f"the decoder {stream.decoder!r}", made)
+            if stream.head and "head" not in parts:
+                raise _absent(name, "a head", "TrainingNetwork(network, head=...)")
+
     def draw_dropout_masks(self, streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> Masks:
         """Of every stream as wide as its network: see :func:`~nnunet_ssl.networks.streams.draw_dropout_masks`."""
         masks: dict[str, StreamMasks] = {}
@@ -191,6 +212,12 @@ class TrainingNetwork(Branch):
             tensor.copy_(state[name])
         if self.has_teacher:
             self.teacher.updates = int(state[_UPDATES])
+
+
+def _absent(stream: str, what: str, made: str) -> MethodError:
+    return MethodError(
+        f"The stream {stream!r} asks for {what}, which build_training_network() has not made. Make it there: {made}."
+    )
 
 
 @contextmanager

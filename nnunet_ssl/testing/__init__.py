@@ -67,17 +67,18 @@ def check_method(trainer_class: type[SemiSupervisedTrainer], **settings: Any) ->
     Raises:
         NotConforming: checks have failed; the text names them.
     """
-    failed: list[str] = []
+    failed: dict[str, list[str]] = {}
     first: Exception | None = None
     for name, check in _checks(trainer_class, settings):
         try:
             check()
         except Exception as error:
-            failed.append(f"{name}: {type(error).__name__}: {error}")
+            failed.setdefault(f"{type(error).__name__}: {error}", []).append(name)
             first = first or error
     if failed:
-        listed = "\n".join(f"- {one}" for one in failed)
-        raise NotConforming(f"{trainer_class.__name__} fails {len(failed)} checks:\n{listed}") from first
+        listed = "\n".join(f"- {'; '.join(names)}: {text}" for text, names in failed.items())
+        count = sum(map(len, failed.values()))
+        raise NotConforming(f"{trainer_class.__name__} fails {count} checks:\n{listed}") from first
 
 
 def _checks(trainer_class: type[SemiSupervisedTrainer], settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.processes import StopSignal, derived_seed, handled_signals, seed_this_process
 from nnunet_ssl.settings import SemiSupervisedSettings, teacher_settings
-from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views, known_voxels, label_of
+from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views, known_voxels, label_of, of_equal_resolutions
 from nnunet_ssl.trainer.cascade import segmented_by_previous_stage
 from nnunet_ssl.trainer.checkpoint import continue_from, learned, logged, write_durably
 from nnunet_ssl.trainer.epoch_log import EpochLog
@@ -147,11 +147,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def streams(self) -> dict[str, Stream]:
         """The passes of a step, by name, in the order in which :meth:`loss_terms` asks for them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no streams(). Every method writes this hook.")
 
     def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any) -> dict[str, Tensor]:
         """The images that the streams name, (N, C, *patch size): of one size, but for N."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no images(). Every method writes this hook.")
 
     def loss_terms(
         self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any
@@ -161,11 +161,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         A part may use the outputs that were asked for since the last yield, and detached values of earlier ones: with
         little memory, a stream's graph is gone once its part was yielded.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no loss_terms(). Every method writes this hook.")
 
     def loss_weights(self, progress: float) -> dict[str, float]:
         """The weight of every term, where ``progress`` in [0, 1] is the share of the planned training that is done."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no loss_weights(). Every method writes this hook.")
 
     def after_optimizer_step(self) -> None:
         """Called after each step that moved the weights; by default the teacher follows, where there is one."""
@@ -183,7 +183,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """nnU-Net's own loss for the dataset: Dice and cross-entropy, or Dice and BCE for regions, ignore label and
         deep supervision included. **[choice]** The papers use Dice (and cross-entropy) on the full resolution alone.
         """
-        return self.loss(output, target)
+        return self.loss(*of_equal_resolutions(output, target))
 
     def without_gradient(self, image: Tensor, stream: Stream) -> StreamOutput:
         """One pass in addition to the step's streams, for :meth:`prepare`, of an image (N, C, *patch size).

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.predicted_foreground import Aim
+from nnunet_ssl.errors import MethodError
 
 
 class LabeledBatch(NamedTuple):
@@ -163,6 +164,21 @@ def known_voxels(target: Tensor, labels: LabelManager) -> Tensor | None:
     if not labels.has_ignore_label:
         return None
     return target[:, -1:] == 0 if labels.has_regions else target != labels.ignore_label
+
+
+def of_equal_resolutions(output: Any, target: Any) -> tuple[Any, Any]:
+    """Output and target of nnU-Net's loss as they are, if both are of one resolution or both of several.
+
+    Raises:
+        MethodError: one is a list and the other is not.
+    """
+    if isinstance(output, (list, tuple)) == isinstance(target, (list, tuple)):
+        return output, target
+    one, several = ("output", "target") if isinstance(target, (list, tuple)) else ("target", "output")
+    raise MethodError(
+        f"supervised_loss() gets a list of resolutions as {several} and one tensor as {one}. Ask for the stream with "
+        "deep_supervision=self.enable_deep_supervision, and give output.logits and labeled.target."
+    )
 
 
 def _moved(tensors: Any, device: torch.device) -> Any:

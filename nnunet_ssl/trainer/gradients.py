@@ -168,11 +168,17 @@ class StepGradients:
         self._network.zero_grad(set_to_none=True)
         streams = self._method.streams()
         images = self._method.images(labeled, unlabeled, prepared)
+        self._training_network.check_streams(streams)
         check_images(streams, images)
         images = {name: image.to(self._image_dtype) for name, image in images.items()}
         with self.autocast():
             outputs = self._outputs(images, streams)
             parts = self._method.loss_terms(outputs, labeled, unlabeled, prepared)
+        if not isinstance(parts, Iterator):
+            raise MethodError(
+                f"loss_terms() returns a value of the type {type(parts).__name__}. Write it as a generator: yield each "
+                "part of the loss as a dictionary."
+            )
         terms: dict[str, Tensor] = {}
         while True:
             # The passes of a stream run when the method asks for it, the backward passes outside autocast.
@@ -198,6 +204,7 @@ class StepGradients:
         """One pass in addition to the step's, without gradient; what the stream calls its image does not matter."""
         stream = replace(stream, gradient=False)
         images, streams = {stream.image: image.to(self._image_dtype)}, {"alone": stream}
+        self._training_network.check_streams({"without_gradient": stream})
         masks = self._training_network.draw_dropout_masks(streams, images)
         with self.autocast():
             return SplitOutputs(self._training_network, images, streams, masks, compile_passes=self._compiled)["alone"]
@@ -220,13 +227,17 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) ->
     """Whether the streams' images are there and of one size.
 
     Raises:
-        MethodError: one is missing, or they differ in more than the number of samples.
+        MethodError: one is missing or None, or they differ in more than the number of samples.
     """
     for name, stream in streams.items():
         if stream.image not in images:
             raise MethodError(
                 f"The stream {name!r} decodes the image {stream.image!r}, which images() does not return; it returns "
                 f"{', '.join(map(repr, images)) or 'none'}."
+            )
+        if images[stream.image] is None:
+            raise MethodError(
+                f"images() returns None as {stream.image!r}: a view that is not there. Ask for it in unlabeled_views()."
             )
     sizes = {name: tuple(images[name].shape[1:]) for name in dict.fromkeys(one.image for one in streams.values())}
     if len(set(sizes.values())) > 1:
@@ -241,9 +252,18 @@ def weighted_sum(part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Te
     """The loss of the terms that a method has yielded together.
 
     Raises:
-        MethodError: a term has no weight, is no scalar, or nothing of it depends on the network.
+        MethodError: it is no dictionary of terms; a term has no weight, or is no scalar tensor; or nothing of it
+            depends on the network.
     """
+    if not (isinstance(part, Mapping) and part):
+        found = "an empty dictionary" if part == {} else f"a value of the type {type(part).__name__}"
+        raise MethodError(f"loss_terms() yields {found}. Yield a dictionary with a term in it, by its name.")
     for name, value in part.items():
+        if not isinstance(value, Tensor):
+            raise MethodError(
+                f"The term {name!r} is of the type {type(value).__name__}, not a tensor. Leave out a term that has no "
+                "value in this step or stage: a term that is absent is logged as nan."
+            )
         if name not in weights:
             raise MethodError(
                 f"The term {name!r} has no weight: loss_weights() returns {', '.join(map(repr, weights)) or 'none'}."

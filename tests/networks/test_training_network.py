@@ -7,7 +7,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import MethodError, UserError
 from nnunet_ssl.networks.passes import SplitOutputs, StackedOutputs
 from nnunet_ssl.networks.streams import Stream, draw_dropout_masks, drop_channels
 from nnunet_ssl.networks.training_network import TrainingNetwork
@@ -141,13 +141,15 @@ def test_autocast_casts_kept_by_a_pass_without_gradient_are_not_used_by_the_next
     assert not missing
 
 
-def test_asking_for_an_output_after_its_backward_pass_is_an_error():
+@pytest.mark.parametrize("mode", [SplitOutputs, StackedOutputs])
+def test_asking_for_an_output_after_its_backward_pass_is_an_error(mode):
     network = TrainingNetwork(unet(2))
     images = step_images(2)
-    outputs = SplitOutputs(network, images, STREAMS, network.draw_dropout_masks(STREAMS, images))
+    outputs = mode(network, images, STREAMS, network.draw_dropout_masks(STREAMS, images))
     outputs.backward(outputs["s"].logits.mean())
-    with pytest.raises(RuntimeError, match="stream s "):
+    with pytest.raises(MethodError, match="stream 's' after the part of the loss that used it"):
         outputs["s"]
+    assert not outputs.peek("s").logits.requires_grad
 
 
 def test_state_dict_and_stock_forward_are_nnunets():

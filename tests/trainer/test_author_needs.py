@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,23 @@ from method_steps import make_short
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl import testing
-from nnunet_ssl.api import CutMix, MethodError, SemiSupervisedSettings, Stream, TrainingNetwork, Views, entropy
+from nnunet_ssl.api import (
+    CutMix,
+    MethodError,
+    SemiSupervisedSettings,
+    SemiSupervisedTrainer,
+    Stream,
+    TrainingNetwork,
+    Views,
+    consistency_mse,
+    dice_and_cross_entropy,
+    entropy,
+    masked_cross_entropy,
+    masked_dice_loss,
+    random_boxes,
+    setting,
+    voxelwise_cross_entropy,
+)
 from nnunet_ssl.cli.training_checks import check_memory as doctors_check_memory
 from nnunet_ssl.networks import passes as passes_module
 from nnunet_ssl.testing import make_batches, stages_of, tiny_plans, tiny_trainers
@@ -77,7 +94,8 @@ def test_a_method_that_fails_checks_hears_of_every_one(monkeypatch) -> None:
     monkeypatch.setattr(testing, "_checks", lambda *given: (one for one in checks(*given) if one[0] in some))
     with pytest.raises(testing.NotConforming, match=r"Broken fails 2 checks") as raised:
         testing.check_method(Broken)
-    assert str(raised.value).count("did not move") == 2
+    of_both = "- 2D, a step of every stage; 2D, the checkpoint: MethodError: The network has a teacher"
+    assert of_both in str(raised.value) and str(raised.value).count("did not move") == 1
     monkeypatch.setattr(Broken, "after_optimizer_step", MeanTeacher.after_optimizer_step)
     with pytest.raises(testing.NotConforming, match=r"1 checks:\n- 2D, a step .*never yields never"):
         testing.check_method(Broken)
@@ -302,6 +320,59 @@ MISTAKES = {
         _with(loss_terms=_terms(lambda self, outputs, _: {"supervised": outputs["u"].logits})),
         r"'supervised' has the shape \(3, 3, 24, 24\)",
     ),
+    "a term that is a number": (
+        _with(loss_terms=_terms(lambda self, o, labeled: {**_supervised(self, o, labeled), "consistency": 0.0})),
+        "'consistency' is of the type float, not a tensor. Leave out a term",
+    ),
+    "no dictionary": (
+        _with(loss_terms=_terms(lambda self, o, labeled: _supervised(self, o, labeled)["supervised"])),
+        r"loss_terms\(\) yields a value of the type Tensor",
+    ),
+    "an empty dictionary": (_with(loss_terms=_terms(lambda *_: {})), r"loss_terms\(\) yields an empty dictionary"),
+    "no generator": (
+        _with(loss_terms=lambda self, outputs, labeled, *_: _supervised(self, outputs, labeled)),
+        r"loss_terms\(\) returns a value of the type dict. Write it as a generator",
+    ),
+    "a stream that is none": (
+        _with(loss_terms=_terms(lambda self, outputs, _: {"consistency": outputs["y"].logits.mean()})),
+        r"asks for the stream 'y', which streams\(\) does not return; it returns 'x', 'u'",
+    ),
+    "a peek at a stream that is none": (
+        _with(loss_terms=_terms(lambda self, outputs, _: {"consistency": outputs.peek("y").logits.mean()})),
+        r"asks for the stream 'y', which streams\(\) does not return; it returns 'x', 'u'",
+    ),
+    "a stream of an earlier part": (
+        _with(loss_terms=_terms(_supervised, lambda _, outputs, __: {"consistency": outputs["x"].logits[0].mean()})),
+        "asks for the stream 'x' after the part of the loss that used it",
+    ),
+    "a view that is not there": (
+        _with(images=lambda self, labeled, unlabeled, _: {"x": labeled.image, "u": unlabeled.augmented}),
+        r"images\(\) returns None as 'u': a view that is not there. Ask for it in unlabeled_views",
+    ),
+    "a network that is none": (
+        _with(streams=lambda self: {"x": Stream("x", network="b")}),
+        r"'x' asks for the network 'b', .*networks=\{'b': another_network\(network\)\}",
+    ),
+    "a decoder that is none": (
+        _with(streams=lambda self: {"x": Stream("x", decoder="b")}),
+        r"'x' asks for the decoder 'b', .*decoders=\{'b': another_decoder\(network.decoder\)\}",
+    ),
+    "a teacher's decoder": (
+        _with(streams=lambda self: {"x": Stream("x", decoder="b", teacher=True, gradient=False)}),
+        "'x' is the teacher's, which has nnU-Net's own decoder alone",
+    ),
+    "a head that is none": (
+        _with(streams=lambda self: {"x": Stream("x", head=True)}),
+        r"'x' asks for a head, which build_training_network\(\) has not made",
+    ),
+    "a teacher that is none": (
+        _with(build_training_network=lambda self, network: TrainingNetwork(network)),
+        r"'without_gradient' asks for a teacher, which build_training_network\(\) has not made",
+    ),
+    "one resolution for nnU-Net's loss": (
+        _with(streams=lambda self: {"x": Stream("x"), "u": Stream("u")}),
+        "a list of resolutions as target and one tensor as output. Ask for .*deep_supervision=self.enable_deep",
+    ),
     "a teacher that is never moved": (
         _with(after_optimizer_step=lambda self: None),
         r"update_teacher\(decay\) there, or do not override it",
@@ -318,6 +389,58 @@ def test_a_mistake_is_named(method, message, mode, made) -> None:
         trainer.train_step(batch)
 
 
+def test_a_graph_that_split_no_longer_has_is_named(made) -> None:
+    def loss_terms(self, outputs, labeled, unlabeled, prepared):
+        x = outputs["x"]
+        yield {"supervised": self.supervised_loss(x.logits, labeled.target)}
+        yield {"consistency": outputs["u"].logits.mean() + x.full_resolution.mean()}
+
+    trainer = made(_with(loss_terms=loss_terms), memory_mode="split")
+    _, _, batch = make_batches(trainer)
+    with pytest.raises(MethodError, match=r"an earlier part has used\. In memory mode split its graph is gone"):
+        trainer.train_step(batch)
+
+
+def test_to_look_whether_there_is_a_stream_runs_no_pass(made) -> None:
+    found = []
+
+    def loss_terms(self, outputs, labeled, unlabeled, prepared):
+        found.extend(name in outputs for name in ("x", "u", "y"))
+        found.append(dict(outputs._outputs))
+        yield {"supervised": self.supervised_loss(outputs["x"].logits, labeled.target)}
+
+    trainer = made(_with(loss_terms=loss_terms), memory_mode="split")
+    _, _, batch = make_batches(trainer)
+    trainer.train_step(batch)
+    assert found == [True, True, False, {}]
+
+
+def test_a_hook_that_is_missing_is_named(made) -> None:
+    trainer = made(SemiSupervisedTrainer)
+    with pytest.raises(NotImplementedError, match=r"SemiSupervisedTrainer has no loss_weights\(\)"):
+        trainer.train_step(make_batches(trainer)[2])
+
+
+def test_settings_that_are_no_dataclass_or_have_no_allowed_values_are_named() -> None:
+    class NoDataclass(SemiSupervisedSettings):
+        weight: float = setting(0.1, "weight", minimum=0.0)
+
+    @dataclass(frozen=True)
+    class NoSetting(SemiSupervisedSettings):
+        weight: float = 0.1
+
+    with pytest.raises(MethodError, match=r"NoDataclass is no dataclass: write @dataclass\(frozen=True\)"):
+        NoDataclass.from_plans({})
+    with pytest.raises(MethodError, match="'weight' of NoSetting does not say which values are allowed"):
+        NoSetting.from_plans({})
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5])
+def test_a_box_larger_than_the_patch_is_refused(fraction) -> None:
+    with pytest.raises(ValueError, match="the side of a box is a share of the patch's"):
+        random_boxes(2, (8, 8), fraction=fraction, device=torch.device("cpu"))
+
+
 def test_a_teacher_without_its_settings_is_named(made) -> None:
     with pytest.raises(MethodError, match="derive SemiSupervisedSettings from TeacherSettings"):
         made(_with(settings_class=SemiSupervisedSettings, build_training_network=_teacher))
@@ -332,10 +455,23 @@ def test_cutmix_without_strong_views_is_named() -> None:
         Views(cutmix=CutMix())
 
 
-def test_logits_that_are_a_list_are_named(made) -> None:
+OF_LOGITS = {
+    "entropy": lambda z, y, m: entropy(z, regions=False),
+    "consistency_mse": lambda z, y, m: consistency_mse(z, torch.zeros(1, 2, 4, 4)),
+    "consistency_mse, teacher": lambda z, y, m: consistency_mse(torch.zeros(1, 2, 4, 4), z),
+    "masked_dice_loss": masked_dice_loss,
+    "voxelwise_cross_entropy": lambda z, y, m: voxelwise_cross_entropy(z, y),
+    "masked_cross_entropy": masked_cross_entropy,
+    "dice_and_cross_entropy": dice_and_cross_entropy,
+}
+
+
+@pytest.mark.parametrize("loss", OF_LOGITS.values(), ids=OF_LOGITS)
+def test_logits_that_are_a_list_are_named(loss) -> None:
     logits = [torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)]
+    label, everywhere = torch.zeros(1, 1, 4, 4, dtype=torch.int64), torch.ones(1, 1, 4, 4, dtype=torch.bool)
     with pytest.raises(TypeError, match=r"deep_supervision=True.*full_resolution"):
-        entropy(logits, regions=False)  # type: ignore[arg-type]
+        loss(logits, label, everywhere)
 
 
 def test_out_of_memory_is_tried_in_every_stage_of_one_process(made, monkeypatch) -> None:
