@@ -30,6 +30,7 @@ from nnunet_ssl.testing.tiny import unet
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.memory import unlabeled_batch
 from nnunet_ssl.trainer.step_time import filled
+from nnunet_ssl.trainer_lookup import name_trainers_folder
 
 # The large plan that needs no dataset: nnU-Net's own for patches of 128x128x128, and two structures.
 PATCH, BATCH, FEATURES = (128, 128, 128), 2, (32, 64, 128, 256, 320, 320)
@@ -44,7 +45,7 @@ def method_names() -> list[str]:
 
 def trainer_class(name: str) -> type[Any]:
     """A trainer, found as nnU-Net finds it."""
-    os.environ["nnUNet_extTrainer"] = str(trainers_folder())
+    name_trainers_folder()
     return recursive_find_trainer_class_by_name(name)
 
 

@@ -39,6 +39,13 @@ def trainers_folder() -> Path:
     )
 
 
+def name_trainers_folder() -> None:
+    """Name this package's folder in this process's ``nnUNet_extTrainer``, after those that are named there."""
+    ours = str(trainers_folder())
+    folders = [one for one in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if one.strip()]
+    os.environ["nnUNet_extTrainer"] = os.pathsep.join([*folders, *([] if ours in folders else [ours])])
+
+
 def model_name(trainer: str, plans: str, configuration: str) -> str:
     """The folder of a trained model within its dataset's, as nnU-Net names it."""
     return f"{trainer}__{plans}__{configuration}"

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.cli.lookup import dataset_name, device_name, nnunet_folder, trainers_folder
+from nnunet_ssl.cli.lookup import dataset_name, device_name, nnunet_folder
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainer_lookup import name_trainers_folder
 
 if TYPE_CHECKING:
     from nnunet_ssl.benchmark.arms import Arm
@@ -73,11 +74,9 @@ def find_dataset(dataset: str, folder: Path) -> Dataset:
     """
     preprocessed = nnunet_folder("nnUNet_preprocessed", "nnU-Net stores plans and preprocessed images there.")
     raw = Path(os.environ["nnUNet_raw"]) if os.environ.get("nnUNet_raw") else None
-    ours, theirs = str(trainers_folder()), os.environ.get("nnUNet_extTrainer", "")
-    folders = [one for one in theirs.split(os.pathsep) if one.strip()]
     # Nothing is written there; nnU-Net asks for it when it is imported, and each training gets its own.
     os.environ.setdefault("nnUNet_results", str(folder / "nnUNet_results"))
-    os.environ["nnUNet_extTrainer"] = os.pathsep.join([*folders, *([] if ours in folders else [ours])])
+    name_trainers_folder()
     name = dataset_name(dataset)
     if not (preprocessed / name / "dataset.json").is_file():
         raise UserError(
