@@ -37,7 +37,9 @@ DATASET = "Dataset001_Phantom"
 FOLD = 0
 CHANNELS = (8, 16, 32, 32)
 LONGEST_PATCH, BATCH_SIZE = 64, 4
-EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 10, 100, 2
+EPOCHS, ITERATIONS, VALIDATION_ITERATIONS = 10, 80, 2
+# Trainings. One leaves a core idle while it starts, evaluates and predicts.
+AT_ONCE = 2
 
 NEXT = """
 These phantoms are made so that unlabeled images help: they differ much in contrast and shading, and only two of them
@@ -123,8 +125,8 @@ def run(args: argparse.Namespace) -> int:
     steps = Steps(folder / "logs", _environment(folder, processes), total=5 + 2 * len(trainers))
     steps.function("phantoms", "make phantoms", lambda: _make_phantoms(dataset.raw, args.seed))
     _plan(steps, dataset, str(processes))
-    for trainer in trainers.values():
-        _train(steps, dataset, trainer, device, folder / "predictions" / trainer)
+    chains = [_training(dataset, trainer, device, folder / "predictions" / trainer) for trainer in trainers.values()]
+    steps.chains(chains, at_once=min(AT_ONCE, processes), epochs=args.epochs)
     steps.announce("evaluate")
     table, gains, overlay = _evaluate(folder, dataset, trainers, iterations=args.epochs * ITERATIONS)
     steps.done()
@@ -152,20 +154,18 @@ def _plan(steps: Steps, dataset: _Dataset, workers: str) -> None:
     steps.command("preprocess", ["nnUNetv2_preprocess", "-d", dataset.number, "-c", PARENT, "-np", workers])
 
 
-def _train(steps: Steps, dataset: _Dataset, trainer: str, device: str, predictions: Path) -> None:
-    """Train and predict the test images."""
-    steps.command(
-        f"train_{trainer}",
-        ["nnUNetv2_train", dataset.number, CONFIGURATION, str(FOLD), "-tr", trainer, "-device", device],
-    )
-    steps.command(
-        f"predict_{trainer}",
-        [
+def _training(dataset: _Dataset, trainer: str, device: str, predictions: Path) -> dict[str, list[str]]:
+    """The commands that train and predict the test images, by the name of the step."""
+    return {
+        f"train_{trainer}": [
+            *("nnUNetv2_train", dataset.number, CONFIGURATION, str(FOLD), "-tr", trainer, "-device", device),
+        ],
+        f"predict_{trainer}": [
             *("nnUNetv2_predict", "-i", str(dataset.raw / "imagesTs")),
             *("-o", str(predictions), "-d", dataset.number, "-c", CONFIGURATION),
             *("-f", str(FOLD), "-tr", trainer, "-device", device, "-npp", "0", "-nps", "0"),
         ],
-    )
+    }
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
     environment |= {
         "nnUNet_extTrainer": os.pathsep.join([str(folder / "trainers"), str(trainers_folder())]),
         "nnUNet_def_n_proc": str(processes),
-        "nnUNet_n_proc_DA": str(max(1, processes // 2)),
+        "nnUNet_n_proc_DA": str(max(1, processes // (2 * AT_ONCE))),
         # Compiling takes longer than this training.
         "nnUNet_compile": "false",
     }

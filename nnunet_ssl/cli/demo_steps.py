@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from nnunet_ssl.cli.lookup import find_program
 from nnunet_ssl.errors import UserError
 
+_POLL_SECONDS = 0.2
+# Yields while a command runs.
+_Waits = Generator[None, None, None]
+# nnU-Net's log has it once per epoch.
+_EPOCH_ENDED = b"Epoch time:"
+
 
 @dataclass
 class Steps:
-    """Runs steps, each once: a file next to its log marks it as done."""
+    """Runs steps, each once: a file next to its log marks it as done.
+
+    Attributes:
+        logs: folder of the logs.
+        environment: of nnU-Net's commands.
+        total: number of steps.
+        count: number of the last step that began.
+    """
 
     logs: Path
     environment: Mapping[str, str]
     total: int
     count: int = 0
-    started: float = field(default=0.0)
+    _started: float = field(default=0.0)
 
     def announce(self, what: str) -> None:
         """Print what is done now."""
         self.count += 1
-        self.started = time.monotonic()
-        print(f"[{self.count}/{self.total}] {what} ...", end=" ", flush=True)
+        self._started = time.monotonic()
+        print(f"{self._label(self.count, what)} ...", end=" ", flush=True)
 
     def done(self) -> None:
         """Print how long it took."""
-        print(duration(time.monotonic() - self.started), flush=True)
+        print(duration(time.monotonic() - self._started), flush=True)
 
     def function(self, name: str, what: str, action: Callable[[], None]) -> None:
         """A step that a function of ours does."""
@@ -39,14 +56,73 @@ class Steps:
 
     def command(self, name: str, arguments: Sequence[str]) -> None:
         """A step that one of nnU-Net's commands does."""
-        program = find_program(arguments[0])
-        self._once(name, shlex.join(arguments), lambda log: self._run([program, *arguments[1:]], log))
+
+        def run(log: Path) -> None:
+            for _ in self._run(arguments, log):
+                time.sleep(_POLL_SECONDS)
+
+        self._once(name, shlex.join(arguments), run)
+
+    def chains(self, chains: Sequence[Mapping[str, Sequence[str]]], *, at_once: int, epochs: int) -> None:
+        """Steps that nnU-Net's commands do, one after the other within a chain.
+
+        Where a command fails, the other chains go on to their ends.
+
+        Args:
+            chains: for each chain, a command's arguments by the name of its step.
+            at_once: how many chains run at the same time.
+            epochs: how many epochs a chain trains.
+
+        Raises:
+            UserError: a command failed.
+        """
+        logs: list[Path] = []
+        waiting = []
+        for chain in chains:
+            steps = [(self.count + position, name, chain[name]) for position, name in enumerate(chain, 1)]
+            self.count += len(chain)
+            logs += [self._log(number, name) for number, name, _ in steps]
+            waiting.append(self._in_turn(steps))
+        failures: list[UserError] = []
+        with contextlib.ExitStack() as at_the_end, _progress(epochs * len(chains)) as bar:
+            running: list[_Waits] = []
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    running.append(at_the_end.enter_context(contextlib.closing(waiting.pop(0))))
+                for one in list(running):
+                    try:
+                        next(one)
+                    except StopIteration:
+                        running.remove(one)
+                    except UserError as failure:
+                        running.remove(one)
+                        failures.append(failure)
+                bar.n = sum(log.read_bytes().count(_EPOCH_ENDED) for log in logs if log.is_file())
+                bar.refresh()
+                time.sleep(_POLL_SECONDS)
+        if failures:
+            raise UserError("\n".join(str(failure) for failure in failures))
+
+    def _in_turn(self, steps: Sequence[tuple[int, str, Sequence[str]]]) -> _Waits:
+        """Run commands one after the other; it yields while one runs."""
+        for number, name, arguments in steps:
+            log, label = self._log(number, name), self._label(number, shlex.join(arguments))
+            if _marker(log).is_file():
+                _write(f"{label} ... already done")
+                continue
+            started = time.monotonic()
+            try:
+                yield from self._run(arguments, log)
+            except UserError:
+                _write(f"{label} ... failed")
+                raise
+            _marker(log).touch()
+            _write(f"{label} ... {duration(time.monotonic() - started)}")
 
     def _once(self, name: str, what: str, action: Callable[[Path], None]) -> None:
         self.announce(what)
-        log = self.logs / f"{self.count}_{name}.log"
-        marker = log.with_suffix(".done")
-        if marker.is_file():
+        log = self._log(self.count, name)
+        if _marker(log).is_file():
             print("already done", flush=True)
             return
         try:
@@ -54,21 +130,51 @@ class Steps:
         except BaseException:
             print("failed", flush=True)
             raise
-        marker.touch()
+        _marker(log).touch()
         self.done()
 
-    def _run(self, command: Sequence[str], log: Path) -> None:
-        with log.open("w", encoding="utf-8") as output:
-            finished = subprocess.run(
+    def _run(self, arguments: Sequence[str], log: Path) -> _Waits:
+        """Run a command; it yields while the command runs, and ends the command where it is closed."""
+        command = [find_program(arguments[0]), *arguments[1:]]
+        with (
+            log.open("w", encoding="utf-8") as output,
+            subprocess.Popen(
                 command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
-        if finished.returncode != 0:
+            ) as process,
+        ):
+            try:
+                while process.poll() is None:
+                    yield
+            finally:
+                process.terminate()
+        if process.returncode != 0:
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
             raise UserError(
-                f"{Path(command[0]).stem} failed with exit code {finished.returncode}. The end of {log}:\n"
+                f"{Path(arguments[0]).stem} failed with exit code {process.returncode}. The end of {log}:\n"
                 + "\n".join(f"  {line}" for line in tail)
                 + "\nThe same command continues with this step once the reason is removed."
             )
+
+    def _label(self, number: int, what: str) -> str:
+        return f"[{number}/{self.total}] {what}"
+
+    def _log(self, number: int, name: str) -> Path:
+        return self.logs / f"{number}_{name}.log"
+
+
+def _marker(log: Path) -> Path:
+    return log.with_suffix(".done")
+
+
+def _progress(epochs: int) -> tqdm:
+    """On a terminal, how far the trainings are and how long the rest takes."""
+    return tqdm(total=epochs, unit="epoch", desc="train", disable=None, leave=False)
+
+
+def _write(line: str) -> None:
+    """Print a line above the progress."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:

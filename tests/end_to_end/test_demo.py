@@ -105,9 +105,15 @@ def test_one_trainer_or_all(tmp_path):
 
 @pytest.mark.parametrize(("option", "methods"), [("--all", METHODS), *((f"-tr={name}", [name]) for name in METHODS)])
 def test_steps(tmp_path, monkeypatch, capsys, option, methods):
-    """The demo without its steps."""
-    evaluated = []
-    monkeypatch.setattr(demo_steps.Steps, "_once", lambda steps, name, what, action: steps.announce(name))
+    """The demo without what its steps do."""
+    evaluated, called = [], []
+    monkeypatch.setattr(demo_steps.Steps, "function", lambda steps, name, what, action: called.append(name))
+    monkeypatch.setattr(demo_steps.Steps, "command", lambda steps, name, arguments: called.append(name))
+    monkeypatch.setattr(
+        demo_steps.Steps,
+        "chains",
+        lambda steps, chains, at_once, epochs: called.extend((at_once, epochs, *(list(chain) for chain in chains))),
+    )
     monkeypatch.setattr(
         demo,
         "_evaluate",
@@ -115,11 +121,11 @@ def test_steps(tmp_path, monkeypatch, capsys, option, methods):
             evaluated.extend(trainers) or ("table", "gains", folder / "overlay.png")
         ),
     )
-    assert main(["demo", option, "-o", str(tmp_path / "out")]) == 0
-    announced = re.findall(r"\[(\d+)/(\d+)\] (\S+)", capsys.readouterr().out)
-    trainings = [f"{step}_{name}_demo" for name in ["nnUNetTrainer", *methods] for step in ("train", "predict")]
-    names = ["phantoms", "plan", "configuration", "preprocess", *trainings, "evaluate"]
-    assert announced == [(str(index + 1), str(len(names)), name) for index, name in enumerate(names)]
+    assert main(["demo", option, "-np", "2", "-o", str(tmp_path / "out")]) == 0
+    chains = [[f"{step}_{name}_demo" for step in ("train", "predict")] for name in ["nnUNetTrainer", *methods]]
+    assert called == ["phantoms", "plan", "configuration", "preprocess", 2, demo.EPOCHS, *chains]
+    total = 5 + 2 * len(chains)
+    assert f"[1/{total}] evaluate" in capsys.readouterr().out, "the one step that is left"
     assert evaluated == ["nnUNetTrainer", *methods]
     modules = {path.stem: path.read_text() for path in (tmp_path / "out" / "trainers").glob("*.py")}
     assert set(modules) == {f"{name}_demo" for name in ["nnUNetTrainer", *methods]}
@@ -190,6 +196,89 @@ def test_a_failing_command_shows_the_end_of_its_log(tmp_path, monkeypatch, capsy
     finished = demo_steps.Steps(tmp_path, dict(os.environ), total=1)
     finished.command("train", ["nnUNetv2_train", "-c", "raise SystemExit(3)"])
     assert "already done" in capsys.readouterr().out
+
+
+@pytest.fixture
+def steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_steps, "find_program", lambda name: sys.executable)
+    return lambda: demo_steps.Steps(tmp_path, dict(os.environ), total=4)
+
+
+def python(code):
+    return ["nnUNetv2_train", "-c", code]
+
+
+def meeting(own, other):
+    """Ends once the other one runs too; fails if that does not happen."""
+    return (
+        "import pathlib, time\n"
+        f"pathlib.Path({str(own)!r}).touch()\n"
+        "end = time.monotonic() + 60\n"
+        f"while not pathlib.Path({str(other)!r}).exists():\n"
+        "    assert time.monotonic() < end\n"
+        "    time.sleep(0.05)"
+    )
+
+
+def test_chains_run_at_once_and_each_in_its_order(tmp_path, steps, capsys):
+    a, b, made = tmp_path / "a", tmp_path / "b", tmp_path / "made"
+    write, read = f"open({str(made)!r}, 'w').write('x')", f"open({str(made)!r}).read()"
+    chains = [
+        {"train_a": python(meeting(a, b)), "predict_a": python("")},
+        {"train_b": python(f"{meeting(b, a)}\n{write}"), "predict_b": python(read)},
+    ]
+    steps().chains(chains, at_once=2, epochs=1)
+    ended = re.findall(r"^\[(\d)/4\]|\.\.\. \d+ s$", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(filter(None, ended)) == ["1", "2", "3", "4"]
+    assert {file.name for file in tmp_path.glob("*.*")} == {
+        f"{name}.{ending}"
+        for name in ("1_train_a", "2_predict_a", "3_train_b", "4_predict_b")
+        for ending in ("log", "done")
+    }
+
+    steps().chains([{name: python("raise SystemExit(3)") for name in chain} for chain in chains], at_once=2, epochs=1)
+    assert capsys.readouterr().out.count("already done") == 4
+
+
+def test_one_chain_at_a_time(tmp_path, steps):
+    log = tmp_path / "order"
+    code = "import sys, time\nfor _ in range(3): print({0!r}, file=open({1!r}, 'a')); time.sleep(0.05)"
+    steps().chains(
+        [{f"{name}{number}": python(code.format(name, str(log))) for number in (1, 2)} for name in "ab"],
+        at_once=1,
+        epochs=1,
+    )
+    assert log.read_text().split() == ["a"] * 6 + ["b"] * 6
+
+
+def test_where_a_training_fails_the_other_goes_on(tmp_path, steps, capsys):
+    chains = [
+        {"train_a": python("print('no memory'); raise SystemExit(3)"), "predict_a": python("")},
+        {"train_b": python("import time; time.sleep(1)"), "predict_b": python("")},
+    ]
+    one = steps()
+    with pytest.raises(UserError, match=r"exit code 3. The end of .*1_train_a.log") as error:
+        one.chains(chains, at_once=2, epochs=1)
+    assert "no memory" in str(error.value)
+    assert {marker.stem for marker in tmp_path.glob("*.done")} == {"3_train_b", "4_predict_b"}
+    assert not (tmp_path / "2_predict_a.log").exists(), "nothing to predict with"
+    assert one.count == 4 and capsys.readouterr().out.count("failed") == 1
+
+
+def test_nothing_goes_on_behind_a_user_who_stops_it(tmp_path, steps, monkeypatch):
+    started = tmp_path / "started"
+    code = f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+
+    def sleep(_seconds):
+        if started.is_file() and started.read_text():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_steps.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        steps().chains([{"train_a": python(code)}, {"train_b": python("")}], at_once=1, epochs=1)
+    assert not (tmp_path / "1_train_a.done").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_missing_nnunet_command():
