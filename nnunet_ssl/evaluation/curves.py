@@ -114,7 +114,7 @@ def save_training_curves(
                     marker="o" if epochs <= 20 else None,
                     markersize=2 * width,
                 )
-            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+            _legend(axis)
             if panel in ("coverage", *groups) and axis.dataLim.ymin >= 0 and axis.dataLim.ymax <= 1:
                 axis.set_ylim(-0.03, 1.03)
             elif panel == "weight":
@@ -152,7 +152,13 @@ def _draw_shares(axis: Axes, lines: Mapping[str, np.ndarray], names: Sequence[st
         if len(epochs):
             # Without points it would lie at the figure's corner, and the layout make room for it.
             axis.plot(epochs, predicted[epochs], "x", color="red", ms=9, mew=2, clip_on=False)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    _legend(axis)
+
+
+def _legend(axis: Axes) -> None:
+    # Matplotlib warns of a legend without lines, as of a panel whose values were all left out.
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
 
 
 def _place(key: str) -> tuple[str, str]:

@@ -123,7 +123,8 @@ def _draw_row(part: SubFigure, case: Case, index: int, labels: Labels, colors: S
             _contour(axis, np.isin(segmentation, value), colors=color, linewidths=width)
         axis.set_xlim(-0.5, image.shape[1] - 0.5)
         axis.set_ylim(image.shape[0] - 0.5, -0.5)
-    part.suptitle(f"{case.title} (slice {index + 1} of {len(case.image)})".strip(), fontsize=11)
+    which = f" (slice {index + 1} of {len(case.image)})" if len(case.image) > 1 else ""
+    part.suptitle(f"{case.title}{which}".strip(), fontsize=11)
 
 
 def draw_cases(

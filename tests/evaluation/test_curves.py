@@ -142,6 +142,17 @@ def test_shares_and_collapses_leave_no_gap_between_panels(tmp_path, figures, col
     assert [list(line.get_xdata()) for line in marks] == ([[1]] if collapsed else [])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_panel_without_lines_has_no_legend(tmp_path, figures):
+    """As after a first epoch without unlabeled images."""
+    nothing = float("nan")
+    save_training_curves(
+        tmp_path / "a.png",
+        {"ssl/loss/total": [1.0], "ssl/share/unlabeled_per_class": [nothing], "ssl/share/labeled_per_class": [nothing]},
+    )
+    assert [axis.get_legend() is None for axis in figures[0].axes] == [False, True]
+
+
 def test_nothing_logged_nothing_written(tmp_path):
     save_training_curves(tmp_path / "a.png", {"train_losses": [1.0], "ssl/loss/term": []})
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import SubFigure
 from matplotlib.image import imread
 
 from nnunet_ssl.evaluation.pictures import Case, save_overlay, slice_of_interest
@@ -47,6 +48,18 @@ def test_overlay_shows_contours_in_the_structures_colors(tmp_path, shape):
     assert with_prediction[0] == 0 and without[0] == 0
     assert with_prediction[1] > 100 and with_prediction[2] > 100
     assert without[1] > 100 and without[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "title"), [((6, 8, 8), "case (slice 1 of 6)"), ((1, 8, 8), "case"), ((8, 8), "case")]
+)
+def test_a_title_names_the_slice_where_there_are_several(tmp_path, monkeypatch, shape, title):
+    titles = []
+    monkeypatch.setattr(SubFigure, "suptitle", lambda part, text, **options: titles.append(text))
+    segmentation = np.zeros(shape, np.uint8)
+    case = Case("case", segmentation, segmentation, {"trainer": segmentation})
+    save_overlay(tmp_path / "a.png", [case], labels={"one": 1})
+    assert titles == [title]
 
 
 def test_constant_image_and_no_foreground(tmp_path):
