@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -105,6 +107,17 @@ def test_a_path_of_this_machine_is_refused(tutorial: ModuleType, page: Path, tmp
     page.write_text(PAGE.replace("seq 1 9; pwd", f"echo {other}").format(second="true"))
     with pytest.raises(SystemExit, match="names a path of this machine"):
         tutorial.run(page, tmp_path / "run", [str(other)])
+
+
+def test_two_runs_at_once_are_refused(tutorial: ModuleType, page: Path, tmp_path: Path, monkeypatch) -> None:
+    """The page's second block starts a second run in the same folder."""
+    folder = tmp_path / "run"
+    again = [sys.executable, str(PROJECT / "website" / "run_tutorial.py"), str(page), str(folder)]
+    page.write_text(PAGE.format(second=f"! PYTHONPATH={PROJECT} {shlex.join(again)} 2> second"))
+    monkeypatch.setattr("sys.argv", ["run_tutorial.py", str(page), str(folder)])
+    tutorial.main()
+    assert "in use by another run" in (folder / "second").read_text()
+    assert (folder / "count").read_text() == "ran\n"
 
 
 @pytest.fixture

@@ -27,8 +27,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.files import lock
+
 PROJECT = Path(__file__).resolve().parents[1]
 STATE = "tutorial.json"
+LOCK = "tutorial.lock"
 SHOWN_FOLDER = "/data/tutorial"
 BLOCK = re.compile(
     r"^```bash\n(?P<command>.*?)^```\n"
@@ -57,7 +60,11 @@ def main() -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(Path(target).resolve())
-    run(args.page, folder, sorted([str(folder), *(str(Path(target).resolve()) for target in links.values())]))
+    # A second run would start the block that the first is in once more.
+    with lock(folder / LOCK, wait=False) as held:
+        if not held:
+            raise SystemExit(f"{folder} is in use by another run.")
+        run(args.page, folder, sorted([str(folder), *(str(Path(target).resolve()) for target in links.values())]))
 
 
 def run(page: Path, folder: Path, private: list[str]) -> None:
