@@ -166,8 +166,9 @@ class StepGradients:
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         self._network.zero_grad(set_to_none=True)
-        streams = self._method.streams()
-        images = self._method.images(labeled, unlabeled, prepared)
+        streams = dictionary("streams", self._method.streams())
+        images = dictionary("images", self._method.images(labeled, unlabeled, prepared))
+        weights = dictionary("loss_weights", weights)
         self._training_network.check_streams(streams)
         check_images(streams, images)
         images = {name: image.to(self._image_dtype) for name, image in images.items()}
@@ -221,6 +222,17 @@ def without_wrapper(network: nn.Module) -> TrainingNetwork:
     network = network._orig_mod if isinstance(network, OptimizedModule) else network
     assert isinstance(network, TrainingNetwork)
     return network
+
+
+def dictionary(hook: str, value: Any) -> Any:
+    """What a hook has returned, if it is a dictionary.
+
+    Raises:
+        MethodError: it is not, as where a ``return`` was forgotten.
+    """
+    if not isinstance(value, Mapping):
+        raise MethodError(f"{hook}() returns a value of the type {type(value).__name__}. Return a dictionary.")
+    return value
 
 
 def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> None:

@@ -373,6 +373,13 @@ MISTAKES = {
         _with(streams=lambda self: {"x": Stream("x"), "u": Stream("u")}),
         "a list of resolutions as target and one tensor as output. Ask for .*deep_supervision=self.enable_deep",
     ),
+    **{
+        f"{hook} that returns nothing": (
+            _with(**{hook: lambda self, *_: None}),
+            rf"^{hook}\(\) returns a value of the type NoneType\. Return a dictionary",
+        )
+        for hook in ("streams", "images", "loss_weights")
+    },
     "a teacher that is never moved": (
         _with(after_optimizer_step=lambda self: None),
         r"update_teacher\(decay\) there, or do not override it",
