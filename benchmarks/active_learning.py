@@ -28,6 +28,7 @@ from few_labels import make_dataset
 
 from nnunet_ssl.cli.lookup import find_program
 from nnunet_ssl.data.queue import ROWS_FILE
+from nnunet_ssl.data.splits import read_splits
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.files import write_text
 
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("-tr", default="nnUNetTrainer_10epochs", help="default: %(default)s")
     parser.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"))
     args = parser.parse_args()
-    fold = json.loads((args.raw / "splits_final.json").read_text())[args.fold]
+    fold = read_splits(args.raw / "splits_final.json")[args.fold]
     start = plan(args.o.resolve() / "start", args.raw.resolve(), fold)
     for repetition in range(args.repetitions):
         repeat(start, args.raw.resolve(), fold["unlabeled"], repetition, args)
