@@ -178,5 +178,10 @@ def _write(line: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """For the terminal."""
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    """For the terminal.
+
+    >>> duration(8.4), duration(119.7)
+    ('8 s', '2 min 0 s')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
