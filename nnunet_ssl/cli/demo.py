@@ -6,24 +6,25 @@ Everything lies in a folder of its own; none of the user's nnU-Net folders is re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.benchmark.arms import BASELINE
-from nnunet_ssl.cli.demo_steps import Steps, duration
+from nnunet_ssl.cli.demo_steps import Steps, duration, ended_by_signals
 from nnunet_ssl.cli.lookup import RECOMMENDED, device_name, trainer_descriptions, trainers_folder
 from nnunet_ssl.data.nnunet_files import read_json, read_plans
 from nnunet_ssl.data.small_plan import inheriting
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import ELSEWHERE, write_text
+from nnunet_ssl.files import ELSEWHERE, cannot_write, list_names, lock, write_text
 from nnunet_ssl.settings import PLANS_KEY
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ have labels. To see whether unlabeled images help with your data:
   nnunet-ssl pilot -d DATASET -c 3d_fullres -tr {trainer}     # short trainings with and without them
   nnUNetv2_train DATASET 3d_fullres 0 -tr {trainer}
 """
-_SETTINGS = "demo.json"
+_SETTINGS, _LOCK = "demo.json", "demo.lock"
 _AFRESH = "Choose another folder with -o, or start again with --overwrite."
 _OWN_FOLDERS = ("logs", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "trainers", "predictions")
 _TRAINER = '''\
@@ -108,8 +109,15 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     folder = args.o.resolve()
     # All that can be wrong with the arguments is said before anything is written.
-    if args.epochs < 1:
-        raise UserError(f"--epochs is {args.epochs}; give 1 or more.")
+    if os.pathsep in str(folder):
+        raise UserError(
+            f"{folder} contains '{os.pathsep}', which nnUNet_extTrainer separates folders with. {ELSEWHERE}"
+        )
+    for option, value, least in (("--epochs", args.epochs, 1), ("--seed", args.seed, 0)):
+        if value < least:
+            raise UserError(f"{option} is {value}; give {least} or more.")
+    if args.trainer == BASELINE:
+        raise UserError(f"-tr names the trainer to compare with {BASELINE}; give another one, such as {RECOMMENDED}.")
     processes = args.np if args.np is not None else min(os.cpu_count() or 1, 8)
     if processes < 1:
         raise UserError(f"-np is {processes}; give 1 or more.")
@@ -117,10 +125,25 @@ def run(args: argparse.Namespace) -> int:
     modules = {name: _module_of(name) for name in (BASELINE, *compared)}
     device = device_name(args.device)
     settings = {"trainer": "all" if args.all else args.trainer, "seed": args.seed, "epochs": args.epochs}
-    _prepare_folder(folder, settings, overwrite=args.overwrite)
+    _check_folder(folder, settings, overwrite=args.overwrite)
+    with _held(folder), ended_by_signals():
+        _prepare_folder(folder, settings, overwrite=args.overwrite)
+        _run_steps(folder, modules, compared, device, processes, args)
+    print(f"Done in {duration(time.monotonic() - start)}.")
+    return 0
+
+
+def _run_steps(
+    folder: Path,
+    modules: Mapping[str, str],
+    compared: Sequence[str],
+    device: str,
+    processes: int,
+    args: argparse.Namespace,
+) -> None:
+    """Run the steps that are not done yet, and print what they came to."""
     trainers = {name: f"{name}_demo" for name in modules}
     _write_trainers(folder / "trainers", modules, trainers, args.epochs)
-
     dataset = _Dataset(*(folder / name / DATASET for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")))
     steps = Steps(folder / "logs", _environment(folder, processes), total=5 + 2 * len(trainers))
     steps.function("phantoms", "make phantoms", lambda: _make_phantoms(dataset.raw, args.seed))
@@ -140,8 +163,6 @@ def run(args: argparse.Namespace) -> int:
                 print(f"curves   {path}")
     print(f"table    {folder / 'summary.md'}")
     print(NEXT.format(trainer=compared[0] if len(compared) == 1 else RECOMMENDED))
-    print(f"Done in {duration(time.monotonic() - start)}.")
-    return 0
 
 
 def _plan(steps: Steps, dataset: _Dataset, workers: str) -> None:
@@ -187,20 +208,36 @@ class _Dataset:
         return self.results / f"{trainer}__nnUNetPlans__{CONFIGURATION}" / f"fold_{FOLD}"
 
 
-def _prepare_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Make the folder, or check that a demo with these settings made it."""
+def _check_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Check that the folder is new, or that a demo with these settings made it."""
     file = folder / _SETTINGS
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not file.is_file())):
+    others = folder.exists() and (not folder.is_dir() or list_names(folder) - {_LOCK})
+    if others and not file.is_file():
         raise UserError(f"{folder} exists, but not from a demo. Choose another folder with -o.")
-    if file.is_file() and overwrite:
-        for name in _OWN_FOLDERS:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-    elif file.is_file() and (before := read_json(file, otherwise=_AFRESH)) != settings:
+    if file.is_file() and not overwrite and (before := read_json(file, otherwise=_AFRESH)) != settings:
         raise UserError(f"{folder} contains a demo with other settings ({before}). {_AFRESH}")
-    for name in _OWN_FOLDERS:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(settings, indent=2) + "\n", otherwise=ELSEWHERE)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Within, no other demo writes into this folder."""
+    with lock(folder / _LOCK, wait=False) as held:
+        if not held:
+            raise UserError(f"Another demo runs in {folder}. Wait for its end, or choose another folder with -o.")
+        yield
+
+
+def _prepare_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make the folder's parts, afresh with ``overwrite``."""
+    try:
+        for name in _OWN_FOLDERS:
+            if overwrite and (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+        write_text(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n", otherwise=ELSEWHERE)
+        for name in _OWN_FOLDERS:
+            (folder / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error, ELSEWHERE) from error
 
 
 def _environment(folder: Path, processes: int) -> dict[str, str]:
@@ -237,7 +274,7 @@ def _write_trainers(folder: Path, modules: Mapping[str, str], trainers: Mapping[
             iterations=ITERATIONS,
             validation_iterations=VALIDATION_ITERATIONS,
         )
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        write_text(folder / f"{name}.py", text)
 
 
 def _module_of(trainer: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +19,11 @@ from nnunet_ssl.cli.lookup import find_program
 from nnunet_ssl.errors import UserError
 
 _POLL_SECONDS = 0.2
+# Far longer than a command takes to end, with its workers.
+_END_SECONDS = 30.0
 # Yields while a command runs.
 _Waits = Generator[None, None, None]
+_REPEAT = "The same command continues with this step once the reason is removed."
 # nnU-Net's log has it once per epoch.
 _EPOCH_ENDED = b"Epoch time:"
 
@@ -58,8 +63,9 @@ class Steps:
         """A step that one of nnU-Net's commands does."""
 
         def run(log: Path) -> None:
-            for _ in self._run(arguments, log):
-                time.sleep(_POLL_SECONDS)
+            with contextlib.closing(self._run(arguments, log)) as waits:
+                for _ in waits:
+                    time.sleep(_POLL_SECONDS)
 
         self._once(name, shlex.join(arguments), run)
 
@@ -84,7 +90,11 @@ class Steps:
             logs += [self._log(number, name) for number, name, _ in steps]
             waiting.append(self._in_turn(steps))
         failures: list[UserError] = []
-        with contextlib.ExitStack() as at_the_end, _progress(epochs * len(chains)) as bar:
+        # Steps that begin again would count twice, and steps that are done have taken no time now.
+        for log in logs:
+            if not _marker(log).is_file():
+                log.unlink(missing_ok=True)
+        with contextlib.ExitStack() as at_the_end, _progress(epochs * len(chains), _epochs_in(logs)) as bar:
             running: list[_Waits] = []
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -97,7 +107,7 @@ class Steps:
                     except UserError as failure:
                         running.remove(one)
                         failures.append(failure)
-                bar.n = sum(log.read_bytes().count(_EPOCH_ENDED) for log in logs if log.is_file())
+                bar.n = _epochs_in(logs)
                 bar.refresh()
                 time.sleep(_POLL_SECONDS)
         if failures:
@@ -113,10 +123,13 @@ class Steps:
             started = time.monotonic()
             try:
                 yield from self._run(arguments, log)
+                _marker(log).touch()
+            except OSError as error:
+                _write(f"{label} ... failed")
+                raise _failed(shlex.join(arguments), error) from error
             except UserError:
                 _write(f"{label} ... failed")
                 raise
-            _marker(log).touch()
             _write(f"{label} ... {duration(time.monotonic() - started)}")
 
     def _once(self, name: str, what: str, action: Callable[[Path], None]) -> None:
@@ -127,10 +140,13 @@ class Steps:
             return
         try:
             action(log)
+            _marker(log).touch()
+        except OSError as error:
+            print("failed", flush=True)
+            raise _failed(what, error) from error
         except BaseException:
             print("failed", flush=True)
             raise
-        _marker(log).touch()
         self.done()
 
     def _run(self, arguments: Sequence[str], log: Path) -> _Waits:
@@ -139,20 +155,26 @@ class Steps:
         with (
             log.open("w", encoding="utf-8") as output,
             subprocess.Popen(
-                command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                command,
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # A process group of its own, which holds its workers too: they would outlive a command that is killed.
+                start_new_session=True,
             ) as process,
         ):
             try:
                 while process.poll() is None:
                     yield
             finally:
-                process.terminate()
+                _end(process)
         if process.returncode != 0:
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
             raise UserError(
-                f"{Path(arguments[0]).stem} failed with exit code {process.returncode}. The end of {log}:\n"
+                f"{Path(arguments[0]).stem} {_how(process.returncode)}. The end of {log}:\n"
                 + "\n".join(f"  {line}" for line in tail)
-                + "\nThe same command continues with this step once the reason is removed."
+                + f"\n{_REPEAT}"
             )
 
     def _label(self, number: int, what: str) -> str:
@@ -162,13 +184,72 @@ class Steps:
         return self.logs / f"{number}_{name}.log"
 
 
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within, SIGTERM and the end of the terminal raise SystemExit: no command goes on behind the user's back."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
+    # What nohup has made it ignore stays ignored.
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command that may still run, and its workers: nnU-Net's go on for ever where the command is killed."""
+    _terminate(process)
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    # Workers of our trainers leave SIGTERM to their training as long as that lives.
+    _terminate(process)
+
+
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    if sys.platform == "win32":
+        process.terminate()
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def _how(code: int) -> str:
+    """How a command ended."""
+    if code == -9:
+        return "was killed by SIGKILL, as the system does where memory runs out"
+    if code < 0:
+        return f"was killed by signal {-code}"
+    return f"failed with exit code {code}"
+
+
+def _failed(what: str, error: OSError) -> UserError:
+    """What to raise where the system refuses something, such as space on the disk."""
+    where = f": {error.filename}" if error.filename else ""
+    return UserError(f"{what} failed: {error.strerror or error}{where}. {_REPEAT}")
+
+
 def _marker(log: Path) -> Path:
     return log.with_suffix(".done")
 
 
-def _progress(epochs: int) -> tqdm:
+def _epochs_in(logs: Sequence[Path]) -> int:
+    """How many epochs these logs have to their ends."""
+    return sum(log.read_bytes().count(_EPOCH_ENDED) for log in logs if log.is_file())
+
+
+def _progress(epochs: int, initial: int) -> tqdm:
     """On a terminal, how far the trainings are and how long the rest takes."""
-    return tqdm(total=epochs, unit="epoch", desc="train", disable=None, leave=False)
+    return tqdm(total=epochs, initial=initial, unit="epoch", desc="train", disable=None, leave=False)
 
 
 def _write(line: str) -> None:

@@ -1,21 +1,26 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from method_steps import BY_NAME
+from tqdm import tqdm
 
 from nnunet_ssl.cli import demo, demo_steps
 from nnunet_ssl.cli.lookup import find_program, trainer_descriptions, trainers_folder
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.comparison import PairedDifference
+from nnunet_ssl.files import lock
 
 METHODS = sorted(BY_NAME)
 
@@ -139,11 +144,35 @@ def test_an_unknown_trainer_is_refused_with_the_known_ones(tmp_path):
     assert not (tmp_path / "nnunet_ssl_demo").exists(), "the right call works at once"
 
 
-@pytest.mark.parametrize(("option", "value"), [("--epochs", "0"), ("-np", "0")])
+@pytest.mark.parametrize(("option", "value"), [("--epochs", "0"), ("-np", "0"), ("--seed", "-1")])
 def test_a_wrong_number_writes_nothing(tmp_path, option, value):
     finished = run_demo(option, value, cwd=tmp_path)
     assert finished.returncode == 2 and f"{option} is {value}" in finished.stderr
     assert not (tmp_path / "nnunet_ssl_demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("-tr", "nnUNetTrainer"), "compare with nnUNetTrainer"), (("-o", f"a{os.pathsep}b"), "nnUNet_extTrainer")],
+)
+def test_what_cannot_work_writes_nothing(tmp_path, arguments, said):
+    finished = run_demo(*arguments, cwd=tmp_path)
+    assert finished.returncode == 2 and said in finished.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["user"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    finished = run_demo("-o", "file/out", cwd=tmp_path)
+    assert finished.returncode == 2 and f"{tmp_path / 'file' / 'out'}" in finished.stderr
+    assert "cannot be written" in finished.stderr
+
+
+def test_one_demo_at_a_time_in_a_folder(tmp_path):
+    with lock(tmp_path / "out" / "demo.lock"):
+        finished = run_demo("-o", "out", cwd=tmp_path)
+    assert finished.returncode == 2 and "Another demo runs in" in finished.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["demo.lock"]
 
 
 def test_the_gain_in_words():
@@ -275,6 +304,95 @@ def test_nothing_goes_on_behind_a_user_who_stops_it(tmp_path, steps, monkeypatch
     assert not (tmp_path / "1_train_a.done").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
+
+
+FORKING = """
+import os, pathlib, signal, time
+folder = pathlib.Path({folder!r})
+worker = os.fork()
+(folder / ("command" if worker else "worker")).write_text(str(os.getpid()))
+time.sleep(600)
+"""
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of POSIX")
+
+
+def until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def runs(file):
+    """Whether the process whose number is in the file runs; one that has ended may wait to be noticed."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", file.read_text()], capture_output=True, text=True).stdout
+    return state.strip()[:1] not in ("", "Z")
+
+
+def began(*files):
+    return lambda: all(file.is_file() and file.read_text() for file in files)
+
+
+@needs_fork
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_nothing_goes_on_where_a_signal_ends_the_demo(tmp_path, number):
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from nnunet_ssl.cli import demo_steps
+signal.signal(signal.SIGINT, signal.default_int_handler)
+demo_steps.find_program = lambda name: sys.executable
+folder = Path({str(tmp_path)!r})
+with demo_steps.ended_by_signals():
+    steps = demo_steps.Steps(folder, dict(os.environ), total=1)
+    steps.chains([{{"train": ["nnUNetv2_train", "-c", {FORKING.format(folder=str(tmp_path))!r}]}}], at_once=1, epochs=1)
+"""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    files = [tmp_path / name for name in ("command", "worker")]
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as demo_process:
+        until(began(*files))
+        demo_process.send_signal(getattr(signal, number))
+        demo_process.wait(60)
+    until(lambda: not any(map(runs, files)))
+    assert not (tmp_path / "1_train.done").exists()
+
+
+@needs_fork
+def test_the_workers_of_a_command_that_is_killed_end(tmp_path, steps):
+    files = [tmp_path / name for name in ("command", "worker")]
+    kill = f"""
+import os, signal, time
+while not os.path.exists({str(files[1])!r}):
+    time.sleep(0.02)
+os.kill(int(open({str(files[0])!r}).read()), signal.SIGKILL)
+"""
+    chains = [{"train_a": python(FORKING.format(folder=str(tmp_path)))}, {"train_b": python(kill)}]
+    with pytest.raises(UserError, match="was killed by SIGKILL, as the system does where memory runs out"):
+        steps().chains(chains, at_once=2, epochs=1)
+    until(lambda: not runs(files[1]))
+    assert {marker.stem for marker in tmp_path.glob("*.done")} == {"2_train_b"}
+
+
+def test_a_full_disk_is_said_to_be_full(steps):
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"phantoms failed: No space left on device\. The same command continues"):
+        steps().function("phantoms", "make phantoms", write)
+
+
+def test_the_progress_counts_epochs_of_this_call(tmp_path, steps, monkeypatch):
+    """An epoch that was trained before says nothing of the time per epoch; one that is trained again counts once."""
+    for name, done in (("1_train_a", True), ("2_train_b", False)):
+        (tmp_path / f"{name}.log").write_text("Epoch time: 1 s\n")
+        (tmp_path / f"{name}.done").touch() if done else None
+    seen = []
+    monkeypatch.setattr(
+        demo_steps, "_progress", lambda total, initial: seen.append((total, initial)) or tqdm(disable=True)
+    )
+    steps().chains([{"train_a": python("")}, {"train_b": python("")}], at_once=1, epochs=1)
+    assert seen == [(2, 1)]
 
 
 def test_missing_nnunet_command():
