@@ -97,7 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"length of each training, in epochs of {ITERATIONS} iterations (default: {EPOCHS})",
     )
-    parser.add_argument("-np", type=int, default=None, metavar="N", help="worker processes (default: cores, at most 8)")
+    parser.add_argument(
+        "-np",
+        type=int,
+        metavar="N",
+        help="worker processes; with 1, one training runs at a time (default: cores, at most 8)",
+    )
     parser.add_argument(
         "-device", choices=("cpu", "cuda", "mps"), help="device (default: cuda if there is one, else cpu)"
     )
