@@ -46,7 +46,7 @@ NEXT = """
 These phantoms are made so that unlabeled images help: they differ much in contrast and shading, and only two of them
 have labels. To see whether unlabeled images help with your data:
 
-  nnunet-ssl doctor -d DATASET -c 3d_fullres -tr {trainer}    # unlabeled images are in imagesUn; is anything missing?
+  nnunet-ssl doctor -d DATASET -c 3d_fullres -tr {trainer}    # with unlabeled images in imagesUn: is anything missing?
   nnunet-ssl pilot -d DATASET -c 3d_fullres -tr {trainer}     # short trainings with and without them
   nnUNetv2_train DATASET 3d_fullres 0 -tr {trainer}
 """
@@ -155,9 +155,8 @@ def _run_steps(
     _plan(steps, dataset, str(processes))
     chains = [_training(dataset, trainer, device, folder / "predictions" / trainer) for trainer in trainers.values()]
     steps.chains(chains, at_once=min(AT_ONCE, processes), epochs=args.epochs)
-    steps.announce("evaluate")
-    table, gains, overlay = _evaluate(folder, dataset, trainers, iterations=args.epochs * ITERATIONS)
-    steps.done()
+    with steps.with_progress("evaluate"):
+        table, gains, overlay = _evaluate(folder, dataset, trainers, iterations=args.epochs * ITERATIONS)
 
     print(f"\n{table}\n\n{gains}\n")
     print(f"picture  {overlay}")

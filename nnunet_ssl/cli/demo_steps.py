@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,17 +43,14 @@ class Steps:
     environment: Mapping[str, str]
     total: int
     count: int = 0
-    _started: float = field(default=0.0)
 
-    def announce(self, what: str) -> None:
-        """Print what is done now."""
+    @contextlib.contextmanager
+    def with_progress(self, what: str) -> Iterator[None]:
+        """A step that is done each time and draws its own progress, which would erase a line that it began."""
         self.count += 1
-        self._started = time.monotonic()
-        print(f"{self._label(self.count, what)} ...", end=" ", flush=True)
-
-    def done(self) -> None:
-        """Print how long it took."""
-        print(duration(time.monotonic() - self._started), flush=True)
+        started = time.monotonic()
+        yield
+        _write(f"{self._label(self.count, what)} ... {duration(time.monotonic() - started)}")
 
     def function(self, name: str, what: str, action: Callable[[], None]) -> None:
         """A step that a function of ours does."""
@@ -133,7 +130,9 @@ class Steps:
             _write(f"{label} ... {duration(time.monotonic() - started)}")
 
     def _once(self, name: str, what: str, action: Callable[[Path], None]) -> None:
-        self.announce(what)
+        self.count += 1
+        started = time.monotonic()
+        print(f"{self._label(self.count, what)} ...", end=" ", flush=True)
         log = self._log(self.count, name)
         if _marker(log).is_file():
             print("already done", flush=True)
@@ -147,7 +146,7 @@ class Steps:
         except BaseException:
             print("failed", flush=True)
             raise
-        self.done()
+        print(duration(time.monotonic() - started), flush=True)
 
     def _run(self, arguments: Sequence[str], log: Path) -> _Waits:
         """Run a command; it yields while the command runs, and ends the command where it is closed."""
