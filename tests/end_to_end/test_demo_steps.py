@@ -102,15 +102,18 @@ def test_where_a_training_fails_the_other_goes_on(tmp_path, steps, capsys):
     assert one.count == 4 and capsys.readouterr().out.count("failed") == 1
 
 
-def test_nothing_goes_on_behind_a_user_who_stops_it(tmp_path, steps, monkeypatch):
+def test_nothing_goes_on_behind_a_user_who_stops_it(tmp_path, steps):
     started = tmp_path / "started"
     code = f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
 
     def sleep(_seconds):
         if started.is_file() and started.read_text():
+            # Once: to wait for the command's end sleeps too.
+            patch.undo()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_steps.time, "sleep", sleep)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(demo_steps.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         steps().chains([{"train_a": python(code)}, {"train_b": python("")}], at_once=1, epochs=1)
     assert not (tmp_path / "1_train_a.done").exists()
@@ -175,7 +178,7 @@ def test_the_workers_of_a_command_that_is_killed_end(tmp_path, steps):
     files = [tmp_path / name for name in ("command", "worker")]
     kill = f"""
 import os, signal, time
-while not os.path.exists({str(files[1])!r}):
+while not all(os.path.exists(file) and os.path.getsize(file) for file in {[*map(str, files)]!r}):
     time.sleep(0.02)
 os.kill(int(open({str(files[0])!r}).read()), signal.SIGKILL)
 """
