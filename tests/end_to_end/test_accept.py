@@ -47,7 +47,7 @@ def test_train_after_accepting(planned_2d, tmp_path):
     ]
 
     output = planned.run("nnunet-ssl", *accept, "--undo").stdout
-    assert "Taken back: unlabeled_000, unlabeled_002" in output
+    assert "Reversed: unlabeled_000, unlabeled_002." in output
     assert contents(raw) == before
     log = planned.run(
         "nnUNetv2_train", planned.dataset_id, "tiny", 0, "-tr", "CrossMatchTrainer_short", "-device", "cpu"
