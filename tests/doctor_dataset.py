@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,13 @@ def made(home: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
         monkeypatch.setenv(f"nnUNet_{name}", str(home / name))
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
     return Dataset(home)
+
+
+def add_trainer(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """A trainer of the user's, in a folder of nnUNet_extTrainer after this package's."""
+    folder.mkdir()
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(trainers_folder()), str(folder)]))
 
 
 def report(*arguments: str) -> list[str]:

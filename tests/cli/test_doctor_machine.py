@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doctor_dataset import Dataset, made, report
+from doctor_dataset import Dataset, add_trainer, made, report
 from method_steps import of_methods
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.cli import doctor, training_checks
-from nnunet_ssl.cli.lookup import find_trainer, trainers_folder
+from nnunet_ssl.cli.lookup import find_trainer
 from nnunet_ssl.cli.main import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainer.memory import trainer_of_plans
@@ -133,12 +132,12 @@ def test_the_first_step_does_not_count(dataset: Dataset, name: str) -> None:
 def test_a_trainer_without_an_estimate_is_no_failure(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "trainers"
-    folder.mkdir()
-    (folder / "Unfinished.py").write_text(
-        "from nnunet_ssl.api import SemiSupervisedTrainer\nclass Unfinished(SemiSupervisedTrainer):\n    pass\n"
+    add_trainer(
+        tmp_path / "trainers",
+        "Unfinished",
+        monkeypatch,
+        "from nnunet_ssl.api import SemiSupervisedTrainer\nclass Unfinished(SemiSupervisedTrainer):\n    pass\n",
     )
-    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(trainers_folder()), str(folder)]))
     lines = report("-d", "7", "-c", "2d", "-tr", "Unfinished")
     assert [line for line in lines if line.startswith("warn  no estimate of the GPU memory of Unfinished")]
     assert not [line for line in lines if line.startswith("FAIL")]
@@ -190,15 +189,15 @@ def test_a_trainer_that_is_not_found_comes_with_those_there_are(
 def test_a_network_that_cannot_be_trained_is_found(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "trainers"
-    folder.mkdir()
-    (folder / "PrimusCrossMatchTrainer.py").write_text(
+    add_trainer(
+        tmp_path / "trainers",
+        "PrimusCrossMatchTrainer",
+        monkeypatch,
         "from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer\n"
         "from nnunet_ssl.methods.crossmatch import CrossMatchTrainer\n"
         "class PrimusCrossMatchTrainer(CrossMatchTrainer):\n"
-        "    build_network_architecture = staticmethod(nnUNet_Primus_S_Trainer.build_network_architecture)\n"
+        "    build_network_architecture = staticmethod(nnUNet_Primus_S_Trainer.build_network_architecture)\n",
     )
-    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(trainers_folder()), str(folder)]))
     dataset.plans["configurations"]["2d"]["patch_size"] = [16, 32, 48]  # nnU-Net's Primus is a 3D network
     dataset.write()
     lines = report("-d", "7", "-c", "2d", "-tr", "PrimusCrossMatchTrainer")
