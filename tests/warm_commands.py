@@ -63,7 +63,8 @@ class WarmCommands:
         """End the server."""
         if self._server is not None:
             assert self._server.stdin is not None
-            self._server.stdin.close()
+            # Not the end of the file: a forked process that is left over still has the pipe open.
+            print(file=self._server.stdin, flush=True)
             self._server.wait()
 
 
@@ -108,7 +109,7 @@ def main() -> None:
         importlib.import_module(name)
     assert not any(name.startswith(("nnunetv2.", "nnunet_ssl.")) for name in sys.modules)
     commands = {one.name: one for one in entry_points(group="console_scripts") if one.name.startswith("nnUNetv2_")}
-    for line in sys.stdin:
+    while line := sys.stdin.readline().strip():
         request = json.loads(line)
         print(run(commands[request.pop("command")], **request), flush=True)
 
