@@ -77,12 +77,17 @@ METHODS = (
     Method(MCNetTrainer, others=({"decoders": 2},), split_graphs=(1 + 10, 1 + 6), fused=(1, 2)),
     # Each decoder of labeled and of unlabeled images, and all but the one that learns first once more without gradient.
     # Fused: lessons, what is learned.
-    Method(MutualReliableTrainer, others=({"decoders": 3},), split_graphs=(1 + 6, 1 + 10), fused=(2, 4)),
+    Method(
+        MutualReliableTrainer,
+        others=({"decoders": 3}, {"student_view": "strong"}),
+        split_graphs=(1 + 6, 1 + 10),
+        fused=(2, 4),
+    ),
     # Decoders: of labeled and noisy images, and the teacher. Fused: distances, consistency.
     Method(
         SimCVDTrainer,
         halves={"noise": 0.0},
-        others=({"predict_with": "teacher"},),
+        others=({"predict_with": "teacher"}, {"student_view": "strong"}),
         split_graphs=(2 + 3,),
         fused=(2, 2),
         representative=True,

@@ -30,6 +30,7 @@ from nnunet_ssl.api import (
     TrainingNetwork,
     UNet,
     UnlabeledBatch,
+    Views,
     fused,
     gaussian_ramp_up,
     interpolating_decoder,
@@ -60,6 +61,11 @@ class MutualReliableSettings(SemiSupervisedSettings):
     )
     similarity_weight: bool = setting(
         True, "λ_hr: learn less where the other decoder's features contradict its probabilities", choices=(True, False)
+    )
+    student_view: str = setting(
+        "weak",
+        "unlabeled images on which a decoder learns; weak: those on which the others teach; strong: their strong view",
+        choices=("weak", "strong"),
     )
     validate_with: str = setting(
         "decoder_a",
@@ -109,22 +115,35 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
         }
         return MutualNetwork(network, others, regions=self.label_manager.has_regions)
 
+    @property
+    def _strong(self) -> bool:
+        return self.settings.student_view == "strong"
+
+    def unlabeled_views(self) -> Views:
+        """The weak view u, and a strong one s where decoders are to learn on it."""
+        return Views(strong=int(self._strong))
+
     def streams(self) -> dict[str, Stream]:
-        """Every decoder on labeled and unlabeled images."""
+        """Every decoder on labeled and unlabeled images; with strong views it learns on those, and teaches on u."""
         return {
             f"{image}_{name}": Stream(
                 image,
                 decoder=decoder,
                 deep_supervision=image == "x" and self.enable_deep_supervision,
                 features=True,
+                gradient=not (image == "u" and self._strong),
             )
-            for image in ("x", "u")
+            for image in ("x", "u", *(("s",) if self._strong else ()))
             for name, decoder in self.decoders.items()
         }
 
     def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any) -> dict[str, Tensor]:
-        """Labeled images with nnU-Net's augmentation, unlabeled ones in their weak view."""
-        return {"x": labeled.image, "u": unlabeled.weak}
+        """Labeled images with nnU-Net's augmentation, unlabeled ones in their weak view, and their strong one s.
+
+        **[choice]** As a setting, decoders learn on s what the others teach on u: changes that they may disagree on.
+        """
+        images = {"x": labeled.image, "u": unlabeled.weak}
+        return images | {"s": unlabeled.strong[0]} if self._strong else images
 
     def loss_terms(
         self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any
@@ -133,7 +152,7 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
 
         **[choice]** The paper's sums run over labeled and unlabeled voxels together. Here L_i←j is the mean of one over
         the labeled and one over the unlabeled images, weighted by their number, so that in memory mode split the
-        graphs of one decoder on one of them suffice.
+        graphs of one decoder on one of them suffice. λ_wr compares decoders on u, even if they learn on s.
         """
         samples = {"x": len(labeled.image), "u": len(unlabeled.weak)}
         for image, count in samples.items():
@@ -141,14 +160,19 @@ class MutualReliableTrainer(SemiSupervisedTrainer):
             # Decoders scheduled later first run once without gradient in memory mode split, so that they teach already.
             # Decoder a, whose pass costs least, comes last.
             first, *later = reversed(self.decoders)
-            lessons = {j: self._lesson(outputs.peek(f"{image}_{j}")) for j in later}
+            learned_on = "s" if image == "u" and self._strong else image
+            lessons = {}
+            for j in later if learned_on == image else (first, *later):
+                teacher = outputs.peek(f"{image}_{j}")
+                lessons[j] = self._lesson(teacher)
+                if image == "u" and j == "a":
+                    self.record_prediction(teacher.full_resolution)
+                del teacher
             for i in (first, *later):
-                output = outputs[f"{image}_{i}"]
+                output = outputs[f"{learned_on}_{i}"]
                 if i not in lessons:
                     lessons[i] = self._lesson(output.detach())
                 terms = {}
-                if image == "u" and i == "a":
-                    self.record_prediction(output.full_resolution)
                 if image == "x":
                     terms[_supervised(i)] = self.supervised_loss(output.logits, labeled.target)
                 for j in self.decoders:

@@ -30,6 +30,7 @@ from nnunet_ssl.api import (
     TrainingNetwork,
     UNet,
     UnlabeledBatch,
+    Views,
     clipped_noise,
     coarse_grid,
     consistency,
@@ -60,6 +61,11 @@ class SimCVDSettings(TeacherSettings):
     )
     noise: float = setting(
         0.1, "standard deviation of the noise on the student's images, clipped at twice that", minimum=0.0
+    )
+    student_view: str = setting(
+        "noise",
+        "unlabeled images of the student; noise: the teacher's images with noise; strong: the strong view",
+        choices=("noise", "strong"),
     )
     projection_channels: int = setting(128, "channels of the boundary-aware features", minimum=1, integer=True)
     contrast_positions: int = setting(
@@ -100,19 +106,23 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         )
         return TrainingNetwork(network, head=head, teacher=True, predict_with_teacher=s.predict_with == "teacher")
 
+    def unlabeled_views(self) -> Views:
+        """The weak view u, and a strong one where the student is to see it."""
+        return Views(strong=int(self.settings.student_view == "strong"))
+
     def labeled_targets(self) -> dict[str, SignedDistanceMaps]:
         """Signed distance maps, made by the workers that augment."""
         return {"distance": SignedDistanceMaps.of_dataset(self.label_manager, self.configuration_manager.spacing)}
 
     def streams(self) -> dict[str, Stream]:
-        """The student on labeled and noisy unlabeled images, the teacher on the unlabeled ones as they are."""
+        """The student on labeled and changed unlabeled images, the teacher on the unlabeled ones as they are."""
         p, places = self.settings.dropout, ("bottleneck", "features")
         return {
             "x": Stream("x", dropout=p, dropout_on=places, deep_supervision=self.enable_deep_supervision, head=True),
             "u_teacher": Stream(
                 "u", dropout=p, dropout_on=places, head=True, bottleneck=True, gradient=False, teacher=True
             ),
-            "u_student": Stream("u_noisy", dropout=p, dropout_on=places, head=True, bottleneck=True),
+            "u_student": Stream("u_student", dropout=p, dropout_on=places, head=True, bottleneck=True),
         }
 
     def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> Tensor:
@@ -120,8 +130,16 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         return clipped_noise(unlabeled.weak, self.settings.noise)
 
     def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Tensor) -> dict[str, Tensor]:
-        """The labeled images, and the unlabeled ones without noise and with it."""
-        return {"x": labeled.image, "u": unlabeled.weak, "u_noisy": unlabeled.weak + prepared}
+        """The labeled images, and the unlabeled ones as they are and as the student sees them.
+
+        **[choice]** As a setting, the student sees a strong view: changes that do more than noise.
+        """
+        strong = self.settings.student_view == "strong"
+        return {
+            "x": labeled.image,
+            "u": unlabeled.weak,
+            "u_student": unlabeled.strong[0] if strong else unlabeled.weak + prepared,
+        }
 
     def loss_terms(
         self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any
@@ -186,7 +204,7 @@ def structure_distillation(student: StreamOutput, teacher: StreamOutput, *, voxe
     """L_pd between the bottlenecks (N, G, *coarse) of student and teacher, each voxel's features of unit length.
 
     Args:
-        student: of the noisy images.
+        student: of the images that it sees.
         teacher: of the images as they are.
         voxels: the most that are compared within a patch; where there are more, as many are drawn.
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_steps import Given, make_batches, summed_terms
+from method_steps import Given, images_of, make_batches, summed_terms
 from method_steps import make_trainer as make_method_trainer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,20 +36,21 @@ def random_outputs(trainer, labeled, unlabeled, *, grad=False) -> Given:
     spatial = unlabeled.weak.shape[2:]
     outputs = Given()
     for name, stream in trainer.streams().items():
-        n = {"x": 2, "u": len(unlabeled.weak)}[stream.image]
+        n = 2 if stream.image == "x" else len(unlabeled.weak)
         features = torch.randn(n, 5, *spatial, generator=generator)
         logits = [torch.randn(n, channels, *spatial, generator=generator) * 2]
         if stream.deep_supervision:
             logits += [torch.randn(n, channels, *t.shape[2:], generator=generator) for t in labeled.target[1:]]
         for tensor in [features, *logits]:
-            tensor.requires_grad_(grad)
+            tensor.requires_grad_(grad and stream.gradient)
         outputs[name] = StreamOutput(logits if stream.deep_supervision else logits[0], features)
     return outputs
 
 
-def naive_learn(z_i, z_j, f_j, *, regions: bool, wr=True, hr=True) -> float:
-    """L_i←j in float64, sample by sample, voxel by voxel, class by class."""
-    z_i, z_j, f_j = (tensor.detach().double().numpy() for tensor in (z_i, z_j, f_j))
+def naive_learn(z_i, z_j, f_j, *, regions: bool = False, wr=True, hr=True, own=None) -> float:
+    """L_i←j in float64, sample by sample, voxel by voxel, class by class; λ_wr compares ``own`` with z_j, or z_i."""
+    own = z_i if own is None else own
+    z_i, z_j, f_j, own = (tensor.detach().double().numpy() for tensor in (z_i, z_j, f_j, own))
 
     def probabilities(z):
         return 1 / (1 + np.exp(-z)) if regions else np.exp(z) / np.exp(z).sum()
@@ -70,12 +73,12 @@ def naive_learn(z_i, z_j, f_j, *, regions: bool, wr=True, hr=True) -> float:
             prototypes.append(np.mean(members, 0) if members else np.zeros(f_j.shape[1]))
         for v in voxels:
             at = (sample, slice(None), *v)
-            p_i, p_j = probabilities(z_i[at]), probabilities(z_j[at])
+            p_i, p_j, p_own = probabilities(z_i[at]), probabilities(z_j[at]), probabilities(own[at])
             f = f_j[at]
             s = np.array([f @ q / (np.linalg.norm(f) * np.linalg.norm(q)) if q.any() else 0.0 for q in prototypes])
             agreement = 1 - (s - p_j) ** 2
             lambda_hr = np.clip(agreement if regions else agreement.mean(keepdims=True), 0, 1) if hr else 1.0
-            lambda_wr = (entropy(p_i) > entropy(p_j)).astype(float) if wr else np.ones_like(entropy(p_i))
+            lambda_wr = (entropy(p_own) > entropy(p_j)).astype(float) if wr else np.ones_like(entropy(p_own))
             if regions:
                 y = (p_j > 0.5).astype(float)
                 loss = -(y * np.log(p_i) + (1 - y) * np.log(1 - p_i))
@@ -118,6 +121,30 @@ def test_terms_are_the_papers(regions, options, planned_2d, monkeypatch, tmp_pat
             }
             # Two labeled and three unlabeled samples.
             assert terms[f"{i}_from_{j}"].item() == pytest.approx(0.4 * by_image["x"] + 0.6 * by_image["u"], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"decoders": 3}], ids=str)
+def test_with_strong_views_decoders_learn_there_what_the_others_teach_on_the_weak_view(
+    options, planned_2d, monkeypatch, tmp_path
+):
+    assert make_trainer(planned_2d, monkeypatch, tmp_path).unlabeled_views().strong == 0
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path, student_view="strong", ramp_length=0.0, **options)
+    labeled, unlabeled, batch = make_batches(trainer)
+    images = images_of(trainer, labeled, unlabeled)
+    assert images["u"] is unlabeled.weak and images["s"] is unlabeled.strong[0]
+    outputs = random_outputs(trainer, labeled, unlabeled, grad=True)
+    terms = summed_terms(trainer, outputs, labeled, unlabeled)
+    for i, j in itertools.permutations("abc"[: options.get("decoders", 2)], 2):
+        on_labeled = naive_learn(full(outputs[f"x_{i}"]), full(outputs[f"x_{j}"]), outputs[f"x_{j}"].features)
+        on_strong = naive_learn(
+            full(outputs[f"s_{i}"]), full(outputs[f"u_{j}"]), outputs[f"u_{j}"].features, own=full(outputs[f"u_{i}"])
+        )
+        term = terms[f"{i}_from_{j}"]
+        assert term.item() == pytest.approx(0.4 * on_labeled + 0.6 * on_strong, rel=1e-4)
+        leaves = {name: full(output) for name, output in outputs.items() if full(output).requires_grad}
+        found = torch.autograd.grad(term, list(leaves.values()), retain_graph=True, allow_unused=True)
+        assert {n for n, g in zip(leaves, found, strict=True) if g is not None} == {f"x_{i}", f"s_{i}"}
+    assert trainer.train_step(batch)["loss/a_from_b"] > 0
 
 
 def test_terms_in_3d_are_the_papers(planned_3d, monkeypatch, tmp_path):

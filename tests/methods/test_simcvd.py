@@ -132,7 +132,7 @@ def test_streams_are_the_papers(planned_2d, monkeypatch, tmp_path):
     assert make_trainer(planned_2d, monkeypatch, tmp_path).streams() == {
         "x": Stream("x", dropout=0.5, dropout_on=on, deep_supervision=True, head=True),
         "u_teacher": Stream("u", dropout=0.5, dropout_on=on, gradient=False, head=True, bottleneck=True, teacher=True),
-        "u_student": Stream("u_noisy", dropout=0.5, dropout_on=on, head=True, bottleneck=True),
+        "u_student": Stream("u_student", dropout=0.5, dropout_on=on, head=True, bottleneck=True),
     }
 
 
@@ -140,7 +140,7 @@ def test_student_and_teacher_have_masks_of_their_own_and_the_student_noise(plann
     trainer = make_trainer(planned_2d, monkeypatch, tmp_path)
     labeled, unlabeled, _ = make_batches(trainer, u=64)
     images = images_of(trainer, labeled, unlabeled)
-    noise = images["u_noisy"] - images["u"]
+    noise = images["u_student"] - images["u"]
     assert torch.equal(images["u"], unlabeled.weak)
     assert noise.abs().max().item() == pytest.approx(0.2, abs=1e-6) and noise.std().item() == pytest.approx(
         0.1, abs=0.01
@@ -151,6 +151,15 @@ def test_student_and_teacher_have_masks_of_their_own_and_the_student_noise(plann
     for of in (lambda m: m.levels[-1], lambda m: m.features):
         assert of(masks["u_teacher"]).shape == of(masks["u_student"]).shape
         assert not torch.equal(of(masks["u_teacher"]), of(masks["u_student"]))
+
+
+def test_as_a_setting_the_student_sees_the_strong_view(planned_2d, monkeypatch, tmp_path):
+    assert make_trainer(planned_2d, monkeypatch, tmp_path).unlabeled_views().strong == 0
+    trainer = make_trainer(planned_2d, monkeypatch, tmp_path, student_view="strong", ramp_length=0.0)
+    labeled, unlabeled, batch = make_batches(trainer)
+    images = images_of(trainer, labeled, unlabeled)
+    assert images["u"] is unlabeled.weak and images["u_student"] is unlabeled.strong[0]
+    assert trainer.train_step(batch)["loss/consistency"] > 0
 
 
 def test_the_teacher_is_the_students_moving_average(planned_2d, monkeypatch, tmp_path):
@@ -234,24 +243,23 @@ def test_the_labeled_loaders_targets_are_the_distance_maps_in_mm(regions, worker
     trainer = make_trainer(planned_3d, monkeypatch, tmp_path, regions=regions)
     trainer.configuration_manager.configuration["spacing"] = [4.0, 1.0, 0.5]
     trainer.extra_targets = trainer.labeled_targets()
+    present = []
     try:
         trainer.on_train_start()
-        batches = [next(trainer.dataloader_train) for _ in range(3)]
-        validation = next(trainer.dataloader_val)
+        assert "extra" not in next(trainer.dataloader_val)
+        for _ in range(3):
+            batch = pin_memory_of_all_eligible_items_in_dict(next(trainer.dataloader_train))
+            labeled, _ = trainer.next_batches(batch)
+            assert len(labeled.target) == len(trainer._get_deep_supervision_scales())
+            expected = distance_maps(trainer, labeled.full_resolution)
+            maps, places = labeled.extra["distance"]
+            found = of_all_structures(torch.zeros_like(expected), maps, places)
+            torch.testing.assert_close(found, expected, atol=2.5e-4, rtol=0)
+            structures = expected.amin(tuple(range(2, expected.ndim))) < 1
+            assert maps.dtype == torch.float16 and len(maps) == len(places) == structures.sum()
+            present.append(structures)
     finally:
         trainer.loaders.finish()
-    assert "extra" not in validation
-    present = []
-    for batch in batches:
-        labeled, _ = trainer.next_batches(pin_memory_of_all_eligible_items_in_dict(batch))
-        assert len(labeled.target) == len(trainer._get_deep_supervision_scales())
-        expected = distance_maps(trainer, labeled.full_resolution)
-        maps, places = labeled.extra["distance"]
-        found = of_all_structures(torch.zeros_like(expected), maps, places)
-        torch.testing.assert_close(found, expected, atol=2.5e-4, rtol=0)
-        structures = expected.amin(tuple(range(2, expected.ndim))) < 1
-        assert maps.dtype == torch.float16 and len(maps) == len(places) == structures.sum()
-        present.append(structures)
     assert torch.cat(present).any()
 
 
