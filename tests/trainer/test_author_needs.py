@@ -497,3 +497,8 @@ def test_out_of_memory_is_tried_in_every_stage_of_one_process(made, monkeypatch)
     monkeypatch.setattr(passes_module.StackedOutputs, "finish", fail)
     trainer.train_step(batch)
     assert trainer.step_gradients.memory_mode == "split"
+
+
+def test_a_training_network_that_is_not_returned_is_named(made) -> None:
+    with pytest.raises(MethodError, match=r"build_training_network\(\) returns .* NoneType\. Return a TrainingNetwork"):
+        made(_with(build_training_network=lambda self, network: None))
