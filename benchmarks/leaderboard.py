@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.style
 from matplotlib.figure import Figure
 from small_plans import COARSER, SMALL
 
@@ -154,6 +155,7 @@ def gains_of_readme(reports: Sequence[tuple[Campaign, Report]]) -> str:
     return json.dumps({"measured": measured, "gains": gains}, indent=2) + "\n"
 
 
+@mpl.style.context("default")  # nnU-Net's curves change the size of all later text in a process
 def draw(columns: Sequence[Column], file: Path) -> None:
     """Each arm's gain in Dice, a color per setting; hollow where there are too few trainings."""
     arms = _arms(columns)[1:]

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from nnunet_ssl.benchmark.results import ABOUT, Run, write_runs
@@ -162,6 +163,8 @@ def test_nothing_is_cut_off_with_four_settings_and_long_names(leaderboard, tmp_p
         assert len(figure.legends[0].get_texts()) == 4
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", look)
-    leaderboard.draw(leaderboard._columns(leaderboard.read_reports(tmp_path)), tmp_path / "picture.png")
+    columns = leaderboard._columns(leaderboard.read_reports(tmp_path))
+    with matplotlib.rc_context({"font.size": 60.0}):
+        leaderboard.draw(columns, tmp_path / "picture.png")
     ((left, bottom, right, top), (width, height)) = drawn[0]
     assert left >= 0 and right <= width and bottom >= 0 and top <= height
