@@ -154,8 +154,8 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         Stage(steps(compiled=False), lambda arm: everyone.index(arm.trainer) % 3, 0.25, at_once=True),
         Stage([*fall_back, *kernels, *synchronizations], lambda arm: (arm.question, arm.trainer), 0.35),
         Stage(scaled, lambda arm: arm, 0.45),
-        Stage(steps(compiled=True), lambda arm: arm, 0.75),
-        Stage(bare, lambda arm: everyone.index(arm.trainer) % 3, 0.85, at_once=True),
+        Stage(bare, lambda arm: everyone.index(arm.trainer) % 3, 0.55, at_once=True),
+        Stage(steps(compiled=True), lambda arm: arm, 0.85),
         Stage(compilations, lambda arm: arm, 1.0),
     ]
     asked = set(args.questions) | ({"a"} if "b" in args.questions else set())

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ class Progress:
         cpu_steps: median processor seconds of a step, per epoch, of the training process alone.
         peak_memory: in MB; see :func:`peak_memory`.
         between: seconds of what self-training does between its trainings.
+        references: median seconds of a step of nnUNetTrainer on this machine, per epoch; measured when the process
+            began, so that what the machine did on another day does not count.
+        cpu_references: median processor seconds of such a step.
     """
 
     epochs: list[float]
@@ -31,10 +34,12 @@ class Progress:
     cpu_steps: list[float]
     peak_memory: float
     between: float = 0.0
+    references: list[float] = field(default_factory=list)
+    cpu_references: list[float] = field(default_factory=list)
 
     def forget(self, before: int) -> None:
         """Forget all epochs but the first ones."""
-        for values in (self.epochs, self.steps, self.cpu_steps):
+        for values in (self.epochs, self.steps, self.cpu_steps, self.references, self.cpu_references):
             del values[before:]
         if not before:
             self.peak_memory = self.between = 0.0
@@ -53,8 +58,8 @@ def progress_file(task_file: Path) -> Path:
     return task_file.with_suffix(".progress")
 
 
-def measure(trainer: Any, progress: Progress, file: Path) -> None:
-    """Note what epochs and steps take, and write it after each epoch."""
+def measure(trainer: Any, progress: Progress, file: Path, reference: tuple[float, float]) -> None:
+    """Note what epochs and steps take, and write it after each epoch; ``reference``: nnUNetTrainer's step."""
     step, epoch_start, epoch_end = trainer.train_step, trainer.on_epoch_start, trainer.on_epoch_end
     walls: list[float] = []
     cpus: list[float] = []
@@ -77,6 +82,8 @@ def measure(trainer: Any, progress: Progress, file: Path) -> None:
         progress.epochs.append(time.monotonic() - started)
         progress.steps.append(statistics.median(walls))
         progress.cpu_steps.append(statistics.median(cpus))
+        progress.references.append(reference[0])
+        progress.cpu_references.append(reference[1])
         progress.peak_memory = max(progress.peak_memory, peak_memory(trainer.device.type))
         walls.clear()
         cpus.clear()
@@ -113,6 +120,8 @@ def costs(progress: Progress, epochs: Sequence[int], length: int) -> dict[str, o
         "training_seconds": round(statistics.fmean(measured) * sum(epochs) + progress.between, 1),
         "seconds_per_step": f"{_typical(progress.steps, epochs, length):.6f}",
         "cpu_seconds_per_step": f"{_typical(progress.cpu_steps, epochs, length):.6f}",
+        "reference_seconds_per_step": f"{_median(progress.references):.6f}",
+        "reference_cpu_seconds_per_step": f"{_median(progress.cpu_references):.6f}",
         "peak_memory_mb": round(progress.peak_memory, 1),
     }
 
@@ -120,6 +129,10 @@ def costs(progress: Progress, epochs: Sequence[int], length: int) -> dict[str, o
 def _typical(steps: Sequence[float], epochs: Sequence[int], length: int) -> float:
     total, begin = 0.0, 0
     for count in epochs:
-        total += count * statistics.median(steps[begin : begin + count] or [float("nan")])
+        total += count * _median(steps[begin : begin + count])
         begin += count
     return total / length
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values or [float("nan")])

@@ -68,8 +68,8 @@ class Cost:
         step: seconds; on a CPU of processor time, which other programs disturb less.
         training: seconds.
         memory: peak in MB; on a CPU of the whole process.
-        relative_step: times the baseline's.
-        relative_training: times the baseline's.
+        relative_step: times the baseline's, each counted in steps of nnUNetTrainer that the same process has measured.
+        relative_training: times the baseline's, counted in the same way.
         relative_memory: times the baseline's.
     """
 
@@ -182,16 +182,20 @@ class Report:
 
     def costs(self, setting: str) -> list[Cost]:
         """By arm; empty where nothing was measured."""
-        measured = {}
-        for arm, runs in self.in_setting(setting).items():
-            on_cpu = runs[0].about["device"] == "cpu"
-            columns = ("cpu_seconds_per_step" if on_cpu else "seconds_per_step", "training_seconds", "peak_memory_mb")
-            measured[arm] = [_median([run.number(column) for run in runs]) for column in columns]
+        runs_of = self.in_setting(setting)
+        on_cpu = next(iter(runs_of.values()))[0].about["device"] == "cpu"
+        step = "cpu_seconds_per_step" if on_cpu else "seconds_per_step"
+        columns = (step, "training_seconds", "peak_memory_mb")
+        measured = {
+            arm: [_median([run.number(name) for run in runs]) for name in columns] for arm, runs in runs_of.items()
+        }
         if all(math.isnan(value) for values in measured.values() for value in values):
             return []
         base = measured.get(self.baseline, [math.nan] * 3)
+        in_steps = {arm: _in_steps(runs, step, base[0]) for arm, runs in runs_of.items()}
+        unit = in_steps.get(self.baseline, [math.nan] * 2)
         return [
-            Cost(arm, *values, *(one / other for one, other in zip(values, base, strict=True)))
+            Cost(arm, *values, *(a / b for a, b in zip([*in_steps[arm], values[2]], [*unit, base[2]], strict=True)))
             for arm, values in measured.items()
         ]
 
@@ -290,6 +294,22 @@ def _cost_table(costs: Sequence[Cost]) -> tuple[list[str], list[list[object]]]:
 def _median(values: Sequence[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return float(np.median(known)) if known else math.nan
+
+
+def _in_steps(runs: Sequence[Run], step: str, otherwise: float) -> list[float]:
+    """A step and a training, counted in steps of nnUNetTrainer that the training's own process has measured.
+
+    Args:
+        runs: of an arm.
+        step: column with the seconds of a step.
+        otherwise: seconds of nnUNetTrainer's step for runs of an older table, which has none.
+    """
+    units = [run.number(f"reference_{step}") for run in runs]
+    units = [otherwise if math.isnan(unit) else unit for unit in units]
+    return [
+        _median([run.number(name) / unit for run, unit in zip(runs, units, strict=True)])
+        for name in (step, "training_seconds")
+    ]
 
 
 def _cell(value: object) -> object:

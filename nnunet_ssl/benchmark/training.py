@@ -7,12 +7,15 @@ validation is evaluated and added to the campaign's table.
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import hashlib
 import json
 import multiprocessing
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import nnunet_ssl
-from nnunet_ssl.benchmark.arms import Arm, Stage, plans_of_arm, stages
+from nnunet_ssl.benchmark.arms import BASELINE, Arm, Stage, plans_of_arm, stages
 from nnunet_ssl.benchmark.campaign import Campaign
 from nnunet_ssl.benchmark.progress import Progress, costs, measure, progress_file
 from nnunet_ssl.benchmark.results import add_run
@@ -40,6 +43,8 @@ HELD = 75
 
 WITH_PARENT = "--with-parent"
 """Last argument of a process whose standard input is a pipe that its parent's end closes."""
+
+_REFERENCE_STEPS = 15
 
 _REMEDY = "Run the benchmark again; it writes the file again."
 
@@ -148,11 +153,12 @@ def train(task: Task, task_file: Path) -> None:
     if home is not None:
         home.enter()
     start, before = None, 0
+    reference = functools.cache(functools.partial(baseline_step, task, campaign))
     for stage in parts:
         if home is not None and stage.round and stage.fold == 0:
             progress.between += home.make_dataset(stage.round)
         trainer = make_trainer(task, campaign, stage, home)
-        _train_stage(trainer, task.seed, progress, progress_file(task_file), start=start, before=before)
+        _train_stage(trainer, task.seed, progress, progress_file(task_file), reference, start=start, before=before)
         folder = Path(trainer.output_folder)
         start = folder / "checkpoint_final.pth" if home is None else None
         before += stage.epochs
@@ -179,11 +185,25 @@ def train(task: Task, task_file: Path) -> None:
         raise UserError(f"Not all validation cases could be evaluated in {folder / 'validation'}: {result.failed}")
     iterations = campaign.epochs * trainer.num_iterations_per_epoch
     measured = costs(progress, [stage.epochs for stage in parts], campaign.epochs)
-    about = {**describe(task, campaign), "iterations": iterations, **measured, "validation_seconds": round(seconds, 1)}
+    about = {
+        **describe(task, campaign, compiled=trainer._do_i_compile()),
+        "iterations": iterations,
+        **measured,
+        "validation_seconds": round(seconds, 1),
+    }
     add_run(campaign.results, about, result)
 
 
-def _train_stage(trainer: Any, seed: int, progress: Progress, file: Path, *, start: Path | None, before: int) -> None:
+def _train_stage(
+    trainer: Any,
+    seed: int,
+    progress: Progress,
+    file: Path,
+    reference: Callable[[], tuple[float, float]],
+    *,
+    start: Path | None,
+    before: int,
+) -> None:
     """Train one stage to its end, unless that is done; ``before`` is the number of epochs of the stages before it."""
     from nnunet_ssl.trainer.checkpoint import best_so_far
 
@@ -193,7 +213,7 @@ def _train_stage(trainer: Any, seed: int, progress: Progress, file: Path, *, sta
     begun = (folder / "checkpoint_latest.pth").is_file()
     if not begun:
         progress.forget(before)
-    measure(trainer, progress, file)
+    measure(trainer, progress, file, reference())
     seed_this_process(derived_seed(seed, *([before] if before else [])))
     trainer.initialize()
     if begun:
@@ -207,6 +227,29 @@ def _train_stage(trainer: Any, seed: int, progress: Progress, file: Path, *, sta
     _seed_workers(seed, before + trainer.current_epoch)
     seed_this_process(derived_seed(seed, before + trainer.current_epoch))
     trainer.run_training()
+
+
+def baseline_step(task: Task, campaign: Campaign) -> tuple[float, float]:
+    """Median seconds of a step of nnUNetTrainer in this process, and of its processor time.
+
+    Another machine, or another day of the same one, can be half as fast: a training's steps are compared with these.
+    """
+    import torch
+
+    from nnunet_ssl.trainer.memory import without_a_trace
+    from nnunet_ssl.trainer.step_time import step_times
+
+    with without_a_trace():
+        trainer = make_trainer(task, campaign, Stage(Arm(BASELINE, BASELINE), 1))
+    walls, cpus = zip(*step_times(trainer, steps=_REFERENCE_STEPS), strict=True)
+    del trainer
+    gc.collect()
+    # The training that follows begins as if nothing had been there.
+    torch._dynamo.reset()
+    if task.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return statistics.median(walls), statistics.median(cpus)
 
 
 def make_trainer(
@@ -268,7 +311,7 @@ def _seed_workers(seed: int, epoch: int) -> None:
     NonDetMultiThreadedAugmenter._start = seeded
 
 
-def describe(task: Task, campaign: Campaign) -> dict[str, object]:
+def describe(task: Task, campaign: Campaign, *, compiled: bool) -> dict[str, object]:
     """The columns on what a training was made with."""
     import torch
 
@@ -296,7 +339,7 @@ def describe(task: Task, campaign: Campaign) -> dict[str, object]:
         "processor": processor_name(),
         "device": device,
         "threads": task.threads,
-        "compiled": task.compiled or task.device == "cuda",
+        "compiled": compiled,
         "jobs": task.jobs,
     }
 

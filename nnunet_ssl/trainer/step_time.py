@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import statistics
 import time
 from typing import Any
 
@@ -16,7 +17,12 @@ from nnunet_ssl.trainer.memory import labeled_batch, unlabeled_batch, without_a_
 
 
 def seconds_per_step(trainer: Any, *, steps: int = 2) -> float:
-    """Mean time of a step, loaders and the first step, which is slower, not counted.
+    """Mean time of a step; see :func:`step_times`."""
+    return statistics.fmean(wall for wall, _ in step_times(trainer, steps=steps))
+
+
+def step_times(trainer: Any, *, steps: int) -> list[tuple[float, float]]:
+    """Seconds of each step, and of processor time in this process; loaders and the first step, which is slower, not.
 
     Args:
         trainer: of this package or nnU-Net's, as :func:`~nnunet_ssl.trainer.memory.trainer_of_plans` makes it, for the
@@ -33,15 +39,14 @@ def seconds_per_step(trainer: Any, *, steps: int = 2) -> float:
         last = trainer.stages()[-1]
         trainer.stage = lambda progress: last
         trainer.dataloader_unlabeled = itertools.repeat(filled(unlabeled_batch(trainer)))
-    begin = 0.0
+    times = []
     with contextlib.redirect_stdout(io.StringIO()):
-        for step in range(steps + 1):
+        for _ in range(steps + 1):
+            wall, cpu = time.perf_counter(), time.process_time()
             trainer.train_step(batch)
-            if step == 0:
-                _wait(trainer.device)
-                begin = time.perf_counter()
-    _wait(trainer.device)
-    return (time.perf_counter() - begin) / steps
+            _wait(trainer.device)
+            times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times[1:]
 
 
 def filled(value: Any) -> Any:

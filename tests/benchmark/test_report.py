@@ -110,6 +110,30 @@ def test_costs_are_relative_to_the_baseline_of_the_campaign():
     assert Report(on_gpu).costs("2 labeled")[1].step == 9
 
 
+def test_a_slow_day_does_not_make_an_arm_expensive():
+    base = {"cpu_seconds_per_step": 2, "training_seconds": 1000, "reference_cpu_seconds_per_step": 2.5}
+    # Twice as fast a machine: 3 s are three steps of nnUNetTrainer there, where 1.25 s make one of these.
+    ours = {"cpu_seconds_per_step": 3, "training_seconds": 1500, "reference_cpu_seconds_per_step": 1.25}
+    runs = [run("nnUNetTrainer", 0, [(0.5,)], **base), run("Ours", 0, [(0.5,)], **ours)]
+    cost = Report(runs).costs("2 labeled")
+    assert [one.relative_step for one in cost] == [1, pytest.approx(3)] and cost[1].step == 3
+    assert [one.relative_training for one in cost] == [1, pytest.approx(3)]
+    # A training of an older version has no reference, so the baseline's steps stand for one.
+    old = run("Old", 0, [(0.5,)], cpu_seconds_per_step=4, training_seconds=3000)
+    assert Report([*runs, old]).costs("2 labeled")[2].relative_step == pytest.approx(2 / 0.8)
+
+
+def test_tables_without_references_stay_readable(tmp_path):
+    write_runs(tmp_path / "new.csv", {"one": run("Ours", 0, [(0.5,)], training="one", reference_seconds_per_step=3)})
+    lines = (tmp_path / "new.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    names = [name for name in lines[0].split(",") if not name.startswith("reference_")]
+    old = [",".join(names), *(",".join(row[name] for name in names) for row in rows)]
+    (tmp_path / "old.csv").write_text("\n".join(old) + "\n")
+    assert read_runs(tmp_path / "new.csv")["one"].number("reference_seconds_per_step") == 3
+    assert math.isnan(read_runs(tmp_path / "old.csv")["one"].number("reference_seconds_per_step"))
+
+
 def test_a_warm_start_costs_what_its_stages_cost():
     done = Progress([10, 10, 10, 40], [1, 1, 1, 5], [0.1, 0.3, 0.2, 0.6], 7)
     about = costs(done, [3, 1], 4)
@@ -119,8 +143,12 @@ def test_a_warm_start_costs_what_its_stages_cost():
     done.between = 5
     assert costs(done, [3, 1], 4)["training_seconds"] == 75, "with what self-training does between its trainings"
     assert float(costs(done, [2, 2], 2)["seconds_per_step"]) == 1 + 3, "two trainings cost twice as much as one"
+    done.references, done.cpu_references = [2.0, 2.0, 2.0, 8.0], [1.0, 1.0, 1.0, 4.0]
+    about = costs(done, [2, 2], 2)
+    assert float(about["reference_seconds_per_step"]) == 2, "one step, however many trainings"
+    assert float(about["reference_cpu_seconds_per_step"]) == 1
     done.forget(3)
-    assert done == Progress([10, 10, 10], [1, 1, 1], [0.1, 0.3, 0.2], 7, 5)
+    assert done == Progress([10, 10, 10], [1, 1, 1], [0.1, 0.3, 0.2], 7, 5, [2.0] * 3, [1.0] * 3)
 
 
 def test_campaigns_are_not_mixed():

@@ -96,6 +96,7 @@ def test_killed_shared_and_reported(planned_2d, tmp_path):
     log = (folder / "logs" / "nnUNetTrainer_short_2_labeled_seed_0.log").read_text()
     assert log.count("Epoch 0") == 1, "the epoch that was done is not done again"
     assert all(float(row["iterations"]) == 9 and float(row["seconds_per_step"]) > 0 for row in rows)
+    assert all(float(row["reference_cpu_seconds_per_step"]) > 0 and row["compiled"] == "False" for row in rows)
     assert all(row["processor"] and row["torch"] and row["campaign"] == rows[0]["campaign"] for row in rows)
     for text in printed:
         assert "## 2 labeled" in text and "report.md, report.csv, report.png, results.csv" in text
