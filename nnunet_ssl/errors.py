@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import Any
 
 
 class UserError(RuntimeError):
@@ -25,6 +26,23 @@ class MethodError(Exception):
     Traceback (most recent call last):
     nnunet_ssl.errors.MethodError: The term 'consistency' has no weight: loss_weights() returns 'supervised'.
     """
+
+
+def returned(hook: str, value: Any, kind: type[Any], advice: str) -> Any:
+    """What a hook of a method has returned, if it is of the kind that it should be.
+
+    Args:
+        hook: its name.
+        value: what it has returned.
+        kind: the type, also an abstract one.
+        advice: what its author is to do otherwise.
+
+    Raises:
+        MethodError: it is of another kind, as where a ``return`` was forgotten.
+    """
+    if not isinstance(value, kind):
+        raise MethodError(f"{hook}() returns a value of the type {type(value).__name__}. {advice}")
+    return value
 
 
 def show_user_errors_alone() -> None:

@@ -54,9 +54,9 @@ class MeanTeacherSettings(TeacherSettings):
 
 
 class Noise(NamedTuple):
-    """ξ of the student and ξ' of the teacher: (U, C, *patch size), drawn apart."""
+    """ξ of the student, None where it sees the strong view, and ξ' of the teacher: (U, C, *patch size), drawn apart."""
 
-    student: Tensor
+    student: Tensor | None
     teacher: Tensor
 
 
@@ -84,19 +84,19 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
 
     def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> Noise:
         """ξ and ξ' = clip(N(0, σ²), ±2σ)."""
-        sigma = self.settings.noise
-        return Noise(clipped_noise(unlabeled.weak, sigma), clipped_noise(unlabeled.weak, sigma))
+        sigma, strong = self.settings.noise, self.settings.student_view == "strong"
+        student = None if strong else clipped_noise(unlabeled.weak, sigma)
+        return Noise(student, clipped_noise(unlabeled.weak, sigma))
 
     def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Noise) -> dict[str, Tensor]:
         """u + ξ for the student and u + ξ' for the teacher.
 
         **[choice]** As a setting, the student sees a strong view: changes that do more than noise.
         """
-        strong = self.settings.student_view == "strong"
         return {
             "x": labeled.image,
             "u_teacher": unlabeled.weak + prepared.teacher,
-            "u_student": unlabeled.strong[0] if strong else unlabeled.weak + prepared.student,
+            "u_student": unlabeled.strong[0] if prepared.student is None else unlabeled.weak + prepared.student,
         }
 
     def loss_terms(

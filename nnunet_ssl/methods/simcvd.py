@@ -126,20 +126,17 @@ class SimCVDTrainer(SemiSupervisedTrainer):
         }
 
     def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> Tensor:
-        """Noise clip(N(0, σ²), ±2σ) on what the student sees of the unlabeled images."""
-        return clipped_noise(unlabeled.weak, self.settings.noise)
+        """The unlabeled images as the student sees them: with noise clip(N(0, σ²), ±2σ).
+
+        **[choice]** As a setting, it sees their strong view: changes that do more than noise.
+        """
+        if self.settings.student_view == "strong":
+            return unlabeled.strong[0]
+        return unlabeled.weak + clipped_noise(unlabeled.weak, self.settings.noise)
 
     def images(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Tensor) -> dict[str, Tensor]:
-        """The labeled images, and the unlabeled ones as they are and as the student sees them.
-
-        **[choice]** As a setting, the student sees a strong view: changes that do more than noise.
-        """
-        strong = self.settings.student_view == "strong"
-        return {
-            "x": labeled.image,
-            "u": unlabeled.weak,
-            "u_student": unlabeled.strong[0] if strong else unlabeled.weak + prepared,
-        }
+        """The labeled images, and the unlabeled ones as they are and as the student sees them."""
+        return {"x": labeled.image, "u": unlabeled.weak, "u_student": prepared}
 
     def loss_terms(
         self, outputs: Outputs, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any

@@ -214,19 +214,6 @@ class TrainingNetwork(Branch):
             self.teacher.updates = int(state[_UPDATES])
 
 
-def check_class(made: Any) -> TrainingNetwork:
-    """What ``build_training_network()`` has returned, if it is a training network.
-
-    Raises:
-        MethodError: it is not, as where a ``return`` was forgotten.
-    """
-    if not isinstance(made, TrainingNetwork):
-        raise MethodError(
-            f"build_training_network() returns a value of the type {type(made).__name__}. Return a TrainingNetwork."
-        )
-    return made
-
-
 def _absent(stream: str, what: str, made: str) -> MethodError:
     return MethodError(
         f"The stream {stream!r} asks for {what}, which build_training_network() has not made. Make it there: {made}."

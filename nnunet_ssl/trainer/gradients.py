@@ -13,7 +13,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_ssl.compiled import fusing
 from nnunet_ssl.distributed import alone, average_gradients, num_processes, on_all_ranks
-from nnunet_ssl.errors import MethodError
+from nnunet_ssl.errors import MethodError, returned
 from nnunet_ssl.networks.passes import Outputs, SplitOutputs, StackedOutputs
 from nnunet_ssl.networks.streams import Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork
@@ -24,6 +24,9 @@ from nnunet_ssl.trainer.step_numbers import SUPERVISED
 
 MemoryMode: TypeAlias = Literal["stacked", "split"]
 """All streams of a step in one pass, or one after the other."""
+
+_DICTIONARY = "Return a dictionary."
+_GENERATOR = "Write it as a generator: yield each part of the loss as a dictionary."
 
 
 class StepHooks(Protocol):
@@ -166,20 +169,16 @@ class StepGradients:
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         self._network.zero_grad(set_to_none=True)
-        streams = dictionary("streams", self._method.streams())
-        images = dictionary("images", self._method.images(labeled, unlabeled, prepared))
-        weights = dictionary("loss_weights", weights)
+        streams = returned("streams", self._method.streams(), Mapping, _DICTIONARY)
+        images = returned("images", self._method.images(labeled, unlabeled, prepared), Mapping, _DICTIONARY)
+        weights = returned("loss_weights", weights, Mapping, _DICTIONARY)
         self._training_network.check_streams(streams)
         check_images(streams, images)
         images = {name: image.to(self._image_dtype) for name, image in images.items()}
         with self.autocast():
             outputs = self._outputs(images, streams)
             parts = self._method.loss_terms(outputs, labeled, unlabeled, prepared)
-        if not isinstance(parts, Iterator):
-            raise MethodError(
-                f"loss_terms() returns a value of the type {type(parts).__name__}. Write it as a generator: yield each "
-                "part of the loss as a dictionary."
-            )
+        parts = returned("loss_terms", parts, Iterator, _GENERATOR)
         terms: dict[str, Tensor] = {}
         while True:
             # The passes of a stream run when the method asks for it, the backward passes outside autocast.
@@ -222,17 +221,6 @@ def without_wrapper(network: nn.Module) -> TrainingNetwork:
     network = network._orig_mod if isinstance(network, OptimizedModule) else network
     assert isinstance(network, TrainingNetwork)
     return network
-
-
-def dictionary(hook: str, value: Any) -> Any:
-    """What a hook has returned, if it is a dictionary.
-
-    Raises:
-        MethodError: it is not, as where a ``return`` was forgotten.
-    """
-    if not isinstance(value, Mapping):
-        raise MethodError(f"{hook}() returns a value of the type {type(value).__name__}. Return a dictionary.")
-    return value
 
 
 def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> None:
