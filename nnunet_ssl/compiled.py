@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,6 +31,21 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Sizes are constants: a training has two, that of labeled and that of unlabeled batches. By default, PyTorch would
     # take the second one for the start of many and make slower code for any size.
     return torch.compile(function, dynamic=False)
+
+
+@contextmanager
+def compiling_with(backend: str) -> Iterator[None]:
+    """Within, ``torch.compile`` has another default backend, for losses too: for tests, which count graphs."""
+    before = torch.compile
+    compiled.cache_clear()
+    torch._dynamo.reset()
+    torch.compile = partial(before, backend=backend)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = before  # type: ignore[assignment]
+        compiled.cache_clear()
+        torch._dynamo.reset()
 
 
 @contextmanager

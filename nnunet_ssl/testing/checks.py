@@ -14,6 +14,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
+from nnunet_ssl.compiled import compiling_with
 from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.testing.tiny import Make, make_batches
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
@@ -239,12 +240,11 @@ def check_compiled(trainer: SemiSupervisedTrainer, *, backend: str = "aot_eager"
     """
     _, _, batch = make_batches(trainer)
     counters = torch._dynamo.utils.counters
-    torch._dynamo.reset()
     breaks = dict(counters["graph_break"])
-    trainer.network = torch.compile(trainer.network, backend=backend, fullgraph=True)
-    trainer.prepare_steps()
-    trainer.step_gradients.memory_mode = "stacked"
-    try:
+    with compiling_with(backend):
+        trainer.network = torch.compile(trainer.network, fullgraph=True)
+        trainer.prepare_steps()
+        trainer.step_gradients.memory_mode = "stacked"
         for stage in stages_of(trainer):
             before = counters["stats"]["unique_graphs"]
             trainer.train_step(batch)
@@ -255,8 +255,6 @@ def check_compiled(trainer: SemiSupervisedTrainer, *, backend: str = "aot_eager"
             more = counters["stats"]["unique_graphs"] - first
             assert more == 0, f"later steps of stage {stage} make {more} more graphs"
         assert dict(counters["graph_break"]) == breaks, f"graphs break: {', '.join(counters['graph_break'])}"
-    finally:
-        torch._dynamo.reset()
 
 
 def check_memory(trainer: SemiSupervisedTrainer) -> None:

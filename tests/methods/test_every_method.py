@@ -19,6 +19,7 @@ from method_steps import (
 )
 
 from nnunet_ssl import testing
+from nnunet_ssl.compiled import compiling_with
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks import passes as passes_module
 from nnunet_ssl.networks.passes import StackedOutputs
@@ -367,21 +368,21 @@ def test_compile_makes_one_graph_of_a_step_and_one_of_a_validation_and_no_more(
     trainer = make(planned_2d)
     labeled, _, batch = make_batches(trainer)
     validation = {"data": batch["data"], "target": labeled.target}
-    torch._dynamo.reset()
-    trainer.network = torch.compile(trainer.network, backend=backend, fullgraph=True)
-    trainer.prepare_steps()
-    trainer.step_gradients.memory_mode = "stacked"
     if autocast:
         monkeypatch.setattr(trainer.step_gradients, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     graphs = torch._dynamo.utils.counters["stats"]
-    before = graphs["unique_graphs"]
-    for _ in range(3):
-        trainer.network.train()
-        assert math.isfinite(trainer.train_step(batch)["loss"])
-        trainer.network.eval()
-        with torch.no_grad():
-            targets = [target.clone() for target in validation["target"]]
-            assert math.isfinite(trainer.validation_step({**validation, "target": targets})["loss"])
+    with compiling_with(backend):
+        trainer.network = torch.compile(trainer.network, fullgraph=True)
+        trainer.prepare_steps()
+        trainer.step_gradients.memory_mode = "stacked"
+        before = graphs["unique_graphs"]
+        for _ in range(3):
+            trainer.network.train()
+            assert math.isfinite(trainer.train_step(batch)["loss"])
+            trainer.network.eval()
+            with torch.no_grad():
+                targets = [target.clone() for target in validation["target"]]
+                assert math.isfinite(trainer.validation_step({**validation, "target": targets})["loss"])
     # Its losses are compiled apart, for labeled and unlabeled batches where a method has them of both.
     _, losses = BY_NAME[make.method.__name__].fused
     assert graphs["unique_graphs"] == before + 2 + losses
