@@ -20,7 +20,6 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2 import paths
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunet_ssl
 from nnunet_ssl.cli.lookup import trainer_descriptions, trainers_folder
@@ -30,7 +29,7 @@ from nnunet_ssl.testing.tiny import unet
 from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.memory import unlabeled_batch
 from nnunet_ssl.trainer.step_time import filled
-from nnunet_ssl.trainer_lookup import name_trainers_folder
+from nnunet_ssl.trainer_lookup import find_trainer, name_trainers_folder
 
 # The large plan that needs no dataset: nnU-Net's own for patches of 128x128x128, and two structures.
 PATCH, BATCH, FEATURES = (128, 128, 128), 2, (32, 64, 128, 256, 320, 320)
@@ -46,7 +45,7 @@ def method_names() -> list[str]:
 def trainer_class(name: str) -> type[Any]:
     """A trainer, found as nnU-Net finds it."""
     name_trainers_folder()
-    return recursive_find_trainer_class_by_name(name)
+    return find_trainer(name)
 
 
 def plans_without_dataset(
