@@ -196,8 +196,8 @@ The table gives the mean Dice over structures, validation cases and trainings. I
 nnUNetTrainer, paired over the cases, and its 95 % interval over cases and trainings. An interval that contains 0 shows
 no difference. n is the number of trainings; fewer than {ENOUGH} are "too few" for a conclusion. Cost is the time of a
 step relative to that of nnUNetTrainer (on a CPU, processor time). Each training measures the latter itself; older
-trainings did not, and are compared with nnUNetTrainer's trainings. The cost is empty where the machine had another speed
-than for these. Arms are sorted by their mean difference, and those that lack a column come last.
+trainings did not, and are compared with nnUNetTrainer's trainings. The cost is empty where the machine had another
+speed than for these. Arms are sorted by their mean difference, and those that lack a column come last.
 [Chance](explanation/chance.md) explains why the spread of trainings matters. `@self-train=1` is
 [self-training](how-to/benchmark.md#arms): its cost is that of the steps of its three trainings. The ranking, which
 predicts all unlabeled cases, only counts in the training minutes below."""
