@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.errors import MethodError
+from nnunet_ssl.errors import MethodError, returned
 from nnunet_ssl.networks.branch import Branch
 from nnunet_ssl.networks.streams import Logits, Masks, Stream, StreamMasks, StreamOutput, draw_dropout_masks
 from nnunet_ssl.networks.teacher import Teacher
@@ -212,6 +212,16 @@ class TrainingNetwork(Branch):
             tensor.copy_(state[name])
         if self.has_teacher:
             self.teacher.updates = int(state[_UPDATES])
+
+
+def training_network_of(made: Any) -> TrainingNetwork:
+    """What ``build_training_network()`` has returned.
+
+    Raises:
+        MethodError: it is no training network, as where a ``return`` was forgotten.
+    """
+    network: TrainingNetwork = returned("build_training_network", made, TrainingNetwork, "Return a TrainingNetwork.")
+    return network
 
 
 def _absent(stream: str, what: str, made: str) -> MethodError:

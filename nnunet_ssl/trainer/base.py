@@ -24,12 +24,12 @@ from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.records import folder_name
 from nnunet_ssl.distributed import LossOfRanks, Ranks, check_device, device_of_this_process, joined
-from nnunet_ssl.errors import MethodError, returned, show_user_errors_alone
+from nnunet_ssl.errors import MethodError, show_user_errors_alone
 from nnunet_ssl.evaluation.curves import class_names, save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet, check_network
 from nnunet_ssl.networks.passes import Outputs
 from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
-from nnunet_ssl.networks.training_network import TrainingNetwork
+from nnunet_ssl.networks.training_network import TrainingNetwork, training_network_of
 from nnunet_ssl.processes import StopSignal, derived_seed, handled_signals, seed_this_process
 from nnunet_ssl.settings import SemiSupervisedSettings, teacher_settings
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views, known_voxels, label_of, of_equal_resolutions
@@ -255,9 +255,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Called in place of ``build_network_architecture``, with its arguments: the network that is trained."""
         arguments = (num_input_channels, num_output_channels, enable_deep_supervision)
         unet = build_unet(type(self).build_network_architecture, plans_manager, configuration_manager, *arguments)
-        network: TrainingNetwork = returned(
-            "build_training_network", self.build_training_network(unet), TrainingNetwork, "Return a TrainingNetwork."
-        )
+        network = training_network_of(self.build_training_network(unet))
         network.set_activation_checkpointing(self.settings.activation_checkpointing)
         if network.has_teacher:
             teacher_settings(self.settings)
