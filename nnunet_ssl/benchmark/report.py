@@ -192,7 +192,8 @@ class Report:
         if all(math.isnan(value) for values in measured.values() for value in values):
             return []
         base = measured.get(self.baseline, [math.nan] * 3)
-        in_steps = {arm: _in_steps(runs, step, base[0]) for arm, runs in runs_of.items()}
+        otherwise = _without_reference(runs_of.get(self.baseline, []), step)
+        in_steps = {arm: _in_steps(runs, step, otherwise) for arm, runs in runs_of.items()}
         unit = in_steps.get(self.baseline, [math.nan] * 2)
         return [
             Cost(arm, *values, *(a / b for a, b in zip([*in_steps[arm], values[2]], [*unit, base[2]], strict=True)))
@@ -296,13 +297,24 @@ def _median(values: Sequence[float]) -> float:
     return float(np.median(known)) if known else math.nan
 
 
+def _without_reference(baseline: Sequence[Run], step: str) -> float:
+    """What runs that have measured no step of nnUNetTrainer would have: the baseline's of those times.
+
+    The steps of the baseline's trainings are a little longer or shorter than those that it measures before, and so by
+    how much is taken off.
+    """
+    ratio = _median([run.number(step) / run.number(f"reference_{step}") for run in baseline])
+    old = [run for run in baseline if math.isnan(run.number(f"reference_{step}"))] or baseline
+    return _median([run.number(step) for run in old]) / (1.0 if math.isnan(ratio) else ratio)
+
+
 def _in_steps(runs: Sequence[Run], step: str, otherwise: float) -> list[float]:
     """A step and a training, counted in steps of nnUNetTrainer that the training's own process has measured.
 
     Args:
         runs: of an arm.
         step: column with the seconds of a step.
-        otherwise: seconds of nnUNetTrainer's step for runs of an older table, which has none.
+        otherwise: for runs of an older version, which have measured none; see :func:`_without_reference`.
     """
     units = [run.number(f"reference_{step}") for run in runs]
     units = [otherwise if math.isnan(unit) else unit for unit in units]

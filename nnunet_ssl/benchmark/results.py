@@ -16,17 +16,17 @@ from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, CaseResult
 from nnunet_ssl.files import lock, write_text
 from nnunet_ssl.text import one_line
 
+_LATER = ("reference_seconds_per_step", "reference_cpu_seconds_per_step")
+"""Columns that tables of earlier versions do not have."""
+
 ABOUT = (
     *("training", "campaign", "date", "dataset", "plans", "configuration", "arm", "trainer", "settings"),
     *("setting", "labeled", "fold", "seed", "epochs", "iterations"),
     *("nnunet_ssl", "nnunetv2", "torch", "numpy", "python", "processor", "device", "threads", "compiled", "jobs"),
     *("training_seconds", "validation_seconds", "seconds_per_step", "cpu_seconds_per_step", "peak_memory_mb"),
-    *("reference_seconds_per_step", "reference_cpu_seconds_per_step"),
+    *_LATER,
 )
 """Columns that say what a training was made with, and what it cost; the case's follow."""
-
-_LATER = {"reference_seconds_per_step", "reference_cpu_seconds_per_step"}
-"""Columns that tables of earlier versions do not have."""
 
 _OLD_KEY = re.compile(r"(?P<arm>.+); (?P<labeled>\d+) labeled; seed (?P<seed>\d+); (?P<checkpoint>final|best)")
 
@@ -123,7 +123,7 @@ def read_runs(file: Path) -> dict[str, Run]:
 def _about(row: Mapping[str, str], file: Path) -> dict[str, str] | None:
     """What a row says of its training; None for a checkpoint that was chosen on the validation cases."""
     if "campaign" in row:
-        return {name: row[name] if name not in _LATER else row.get(name, "") for name in ABOUT}
+        return {name: row.get(name, "") if name in _LATER else row[name] for name in ABOUT}
     found = _OLD_KEY.fullmatch(row["training"])
     if found is None:
         raise ValueError(f"no training is named {row['training']!r}")

@@ -118,9 +118,12 @@ def test_a_slow_day_does_not_make_an_arm_expensive():
     cost = Report(runs).costs("2 labeled")
     assert [one.relative_step for one in cost] == [1, pytest.approx(3)] and cost[1].step == 3
     assert [one.relative_training for one in cost] == [1, pytest.approx(3)]
-    # A training of an older version has no reference, so the baseline's steps stand for one.
+    # A training of an older version has no reference: it is compared with the baseline's steps, of its times if it can.
     old = run("Old", 0, [(0.5,)], cpu_seconds_per_step=4, training_seconds=3000)
-    assert Report([*runs, old]).costs("2 labeled")[2].relative_step == pytest.approx(2 / 0.8)
+    assert Report([*runs, old]).costs("2 labeled")[2].relative_step == pytest.approx(4 / 2)
+    before = run("nnUNetTrainer", 1, [(0.5,)], cpu_seconds_per_step=1, training_seconds=500)
+    cost = Report([*runs, old, before]).costs("2 labeled")
+    assert [one.relative_step for one in cost] == [1, pytest.approx(3), pytest.approx(4 / 1)]
 
 
 def test_tables_without_references_stay_readable(tmp_path):
