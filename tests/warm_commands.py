@@ -7,6 +7,7 @@ exit code.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -82,8 +83,7 @@ def run(entry: EntryPoint, arguments: list[str], environment: dict[str, str], fo
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.argv = [entry.name, *arguments]
-        if "preprocess" in entry.name:
-            _fork_workers()
+        _fork_workers()
         entry.load()()
         code = 0
     except SystemExit as stop:
@@ -98,7 +98,7 @@ def run(entry: EntryPoint, arguments: list[str], environment: dict[str, str], fo
 
 
 def _fork_workers() -> None:
-    """nnU-Net spawns the workers that preprocess, which import everything again; here they are forked."""
+    """nnU-Net spawns the workers that preprocess and export, which import everything again; here they are forked."""
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
 
@@ -109,6 +109,7 @@ def main() -> None:
         importlib.import_module(name)
     assert not any(name.startswith(("nnunetv2.", "nnunet_ssl.")) for name in sys.modules)
     commands = {one.name: one for one in entry_points(group="console_scripts") if one.name.startswith("nnUNetv2_")}
+    gc.freeze()  # a collection in a forked process would write to, and so copy, all that is shared with this one
     while line := sys.stdin.readline().strip():
         request = json.loads(line)
         print(run(commands[request.pop("command")], **request), flush=True)
