@@ -92,9 +92,13 @@ def read_reports(results: Path) -> list[tuple[Campaign, Report]]:
     """All campaigns of a folder.
 
     Raises:
-        UserError: a table is broken, holds trainings of several campaigns, or is not that of its campaign.json.
+        UserError: there is none; or a table is broken, holds trainings of several campaigns, or is not that of its
+            campaign.json.
     """
-    return sorted((_read(file.parent) for file in results.glob("*/results.csv")), key=lambda one: one[0].dataset)
+    files = list(results.glob("*/results.csv"))
+    if not files:
+        raise UserError(f"There is no campaign in {results}: no folder in it has a results.csv. Correct --results.")
+    return sorted((_read(file.parent) for file in files), key=lambda one: one[0].dataset)
 
 
 def _columns(reports: Sequence[tuple[Campaign, Report]]) -> list[Column]:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any, TypeVar
 
@@ -90,6 +90,8 @@ def allowed_values(option: dataclasses.Field[Any]) -> str:
     low, high = allowed["minimum"], allowed["maximum"]
     if low is not None:
         kind += f", at least {low:g}" if high is None else f", {low:g} to {high:g}"
+    elif high is not None:
+        kind += f", at most {high:g}"
     return kind + (", or null" if allowed["optional"] else "")
 
 
@@ -99,7 +101,8 @@ class SemiSupervisedSettings:
 
     Raises:
         UserError: a value is out of its range; the text names the setting, the value and what is allowed.
-        MethodError: the class is no dataclass, or has a field that is no :func:`setting`.
+        MethodError: the class is no dataclass, or one of its fields is no :func:`setting`, has a default that is not
+            allowed, or changes the meaning of a name of a class that it derives from.
 
     >>> SemiSupervisedSettings.from_plans({"batch_size": 2, "semi_supervised": {"ramp_length": 0.0}}).ramp_length
     0.0
@@ -166,14 +169,14 @@ class SemiSupervisedSettings:
             UserError: the entry is no table, has keys this method does not know, or values out of range, and the text
                 names all of them; or the entry has another name or is in another place, where nothing reads it.
         """
+        known = {option.name for option in dataclasses.fields(cls)}
+        _check_place(configuration, plans or {}, known)
         given = configuration.get(PLANS_KEY, {})
-        _check_place(configuration, plans or {})
         if not isinstance(given, Mapping):
             raise UserError(
                 f"The plans' '{PLANS_KEY}' must be a table of settings such as {{\"ramp_length\": 0.3}}, "
                 f"found {given!r}. Edit the configuration in the plans file in nnUNet_preprocessed."
             )
-        known = {option.name for option in dataclasses.fields(cls)}
         unknown = sorted(set(given) - known)
         problems = []
         if unknown:
@@ -255,21 +258,71 @@ def teacher_settings(settings: SemiSupervisedSettings) -> TeacherSettings:
     )
 
 
+def predicts_with_teacher(settings: SemiSupervisedSettings, *, has_teacher: bool) -> bool:
+    """Whether a method's teacher is the network that predicts.
+
+    Raises:
+        MethodError: there is a teacher and no settings of one, or the other way round.
+    """
+    if has_teacher:
+        return teacher_settings(settings).predict_with == "teacher"
+    if isinstance(settings, TeacherSettings):
+        raise MethodError(
+            f"{type(settings).__name__} derives from TeacherSettings, but the network has no teacher: write "
+            "TrainingNetwork(network, teacher=True) in build_training_network(), or derive it from "
+            "SemiSupervisedSettings."
+        )
+    return False
+
+
 def _check_class(settings_class: type[SemiSupervisedSettings]) -> None:
     """Whether the author of a method has written the settings as dataclass and :func:`setting` need them."""
+    name = settings_class.__name__
     # A dataclass puts the default in the place of its fields.
-    left = [name for one in settings_class.__mro__ for name, value in vars(one).items() if isinstance(value, Field)]
+    left = [key for one in settings_class.__mro__ for key, value in vars(one).items() if isinstance(value, Field)]
     if left:
-        raise MethodError(f"{settings_class.__name__} is no dataclass: write @dataclass(frozen=True) above the class.")
-    plain = [option.name for option in dataclasses.fields(settings_class) if "choices" not in option.metadata]
+        raise MethodError(f"{name} is no dataclass: write @dataclass(frozen=True) above the class.")
+    options = dataclasses.fields(settings_class)
+    plain = [option.name for option in options if "choices" not in option.metadata]
     if plain:
         raise MethodError(
-            f"The field {plain[0]!r} of {settings_class.__name__} does not say which values are allowed. Write "
-            f"{plain[0]}: float = setting(default, help, minimum=...)."
+            f"The field {plain[0]!r} of {name} does not say which values are allowed. Write {plain[0]}: float = "
+            "setting(default, help, minimum=...)."
         )
+    for option in options:
+        _check_option(settings_class, option)
 
 
-def _check_place(configuration: Mapping[str, Any], plans: Mapping[str, Any]) -> None:
+def _check_option(settings_class: type[SemiSupervisedSettings], option: Field[Any]) -> None:
+    name, written = settings_class.__name__, getattr(settings_class, option.name)
+    if written is not option.default:
+        raise MethodError(
+            f"{name} has {option.name} = {written!r} without a type, which a dataclass does not read: the default "
+            f"stays {option.default!r}. Write {option.name}: float = setting({written!r}, help, ...)."
+        )
+    if _problem(option, written):
+        raise MethodError(
+            f"The default of the setting {option.name!r} of {name} is {written!r}; allowed is {allowed_values(option)}."
+            + (" A setting that is a text needs choices." if isinstance(written, str) else "")
+        )
+    for base in settings_class.__mro__[1:]:
+        earlier = getattr(base, "__dataclass_fields__", {}).get(option.name)
+        if earlier is None and hasattr(base, option.name):
+            raise MethodError(f"The setting {option.name!r} of {name} hides a method of {base.__name__}. Rename it.")
+        if earlier is not None and _kind(earlier) != _kind(option):
+            raise MethodError(
+                f"The setting {option.name!r} of {name} is one of {base.__name__}, with other values: "
+                f"{allowed_values(option)} instead of {allowed_values(earlier)}. Only its default and its range may "
+                "change. Rename it."
+            )
+
+
+def _kind(option: Field[Any]) -> tuple[Any, ...]:
+    """What a class that derives from a setting's may not change."""
+    return tuple(option.metadata[name] for name in ("choices", "integer", "optional"))
+
+
+def _check_place(configuration: Mapping[str, Any], plans: Mapping[str, Any], known: Collection[str]) -> None:
     """Whether there are settings that nothing would read."""
     for key in configuration:
         if key != PLANS_KEY and closest(key, [PLANS_KEY], cutoff=0.8):
@@ -277,12 +330,22 @@ def _check_place(configuration: Mapping[str, Any], plans: Mapping[str, Any]) -> 
                 f"The configuration in the plans has the entry {key!r}, which nothing reads. Did you mean "
                 f"'{PLANS_KEY}'? Rename it."
             )
+        if key in known:
+            raise UserError(
+                f"The configuration in the plans has the setting {key!r} beside nnU-Net's own entries, where nothing "
+                f"reads it. Move it into its '{PLANS_KEY}', a table of settings."
+            )
     for key in plans:
         if closest(key, [PLANS_KEY], cutoff=0.8):
             raise UserError(
                 f"The plans have the entry {key!r} outside of the configurations, where nothing reads it. Move it into "
                 f"the configuration that you train, as '{PLANS_KEY}'."
             )
+    if PLANS_KEY in plans.get("configurations", {}):
+        raise UserError(
+            f"The plans have '{PLANS_KEY}' as a configuration, where nothing reads it. Move it into the configuration "
+            "that you train."
+        )
 
 
 def _problem(option: dataclasses.Field[Any], value: Any) -> str | None:
@@ -302,10 +365,12 @@ def _problem(option: dataclasses.Field[Any], value: Any) -> str | None:
         kind += f" from {low:g} to {high:g}"
     elif low is not None:
         kind += f" of at least {low:g}"
+    elif high is not None:
+        kind += f" of at most {high:g}"
     inside = (
         numeric
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and abs(value) <= sys.float_info.max
         and (low is None or value >= low)
         and (high is None or value <= high)
     )

@@ -43,6 +43,7 @@ def test_inheritance_of_configurations_reaches_the_settings():
         ({"memory_mode": "fast"}, ["memory_mode", "'fast'", "'stacked'"]),
         ({"allow_transductive": 1}, ["allow_transductive", "1", "True"]),
         ({"cutmix_min_volume": 0.5}, ["cutmix_min_volume", "0.5", "cutmix_max_volume", "0.4"]),
+        ({"seed": 10**400}, ["seed", "a whole number"]),
         ([], ["semi_supervised", "[]"]),
         ({"ramp_length": 7, "memory_mode": "fast"}, ["'ramp_length'", "7", "'memory_mode'", "'fast'"]),
         ({"ramp_lenght": 0.2, "memory_mode": "fast"}, ["'ramp_lenght'", "'memory_mode'", "'fast'"]),
@@ -74,3 +75,7 @@ def test_settings_under_another_name_or_in_another_place_are_not_passed_over(nam
     plans = {"configurations": {}, "plans_name": "nnUNetPlans", "semi_supervised": {"ramp_length": 0.0}}
     with pytest.raises(UserError, match="outside of the configurations, where nothing reads it"):
         CrossMatchSettings.from_plans({}, plans)
+    with pytest.raises(UserError, match="'semi_supervised' as a configuration, where nothing reads it"):
+        CrossMatchSettings.from_plans({}, {"configurations": {"semi_supervised": {"ramp_length": 0.0}}})
+    with pytest.raises(UserError, match="setting 'ramp_length' beside nnU-Net's own entries"):
+        CrossMatchSettings.from_plans({"batch_size": 2, "ramp_length": 0.0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.settings import PLANS_KEY
+from nnunet_ssl.text import did_you_mean
 from nnunet_ssl.trainer_lookup import find_trainer
 
 BASELINE = "nnUNetTrainer"
@@ -90,13 +92,14 @@ def parse_arms(texts: Sequence[str], common: Sequence[str]) -> list[Arm]:
 
     Args:
         texts: each as :attr:`Arm.name`.
-        common: ``NAME=VALUE``, settings of every arm with a semi-supervised trainer.
+        common: ``NAME=VALUE``, settings of every arm whose trainer has them.
 
     Raises:
         UserError: nnU-Net finds no such trainer, or a setting or share is unknown or out of range.
     """
     shared = _parse_settings(common, "--settings")
     arms: dict[str, Arm] = {}
+    known: set[str] = set()
     for text in dict.fromkeys(texts):
         start, colon, rest = text.partition(":")
         trainer, at, share = start.partition("@")
@@ -105,7 +108,9 @@ def parse_arms(texts: Sequence[str], common: Sequence[str]) -> list[Arm]:
         settings_class = getattr(find_trainer(trainer), "settings_class", None)
         if own and settings_class is None:
             raise UserError(f"-tr {text}: {trainer} has no settings; only semi-supervised trainers have.")
-        settings = {} if settings_class is None else {**shared, **own}
+        names = set() if settings_class is None else {option.name for option in dataclasses.fields(settings_class)}
+        known |= names
+        settings = {**{name: value for name, value in shared.items() if name in names}, **own}
         try:
             if settings_class is not None:
                 settings_class.from_plans({PLANS_KEY: settings})
@@ -115,6 +120,10 @@ def parse_arms(texts: Sequence[str], common: Sequence[str]) -> list[Arm]:
         began = f"@warm={warm:g}" if warm else f"@self-train={rounds}" if rounds else ""
         name = trainer + began + (f":{written}" if written else "")
         arms[name] = Arm(name, trainer, settings, warm, rounds)
+    unknown = sorted(set(shared) - known)
+    if unknown:
+        named = ", ".join(map(repr, unknown))
+        raise UserError(f"--settings: no trainer of -tr has the setting {named}.{did_you_mean(unknown, known)}")
     return list(arms.values())
 
 
@@ -141,6 +150,10 @@ def _parse_settings(texts: Sequence[str], option: str) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise UserError(f"{option}: {text!r} is not a setting; give NAME=VALUE, such as ramp_length=0.2.")
+        if name in settings:
+            raise UserError(f"{option}: the setting {name!r} is given twice. Give it once.")
+        if name == "seed":
+            raise UserError(f"{option}: --seeds gives each training its seed; leave out the setting 'seed'.")
         try:
             settings[name] = json.loads(value)
         except ValueError:

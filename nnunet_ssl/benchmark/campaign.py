@@ -22,6 +22,7 @@ from nnunet_ssl.data.nnunet_files import read_json, read_plans
 from nnunet_ssl.data.splits import Fold, append_fold, current_splits, labeled_cases, name_folds
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
+from nnunet_ssl.settings import PLANS_KEY
 
 DRAW_SEED = 0
 """Of the draw of labeled cases: so that few labeled cases are a part of many, in every campaign the same ones."""
@@ -204,9 +205,16 @@ def _plans(preprocessed_folder: Path, name: str, configuration: str, more: Path 
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     try:
-        identifier = PlansManager(plans).get_configuration(configuration).data_identifier
+        planned = PlansManager(plans).get_configuration(configuration)
+        identifier = planned.data_identifier
     except Exception as error:
         raise UserError(f"{file}: the configuration {configuration} is broken: {error!r}. Correct it.") from None
+    settings = planned.configuration.get(PLANS_KEY)
+    if isinstance(settings, dict) and settings.get("seed") is not None:
+        raise UserError(
+            f"{file}: the configuration {configuration} has the setting 'seed', with which all trainings of an arm "
+            "would be the same. Remove it: --seeds gives each training its own."
+        )
     if not (preprocessed_folder / identifier).is_dir():
         raise UserError(
             f"No case is preprocessed for {configuration}: there is no {preprocessed_folder / identifier}. Run "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.folders import FolderResult
 from nnunet_ssl.evaluation.metrics import METRICS, CaseMetrics, CaseResult
 from nnunet_ssl.files import lock, write_text
-from nnunet_ssl.text import one_line
+from nnunet_ssl.text import one_line, some_of
 
 _LATER = ("reference_seconds_per_step", "reference_cpu_seconds_per_step")
 """Columns that tables of earlier versions do not have."""
@@ -27,6 +29,10 @@ ABOUT = (
     *_LATER,
 )
 """Columns that say what a training was made with, and what it cost; the case's follow."""
+
+_FINITE = sys.float_info.max
+_MOST = {"dice": 1.0, "jaccard": 1.0}
+_ROUNDED = ("training_seconds", "validation_seconds")
 
 _OLD_KEY = re.compile(r"(?P<arm>.+); (?P<labeled>\d+) labeled; seed (?P<seed>\d+); (?P<checkpoint>final|best)")
 
@@ -49,16 +55,20 @@ class Run:
         return self.about["setting"]
 
     def number(self, column: str) -> float:
-        """A column as a number; nan where it is empty.
+        """A column of costs as a number above 0; nan where it is empty.
 
         Raises:
             UserError: it is something else.
         """
         text = self.about.get(column) or "nan"
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
-            raise UserError(f"The table's column {column} contains {text!r}, which is not a number.") from None
+            value = 0.0
+        # Times are rounded to tenths of a second, the others are divided by.
+        if 0 < value < math.inf or math.isnan(value) or (text == "0.0" and column in _ROUNDED):
+            return value
+        raise UserError(f"The table's column {column} contains {text!r}, which is not a number above 0.")
 
 
 def add_run(file: Path, about: Mapping[str, object], result: FolderResult) -> None:
@@ -94,30 +104,65 @@ def read_runs(file: Path) -> dict[str, Run]:
     campaign.
 
     Raises:
-        UserError: the file is missing, or no such table.
+        UserError: the file is missing, or no such table; or rows are missing or contradict each other.
     """
     runs: dict[str, Run] = {}
+    metrics: dict[str, dict[str, dict[str, CaseMetrics]]] = {}
     try:
-        with file.open(encoding="utf-8", newline="") as opened:
-            for row in csv.DictReader(opened):
+        # A spreadsheet begins a file with a byte order mark.
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            rows = csv.DictReader(opened)
+            _check_columns(rows.fieldnames or [])
+            for row in rows:
                 if None in row.values():
                     raise ValueError(f"the row of {row['case']} is cut short")
                 about = _about(row, file)
                 if about is None:
                     continue
-                values = {metric: float(row[metric] or "nan") for metric in METRICS}
-                cases = runs.setdefault(about["training"], Run(about)).result.cases
-                if not cases or cases[-1].case != row["case"]:
-                    cases.append(CaseResult(row["case"], {}))
-                cases[-1].metrics[row["structure"]] = CaseMetrics(**values)
+                training, case = about["training"], row["case"]
+                runs.setdefault(training, Run(about))
+                known = metrics.setdefault(training, {}).setdefault(case, {})
+                found = _metrics(row)
+                # Both may hold nan, which is unlike itself.
+                if str(known.setdefault(row["structure"], found)) != str(found):
+                    raise ValueError(f"training {training!r} has {case}, {row['structure']}, twice with other values")
+        _fill(runs, metrics)
     except FileNotFoundError:
         raise UserError(f"There is no table of results {file}.") from None
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise UserError(
             f"{file} is not a table of results of nnunet-ssl benchmark: {one_line(error)}. Restore it, or move it "
             "away to start from the beginning."
         ) from None
     return runs
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    needed = ["training", "case", "structure", *METRICS]
+    if "campaign" in names:
+        needed += [name for name in ABOUT if name not in _LATER]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(f"it has no column {some_of(missing, 3)}; columns are separated by commas")
+
+
+def _metrics(row: Mapping[str, str]) -> CaseMetrics:
+    values = {metric: float(row[metric] or "nan") for metric in METRICS}
+    wrong = [f"{name} {value:g}" for name, value in values.items() if value < 0 or value > _MOST.get(name, _FINITE)]
+    if wrong:
+        raise ValueError(f"the row of {row['case']}, {row['structure']} has {some_of(wrong, 3)}")
+    return CaseMetrics(**values)
+
+
+def _fill(runs: Mapping[str, Run], metrics: Mapping[str, Mapping[str, Mapping[str, CaseMetrics]]]) -> None:
+    """Give the trainings their cases, whose structures are in one order, whatever the order of the rows."""
+    structures = list(dict.fromkeys(name for cases in metrics.values() for case in cases.values() for name in case))
+    for training, cases in metrics.items():
+        for case, found in cases.items():
+            missing = [name for name in structures if name not in found]
+            if missing:
+                raise ValueError(f"training {training!r} has no row of {case} for {some_of(missing, 3)}")
+            runs[training].result.cases.append(CaseResult(case, {name: found[name] for name in structures}))
 
 
 def _about(row: Mapping[str, str], file: Path) -> dict[str, str] | None:

@@ -30,6 +30,16 @@ class CutMix:
     volume: tuple[float, float] = (0.02, 0.4)
     aspect_ratio: float = 0.3
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability is {self.probability!r}; it is a share, from 0 to 1.")
+        # Outside of these ranges no box has the volume, or none the ratio, and drawing would never end.
+        volume = tuple(self.volume) if isinstance(self.volume, (tuple, list)) else ()
+        if len(volume) != 2 or not 0 < volume[0] <= volume[1] < 1:
+            raise ValueError(f"volume is {self.volume!r}; give the least and the largest share, above 0 and below 1.")
+        if not 0 < self.aspect_ratio <= 1:
+            raise ValueError(f"aspect_ratio is {self.aspect_ratio!r}; it is a ratio above 0 and at most 1.")
+
     def draw(self, batch_size: int, patch_size: Sequence[int]) -> np.ndarray:
         """One box per sample, drawn with NumPy's global state, which batchgenerators seeds in every worker.
 

@@ -112,10 +112,14 @@ def consistency_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None
     Returns:
         A scalar, float32; 0 where the mask is empty.
 
+    Raises:
+        ValueError: the two differ in shape.
+
     >>> consistency_mse(torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
     tensor(1.)
     """
     student, teacher = one_resolution(student).float(), one_resolution(teacher).detach().float()
+    check_shape("teacher", teacher, tuple(student.shape))
     return masked_mean((student - teacher).square(), mask)
 
 
@@ -135,6 +139,16 @@ def consistency(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *,
     tensor(0.2500)
     """
     return consistency_mse(probabilities(student, regions=regions), probabilities(teacher, regions=regions), mask)
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Whether a tensor has the shape that it must have, where PyTorch would broadcast another one.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; it must be {expected}.")
 
 
 def one_resolution(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.compiled import fused
-from nnunet_ssl.losses.probabilities import one_resolution
+from nnunet_ssl.losses.probabilities import check_shape, one_resolution
 
 
 class PseudoLabel(NamedTuple):
@@ -55,6 +55,16 @@ def _pseudo_label(logits: Tensor, *, regions: bool) -> PseudoLabel:
     confidence, winner = torch.softmax(logits, 1).max(1, keepdim=True)
     # Kept for other streams: of many classes, one channel for each would be many times an image's memory.
     return PseudoLabel(winner.to(torch.uint8 if logits.shape[1] <= 256 else torch.int16), confidence)
+
+
+def check_label(name: str, label: Tensor, like: Tensor) -> None:
+    """Whether a label has the form of :class:`PseudoLabel` for logits or probabilities (B, K, *spatial).
+
+    Raises:
+        ValueError: it has another shape, which PyTorch would broadcast.
+    """
+    channels = like.shape[1] if label.dtype == torch.bool else 1
+    check_shape(name, label, (like.shape[0], channels, *like.shape[2:]))
 
 
 def members(target: Tensor, structures: int) -> Tensor:

@@ -10,6 +10,7 @@ from nnunet_ssl.compiled import fused
 from nnunet_ssl.distributed import masked_mean
 from nnunet_ssl.losses.dice import masked_dice_loss
 from nnunet_ssl.losses.probabilities import foreground_probabilities, one_resolution
+from nnunet_ssl.losses.pseudo_labels import check_label
 
 
 def voxelwise_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
@@ -22,10 +23,14 @@ def voxelwise_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     Returns:
         (B, 1, *spatial), or (B, C, *spatial) for regions; float32.
 
+    Raises:
+        ValueError: the label has another shape.
+
     >>> voxelwise_cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, dtype=torch.int64))
     tensor([[[0.6931, 0.6931, 0.6931]]])
     """
     logits = one_resolution(logits).float()
+    check_label("label", label, logits)
     if label.dtype == torch.bool:
         return functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
     return functional.cross_entropy(logits, label[:, 0].long(), reduction="none")[:, None]

@@ -90,7 +90,7 @@ class BCPTrainer(SemiSupervisedTrainer):
 
     def build_training_network(self, network: UNet) -> TrainingNetwork:
         """nnU-Net's network and its moving average."""
-        return TrainingNetwork(network, teacher=True, predict_with_teacher=self.settings.predict_with == "teacher")
+        return TrainingNetwork(network, teacher=True)
 
     def unlabeled_views(self) -> Views:
         """Augmented as labeled images are, so that a mixed image has one look."""

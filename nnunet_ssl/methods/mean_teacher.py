@@ -68,7 +68,7 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
 
     def build_training_network(self, network: UNet) -> TrainingNetwork:
         """nnU-Net's network, and a teacher: θ' ← d θ' + (1 - d) θ after each step t, d = min(0.99, 1 - 1/(t + 1))."""
-        return TrainingNetwork(network, teacher=True, predict_with_teacher=self.settings.predict_with == "teacher")
+        return TrainingNetwork(network, teacher=True)
 
     def unlabeled_views(self) -> Views:
         """The weak view u, and a strong one where the student is to see it."""

@@ -104,7 +104,7 @@ class SimCVDTrainer(SemiSupervisedTrainer):
             projection=s.projection_channels,
             grid=coarse_grid(self.configuration_manager.patch_size, positions=positions),
         )
-        return TrainingNetwork(network, head=head, teacher=True, predict_with_teacher=s.predict_with == "teacher")
+        return TrainingNetwork(network, head=head, teacher=True)
 
     def unlabeled_views(self) -> Views:
         """The weak view u, and a strong one where the student is to see it."""

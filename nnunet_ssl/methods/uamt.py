@@ -81,7 +81,7 @@ class UAMTTrainer(SemiSupervisedTrainer):
 
     def build_training_network(self, network: UNet) -> TrainingNetwork:
         """nnU-Net's network, and a teacher: θ' ← d θ' + (1 - d) θ after each step t, d = min(0.99, 1 - 1/(t + 1))."""
-        return TrainingNetwork(network, teacher=True, predict_with_teacher=self.settings.predict_with == "teacher")
+        return TrainingNetwork(network, teacher=True)
 
     def streams(self) -> dict[str, Stream]:
         """The student on labeled and unlabeled images, the teacher on noisy unlabeled ones; all with dropout."""

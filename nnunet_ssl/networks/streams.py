@@ -54,8 +54,10 @@ class Stream:
             raise ValueError("A teacher's stream has no gradient: set gradient=False.")
         if self.network is not None and (self.teacher or self.decoder is not None or self.head):
             raise ValueError("A stream of another network has that network's decoder, and no teacher and no head.")
-        if not set(self.dropout_on) <= {"skips", "bottleneck", "features"}:
-            raise ValueError(f"dropout_on is {self.dropout_on}; there are skips, bottleneck and features.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; it is a probability, from 0 to below 1.")
+        if isinstance(self.dropout_on, str) or not set(self.dropout_on) <= {"skips", "bottleneck", "features"}:
+            raise ValueError(f"dropout_on is {self.dropout_on!r}; give a tuple of skips, bottleneck and features.")
 
     @property
     def kind(self) -> Stream:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.errors import MethodError, returned
+from nnunet_ssl.networks.architectures import check_supported
 from nnunet_ssl.networks.branch import Branch
 from nnunet_ssl.networks.streams import Logits, Masks, Stream, StreamMasks, StreamOutput, draw_dropout_masks
 from nnunet_ssl.networks.teacher import Teacher
@@ -32,10 +33,14 @@ class TrainingNetwork(Branch):
             tensors (N, ...) by name.
         networks: more whole networks, each with an encoder of its own, by name.
         teacher: whether to keep a teacher, a copy of network and head that :meth:`update_teacher` moves.
-        predict_with_teacher: whether the teacher is the network that predicts and that ``state_dict`` holds.
+
+    Attributes:
+        predict_with_teacher: whether the teacher is the network that predicts and that ``state_dict`` holds. The
+            trainer sets it, as the setting ``predict_with`` says.
 
     Raises:
         UnsupportedNetworkError: a network is none of nnU-Net's U-Nets.
+        MethodError: a decoder or network has no weights of its own.
 
     >>> from dynamic_network_architectures.architectures.unet import PlainConvUNet
     >>> unet = PlainConvUNet(1, 2, [4, 8], nn.Conv2d, 3, [1, 2], 1, 2, 1)
@@ -56,10 +61,10 @@ class TrainingNetwork(Branch):
         head: nn.Module | None = None,
         networks: Mapping[str, nn.Module] | None = None,
         teacher: bool = False,
-        predict_with_teacher: bool = False,
     ) -> None:
         super().__init__(network, decoders=decoders, head=head)
-        self.predict_with_teacher = predict_with_teacher
+        self.predict_with_teacher = False
+        _check_apart(network, decoders or {}, networks or {})
         for name, other in (networks or {}).items():
             self.training_only[f"network_{name}"] = Branch(other)
         if teacher:
@@ -222,6 +227,22 @@ def training_network_of(made: Any) -> TrainingNetwork:
     """
     network: TrainingNetwork = returned("build_training_network", made, TrainingNetwork, "Return a TrainingNetwork.")
     return network
+
+
+def _check_apart(network: nn.Module, decoders: Mapping[str, nn.Module], networks: Mapping[str, nn.Module]) -> None:
+    """Whether each decoder and network has weights that none before it has."""
+    taken = set(network.parameters())
+    encoder = set(check_supported(network).encoder.parameters())
+    for what, made, others in (
+        ("decoder", "another_decoder(network.decoder)", decoders),
+        ("network", "another_network(network)", networks),
+    ):
+        for name, other in others.items():
+            # nnU-Net's decoders hold their encoder.
+            own = set(other.parameters()) - encoder
+            if own <= taken:
+                raise MethodError(f"The {what} {name!r} has no weights of its own. Make it with {made}.")
+            taken |= own
 
 
 def _absent(stream: str, what: str, made: str) -> MethodError:

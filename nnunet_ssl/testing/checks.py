@@ -31,7 +31,7 @@ def gradients_of(
     """The terms and the parameters' gradients, by name, of a step in a memory mode; the weights stay as they are."""
     trainer.step_gradients.memory_mode = mode
     torch.manual_seed(11)
-    prepared = trainer.prepare(labeled, unlabeled)
+    prepared = trainer.step_gradients.prepare(labeled, unlabeled)
     terms = trainer.step_gradients(labeled, unlabeled, prepared, trainer.loss_weights(trainer.progress))
     named = trainer.training_network.named_parameters()
     return terms, {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
@@ -46,7 +46,7 @@ def stages_of(trainer: SemiSupervisedTrainer) -> Iterator[str]:
     trainer.num_epochs = _EPOCHS
     last = {trainer.stage(epoch / _EPOCHS): epoch for epoch in range(_EPOCHS)}
     never = [name for name in trainer.stages() if name not in last]
-    assert not never, f"stage() never returns {', '.join(never)}"
+    assert not never, f"stage() never returns {', '.join(never)}; it returns {', '.join(map(str, last))}"
     for name in trainer.stages():
         trainer.current_epoch = last[name]
         trainer.current_stage = name

@@ -24,19 +24,19 @@ from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.records import folder_name
 from nnunet_ssl.distributed import LossOfRanks, Ranks, check_device, device_of_this_process, joined
-from nnunet_ssl.errors import MethodError, show_user_errors_alone
+from nnunet_ssl.errors import MethodError, returned, show_user_errors_alone
 from nnunet_ssl.evaluation.curves import class_names, save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet, check_network
 from nnunet_ssl.networks.passes import Outputs
 from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork, training_network_of
 from nnunet_ssl.processes import StopSignal, derived_seed, handled_signals, seed_this_process
-from nnunet_ssl.settings import SemiSupervisedSettings, teacher_settings
+from nnunet_ssl.settings import SemiSupervisedSettings, predicts_with_teacher, teacher_settings
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views, known_voxels, label_of, of_equal_resolutions
 from nnunet_ssl.trainer.cascade import segmented_by_previous_stage
 from nnunet_ssl.trainer.checkpoint import continue_from, learned, logged, write_durably
 from nnunet_ssl.trainer.epoch_log import EpochLog
-from nnunet_ssl.trainer.gradients import FallBack, StepGradients, without_wrapper
+from nnunet_ssl.trainer.gradients import FallBack, StepGradients, first_stage, without_wrapper
 from nnunet_ssl.trainer.loaders import Loaders, unlabeled_loader
 from nnunet_ssl.trainer.memory import log_memory
 from nnunet_ssl.trainer.optimizer import GuardedOptimizer
@@ -100,10 +100,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.num_epochs = self.training_epochs or self.num_epochs
         # nnU-Net's inference calls it on the class and gets the stock network; training calls it on the instance.
         self.build_network_architecture = self.build_network_for_training
-        self.extra_targets = self.labeled_targets()
+        self.extra_targets = returned("labeled_targets", self.labeled_targets(), Mapping, "Return a dictionary.")
+        returned("unlabeled_views", self.unlabeled_views(), Views, "Return Views(...).")
         self.loaders = Loaders()
         self.epoch_log = EpochLog(self.logger, self.print_to_log_file, counts_skipped_steps=bool(self.grad_scaler))
-        self.current_stage = self.stages()[0]
+        self.current_stage = first_stage(self.stages())
         self.predictions = Predictions(self.epoch_log, self.label_manager, self.print_to_log_file)
         self._steps_in_epoch = 0
         self._stop = StopSignal()
@@ -257,8 +258,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         unet = build_unet(type(self).build_network_architecture, plans_manager, configuration_manager, *arguments)
         network = training_network_of(self.build_training_network(unet))
         network.set_activation_checkpointing(self.settings.activation_checkpointing)
-        if network.has_teacher:
-            teacher_settings(self.settings)
+        network.predict_with_teacher = predicts_with_teacher(self.settings, has_teacher=network.has_teacher)
         return network
 
     @property
@@ -392,7 +392,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.predictions.begin(unlabeled)
         self._enter_stage()
         weights = self.loss_weights(self.progress)
-        prepared = self.prepare(labeled, unlabeled)
+        prepared = self.step_gradients.prepare(labeled, unlabeled)
         terms = self.step_gradients(labeled, unlabeled, prepared, weights)
         # nnU-Net centers the other labeled patches on foreground.
         anywhere = 1.0 if self.probabilistic_oversampling else 1 - self.oversample_foreground_percent

@@ -137,6 +137,10 @@ class Views:
     weak_labeled: bool = False
 
     def __post_init__(self) -> None:
+        if self.strong < 0:
+            raise ValueError(f"strong is {self.strong!r}; it is a number of views, 0 or more.")
+        if not (self.cutmix is None or isinstance(self.cutmix, CutMix)):
+            raise ValueError(f"cutmix is {self.cutmix!r}; give a CutMix, such as CutMix(probability=0.5).")
         if self.cutmix is not None and self.strong == 0:
             raise ValueError("Views(cutmix=...) draws boxes of strong views: ask for some with strong=1 or more.")
 

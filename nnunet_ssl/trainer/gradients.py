@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
@@ -31,6 +33,9 @@ _GENERATOR = "Write it as a generator: yield each part of the loss as a dictiona
 
 class StepHooks(Protocol):
     """What a step asks of a method; :class:`~nnunet_ssl.trainer.base.SemiSupervisedTrainer` says what each is for."""
+
+    def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> Any:
+        """What a step draws or computes once, before its passes."""
 
     def streams(self) -> dict[str, Stream]:
         """The passes of a step."""
@@ -116,6 +121,11 @@ class StepGradients:
         """Of several processes, which try stacked in the first step alone, try it again: the streams are others now."""
         self._tried = False
 
+    @torch.no_grad()
+    def prepare(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> Any:
+        """What the method prepares for a step. Its gradient would need graphs that memory mode split does not keep."""
+        return self._method.prepare(labeled, unlabeled)
+
     def __call__(
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch, prepared: Any, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
@@ -171,7 +181,7 @@ class StepGradients:
         self._network.zero_grad(set_to_none=True)
         streams = returned("streams", self._method.streams(), Mapping, _DICTIONARY)
         images = returned("images", self._method.images(labeled, unlabeled, prepared), Mapping, _DICTIONARY)
-        weights = returned("loss_weights", weights, Mapping, _DICTIONARY)
+        check_weights(returned("loss_weights", weights, Mapping, _DICTIONARY))
         self._training_network.check_streams(streams)
         check_images(streams, images)
         images = {name: image.to(self._image_dtype) for name, image in images.items()}
@@ -202,6 +212,10 @@ class StepGradients:
     @torch.no_grad()
     def without_gradient(self, image: Tensor, stream: Stream) -> StreamOutput:
         """One pass in addition to the step's, without gradient; what the stream calls its image does not matter."""
+        if not isinstance(image, Tensor):
+            raise MethodError(
+                f"without_gradient() gets {image!r} as its image. If that is a view, ask for it in unlabeled_views()."
+            )
         stream = replace(stream, gradient=False)
         images, streams = {stream.image: image.to(self._image_dtype)}, {"alone": stream}
         self._training_network.check_streams({"without_gradient": stream})
@@ -239,6 +253,11 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) ->
             raise MethodError(
                 f"images() returns None as {stream.image!r}: a view that is not there. Ask for it in unlabeled_views()."
             )
+    for name in dict.fromkeys(one.image for one in streams.values()):
+        one = images[name]
+        if not isinstance(one, Tensor) or one.ndim < 4:
+            found = f"the shape {tuple(one.shape)}" if isinstance(one, Tensor) else f"the type {type(one).__name__}"
+            raise MethodError(f"The image {name!r} of images() has {found}; it must be a tensor (N, C, *patch size).")
     sizes = {name: tuple(images[name].shape[1:]) for name in dict.fromkeys(one.image for one in streams.values())}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
@@ -246,6 +265,28 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) ->
             f"The images of a step have unequal sizes, channels first: {listed}. All are encoded in one pass, so "
             "they may only differ in the number of samples."
         )
+
+
+def first_stage(stages: Any) -> str:
+    """The first of the stages that ``stages()`` returns.
+
+    Raises:
+        MethodError: it returns no tuple of names.
+    """
+    if not (isinstance(stages, (tuple, list)) and stages and all(isinstance(name, str) for name in stages)):
+        raise MethodError(f'stages() returns {stages!r}. Return a tuple of names, such as ("training",).')
+    return stages[0]
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Whether the weights of the terms are finite numbers.
+
+    Raises:
+        MethodError: one is not.
+    """
+    for name, weight in weights.items():
+        if not (isinstance(weight, Real) and math.isfinite(weight)):
+            raise MethodError(f"loss_weights() returns {weight!r} for the term {name!r}. Return a finite number.")
 
 
 def weighted_sum(part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -164,7 +164,7 @@ def _semi_supervised_step(rehearsal: Any, mode: Mode, dtype: torch.dtype, live: 
         rehearsal, rehearsal.network, device=rehearsal.device, memory_mode=mode, image_dtype=dtype
     )
     rehearsal.step_gradients = gradients
-    gradients(labeled, unlabeled, rehearsal.prepare(labeled, unlabeled), rehearsal.loss_weights(1.0))
+    gradients(labeled, unlabeled, gradients.prepare(labeled, unlabeled), rehearsal.loss_weights(1.0))
     return before
 
 

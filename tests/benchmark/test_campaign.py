@@ -74,9 +74,27 @@ def test_arms_with_settings(monkeypatch):
         ("CrossMatchTrainer@cold=0.5", "such as @warm=0.5"),
         ("nnUNetTrainer@self-train=0", "1 to 9, such as @self-train=1"),
         ("nnUNetTrainer@self-train=one", "such as @self-train=1"),
+        ("CrossMatchTrainer:seed=3", "--seeds gives each training its seed"),
+        ("CrossMatchTrainer:ramp_length=0,ramp_length=1", "'ramp_length' is given twice"),
     ):
         with pytest.raises(UserError, match=message):
             parse_arms([wrong], [])
+
+
+def test_settings_of_all_arms_go_to_those_that_have_them(monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    plain, cross, bcp = parse_arms(
+        ["nnUNetTrainer", "CrossMatchTrainer", "BCPTrainer"], ["ema_decay=0.5", "ramp_length=0"]
+    )
+    assert plain.settings == {} and cross.settings == {"ramp_length": 0}
+    assert bcp.settings == {"ema_decay": 0.5, "ramp_length": 0}
+    for arms, setting, message in (
+        (["nnUNetTrainer"], "ramp_length=0.5", "no trainer of -tr has the setting 'ramp_length'"),
+        (["BCPTrainer"], "ramp_lenght=0.5", "Did you mean ramp_length"),
+        (["BCPTrainer"], "seed=5", "--seeds gives each training its seed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_arms(arms, [setting])
 
 
 def test_a_warm_start_has_two_stages_in_folders_of_their_own(monkeypatch):
@@ -97,10 +115,10 @@ def test_a_warm_start_has_two_stages_in_folders_of_their_own(monkeypatch):
 def test_self_training_has_two_teachers_a_round_and_one_student(monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
     once, twice = parse_arms(
-        ["nnUNetTrainer@self-train=1", "CrossMatchTrainer@self-train=2:ramp_length=0.2"], ["seed=1"]
+        ["nnUNetTrainer@self-train=1", "CrossMatchTrainer@self-train=2:ramp_length=0.2"], ["foreground_crops=0"]
     )
     assert once == Arm("nnUNetTrainer@self-train=1", "nnUNetTrainer", {}, 0.0, 1)
-    assert twice.name == "CrossMatchTrainer@self-train=2:seed=1,ramp_length=0.2" and twice.rounds == 2
+    assert twice.name == "CrossMatchTrainer@self-train=2:foreground_crops=0,ramp_length=0.2" and twice.rounds == 2
     student = Arm("nnUNetTrainer", "nnUNetTrainer")
     assert stages(once, 5) == [
         *(Stage(once, 5, "", 0, 0), Stage(once, 5, "", 0, 1), Stage(student, 5, "", 1, 0)),
@@ -128,6 +146,13 @@ def test_settings_are_added_to_those_that_a_configuration_inherits():
     assert changed["configurations"][name] == {"inherits_from": "b", "semi_supervised": {"x": 1, "y": 3}}
     assert plans_of_arm(plans, "b", Arm("T", "T")) == (plans, "b")
     assert list(plans["configurations"]) == ["a", "b"]
+
+
+def test_a_seed_in_the_plans_would_make_all_trainings_the_same(dataset, tmp_path):
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps({"seeded": {"inherits_from": "tiny", "semi_supervised": {"seed": 3}}}))
+    with pytest.raises(UserError, match="configuration seeded has the setting 'seed'.* Remove it: --seeds gives"):
+        begin(dataset, tmp_path / "c", configuration="seeded", configurations=more)
 
 
 def test_a_campaign_appends_folds_and_changes_nothing_else(dataset, tmp_path):

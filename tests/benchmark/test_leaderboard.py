@@ -124,6 +124,8 @@ def test_only_tables_of_one_campaign_are_taken(leaderboard, tmp_path, monkeypatc
     with pytest.raises(UserError, match="no training of nnUNetTrainer"):
         leaderboard.read_reports(tmp_path)
     (tmp_path / "a" / "results.csv").unlink()
+    with pytest.raises(UserError, match=r"There is no campaign in .*: no folder in it has a results\.csv"):
+        leaderboard.read_reports(tmp_path)
     campaign(tmp_path / "b", BASE, dataset="D_One")
     file = tmp_path / "b" / "campaign.json"
     file.write_text(file.read_text().replace('"identifier": "c"', '"identifier": "x"'))

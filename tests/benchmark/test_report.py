@@ -219,16 +219,51 @@ def test_table_keeps_everything(tmp_path):
         assert str(read.result.cases) == str(one.result.cases)
 
 
-HARMS = [lambda text: text[:-20], lambda text: "a,b\n1,2\n", lambda text: text.replace("0.25", "x")]
+def _without_line(number):
+    return lambda text: "".join(line for n, line in enumerate(text.splitlines(keepends=True)) if n != number)
 
 
-@pytest.mark.parametrize("harm", HARMS, ids=["cut short", "other columns", "not a number"])
-def test_a_broken_table_is_named(tmp_path, harm):
+HARMS = {
+    "cut short": (lambda text: text[:-20], "the row of case 1 is cut short"),
+    "other columns": (lambda text: "a,b\n1,2\n", "no column training, case, structure and"),
+    "semicolons": (lambda text: text.replace(",", ";"), "columns are separated by commas"),
+    "not a number": (lambda text: text.replace("0.25", "x"), "could not convert string to float: 'x'"),
+    "more than a Dice can be": (lambda text: text.replace("0.25", "7.3"), "case 0, s0 has dice 7.3, jaccard 7.3"),
+    "infinite": (lambda text: text.replace("9.75", "inf"), "case 0, s0 has hd95 inf"),
+    "a row that is missing": (_without_line(1), "has no row of case 0 for s0"),
+    "rows that contradict each other": (
+        lambda text: text + text.splitlines()[1].replace("0.25", "0.1") + "\n",
+        "has case 0, s0, twice with other values",
+    ),
+}
+
+
+@pytest.mark.parametrize(("harm", "message"), HARMS.values(), ids=HARMS)
+def test_a_broken_table_is_named(tmp_path, harm, message):
     file = tmp_path / "results.csv"
     write_runs(file, {"one": run("Ours", 0, [(0.25, 0.5), (0.25, 0.75)])})
     file.write_text(harm(file.read_text()))
-    with pytest.raises(UserError, match=r"results\.csv is not a table of results"):
+    with pytest.raises(UserError, match=rf"results\.csv is not a table of results.*{message}"):
         read_runs(file)
+
+
+def test_a_table_may_be_sorted_and_saved_by_a_spreadsheet(tmp_path):
+    file = tmp_path / "results.csv"
+    runs = {arm: run(arm, 0, [(0.25, 0.5), (0.75, NAN)]) for arm in ("nnUNetTrainer", "Ours")}
+    write_runs(file, {one.about["training"]: one for one in runs.values()})
+    header, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([header, *sorted(rows, key=lambda row: row[::-1])]) + "\n", encoding="utf-8-sig")
+    read = Report(list(read_runs(file).values()))
+    before = Report(list(runs.values()))
+    named = {(gain.arm, gain.structure): gain for gain in read.gains("2 labeled", "dice")}
+    assert named.keys() == {(gain.arm, gain.structure) for gain in before.gains("2 labeled", "dice")}
+    assert all(str(named[gain.arm, gain.structure]) == str(gain) for gain in before.gains("2 labeled", "dice"))
+
+
+def test_a_cost_of_nothing_is_named():
+    runs = [run("nnUNetTrainer", 0, [(0.5,)], cpu_seconds_per_step=0), run("Ours", 0, [(0.5,)])]
+    with pytest.raises(UserError, match="column cpu_seconds_per_step contains '0', which is not a number above 0"):
+        Report(runs).costs("2 labeled")
 
 
 def test_tables_of_the_older_benchmark_can_be_read():

@@ -177,7 +177,8 @@ def test_the_interpolating_decoder_takes_every_stride_and_its_own_weights(dim, u
 
 @pytest.mark.parametrize("predict_with_teacher", [False, True])
 def test_the_state_dict_is_stock_and_both_states_restore_everything(predict_with_teacher):
-    network = network_of(2, predict_with_teacher=predict_with_teacher)
+    network = network_of(2)
+    network.predict_with_teacher = predict_with_teacher
     network.update_teacher(0.5)
     network.update_teacher(0.5)
     weights, rest = network.state_dict(), network.training_state()
@@ -189,7 +190,8 @@ def test_the_state_dict_is_stock_and_both_states_restore_everything(predict_with
     weights, rest = copy.deepcopy(weights), copy.deepcopy(rest)
     expected = {n: t.clone() for n, t in [*network.named_parameters(), *network.named_buffers()]}
 
-    other = network_of(2, predict_with_teacher=predict_with_teacher)
+    other = network_of(2)
+    other.predict_with_teacher = predict_with_teacher
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.normal_()

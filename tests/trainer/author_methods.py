@@ -52,8 +52,7 @@ class MeanTeacher(SemiSupervisedTrainer):
     settings: MeanTeacherSettings
 
     def build_training_network(self, network: UNet) -> TrainingNetwork:
-        predicts = self.settings.predict_with == "teacher"
-        return TrainingNetwork(network, teacher=True, predict_with_teacher=predicts)
+        return TrainingNetwork(network, teacher=True)
 
     def streams(self) -> dict[str, Stream]:
         return {"x": Stream("x", deep_supervision=self.enable_deep_supervision), "u": Stream("u")}

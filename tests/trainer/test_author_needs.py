@@ -26,6 +26,7 @@ from nnunet_ssl.api import (
     Stream,
     TrainingNetwork,
     Views,
+    another_decoder,
     consistency_mse,
     dice_and_cross_entropy,
     entropy,
@@ -291,6 +292,11 @@ def _supervised(self, outputs, labeled):
     return {"supervised": self.supervised_loss(outputs["x"].logits, labeled.target)}
 
 
+@dataclass(frozen=True)
+class NoTeacherSettings(SemiSupervisedSettings):
+    passes: int = setting(3, "passes of the teacher", minimum=1, integer=True)
+
+
 MISTAKES = {
     "a term without weight": (
         _with(loss_weights=lambda self, progress: {"supervised": 1.0}),
@@ -366,7 +372,7 @@ MISTAKES = {
         r"'x' asks for a head, which build_training_network\(\) has not made",
     ),
     "a teacher that is none": (
-        _with(build_training_network=lambda self, network: TrainingNetwork(network)),
+        _with(settings_class=NoTeacherSettings, build_training_network=lambda self, network: TrainingNetwork(network)),
         r"'without_gradient' asks for a teacher, which build_training_network\(\) has not made",
     ),
     "one resolution for nnU-Net's loss": (
@@ -380,6 +386,26 @@ MISTAKES = {
         )
         for hook in ("streams", "images", "loss_weights")
     },
+    "a weight that is nan": (
+        _with(loss_weights=lambda self, progress: {"supervised": 1.0, "consistency": math.nan}),
+        r"loss_weights\(\) returns nan for the term 'consistency'\. Return a finite number",
+    ),
+    "a weight that is a text": (
+        _with(loss_weights=lambda self, progress: {"supervised": "0.5", "consistency": 1.0}),
+        r"loss_weights\(\) returns '0.5' for the term 'supervised'",
+    ),
+    "an image without channels": (
+        _with(images=_images(lambda images: {**images, "u": images["u"][:, 0]})),
+        r"The image 'u' of images\(\) has the shape \(3, 24, 24\); it must be a tensor \(N, C, \*patch size\)",
+    ),
+    "an image that is a list": (
+        _with(images=_images(lambda images: {**images, "u": [images["u"]]})),
+        r"The image 'u' of images\(\) has the type list",
+    ),
+    "a pass of a view that is not there": (
+        _with(prepare=lambda self, _, unlabeled: self.without_gradient(unlabeled.augmented, Stream("u"))),
+        r"without_gradient\(\) gets None as its image\. If that is a view, ask for it in unlabeled_views\(\)",
+    ),
     "a teacher that is never moved": (
         _with(after_optimizer_step=lambda self: None),
         r"update_teacher\(decay\) there, or do not override it",
@@ -428,6 +454,108 @@ def test_a_hook_that_is_missing_is_named(made) -> None:
         trainer.train_step(make_batches(trainer)[2])
 
 
+MISTAKES_AT_THE_START = {
+    "teacher's settings without a teacher": (
+        _with(build_training_network=lambda self, network: TrainingNetwork(network)),
+        r"derives from TeacherSettings, but the network has no teacher: write TrainingNetwork\(network, teacher=True\)",
+    ),
+    "a second network that is the first": (
+        _with(build_training_network=lambda self, n: TrainingNetwork(n, teacher=True, networks={"b": n})),
+        r"The network 'b' has no weights of its own\. Make it with another_network\(network\)",
+    ),
+    "a second decoder that is the first": (
+        _with(build_training_network=lambda self, n: TrainingNetwork(n, teacher=True, decoders={"b": n.decoder})),
+        r"The decoder 'b' has no weights of its own\. Make it with another_decoder\(network\.decoder\)",
+    ),
+    "stages that are a text": (
+        _with(stages=lambda self: "training"),
+        r"stages\(\) returns 'training'\. Return a",
+    ),
+    "no stages": (_with(stages=lambda self: ()), r"stages\(\) returns \(\)\. Return a tuple of names"),
+    "views that are not returned": (
+        _with(unlabeled_views=lambda self: None),
+        r"unlabeled_views\(\) returns a value of the type NoneType\. Return Views",
+    ),
+    "targets that are not returned": (
+        _with(labeled_targets=lambda self: None),
+        r"labeled_targets\(\) returns a value of the type NoneType\. Return a dictionary",
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "message"), MISTAKES_AT_THE_START.values(), ids=MISTAKES_AT_THE_START)
+def test_a_mistake_is_named_before_the_first_step(method, message, made) -> None:
+    with pytest.raises(MethodError, match=message):
+        made(method)
+
+
+def test_a_decoder_on_the_networks_own_encoder_is_another_one(made) -> None:
+    def build(self, network):
+        other = another_decoder(network.decoder)
+        other.encoder = network.encoder
+        return TrainingNetwork(network, teacher=True, decoders={"b": other})
+
+    trainer = made(_with(build_training_network=build))
+    trainer.train_step(make_batches(trainer)[2])
+
+
+def test_what_is_prepared_carries_no_gradient_even_where_a_method_forgets_it(made) -> None:
+    found = []
+
+    def prepare(self, labeled, unlabeled):
+        return self.training_network.encoder(labeled.image)[0].mean()
+
+    def loss_terms(self, outputs, labeled, unlabeled, prepared):
+        found.append(prepared.requires_grad)
+        yield {"supervised": self.supervised_loss(outputs["x"].logits, labeled.target) * prepared}
+
+    def images(self, labeled, unlabeled, prepared):
+        return {"x": labeled.image, "u": unlabeled.weak}
+
+    trainer = made(_with(prepare=prepare, images=images, loss_terms=loss_terms))
+    trainer.train_step(make_batches(trainer)[2])
+    assert found == [False]
+
+
+def _settings_class(base=SemiSupervisedSettings, **fields):
+    annotations = dict.fromkeys(fields, float)
+    return dataclass(frozen=True)(type("Ours", (base,), {"__annotations__": annotations, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "message"),
+    [
+        (_settings_class(weight=setting(1.5, "w", maximum=1.0)), "default of the setting 'weight' of Ours is 1.5"),
+        (_settings_class(weight=setting(1.5, "w", maximum=1.0)), "allowed is number, at most 1"),
+        (
+            _settings_class(kind=setting("soft", "kind")),
+            r"'kind' of Ours is 'soft'.* a text needs choices",
+        ),
+        (
+            _settings_class(seed=setting(0.5, "s", minimum=0.0)),
+            "'seed' of Ours is one of SemiSupervisedSettings",
+        ),
+        (
+            _settings_class(memory_mode=setting("bank", "m", choices=("bank", "none"))),
+            "'memory_mode' of Ours is",
+        ),
+        (_settings_class(as_dict=setting(1.0, "a", minimum=0.0)), "'as_dict' of Ours hides a method of SemiSuperv"),
+        (
+            type("Untyped", (SemiSupervisedSettings,), {"ramp_length": 0.9}),
+            "Untyped has ramp_length = 0.9 without",
+        ),
+    ],
+)
+def test_settings_that_do_not_say_what_their_author_means_are_named(settings_class, message) -> None:
+    with pytest.raises(MethodError, match=message):
+        settings_class.from_plans({})
+
+
+def test_a_method_may_change_a_default_and_a_range() -> None:
+    ours = _settings_class(ramp_length=setting(0.9, "r", minimum=0.5, maximum=1.0))
+    assert ours().ramp_length == 0.9
+
+
 def test_settings_that_are_no_dataclass_or_have_no_allowed_values_are_named() -> None:
     class NoDataclass(SemiSupervisedSettings):
         weight: float = setting(0.1, "weight", minimum=0.0)
@@ -457,9 +585,49 @@ def _teacher(self, network):
     return TrainingNetwork(network, teacher=True)
 
 
-def test_cutmix_without_strong_views_is_named() -> None:
-    with pytest.raises(ValueError, match="ask for some with strong=1"):
-        Views(cutmix=CutMix())
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Views(cutmix=CutMix()), "ask for some with strong=1"),
+        (lambda: Views(strong=-1), "strong is -1; it is a number of views"),
+        (lambda: Views(strong=1, cutmix=0.5), "cutmix is 0.5; give a CutMix"),
+        (lambda: Stream("u", dropout=1.0), "dropout is 1.0; it is a probability, from 0 to below 1"),
+        (lambda: Stream("u", dropout=-0.1), "dropout is -0.1"),
+        (lambda: Stream("u", dropout_on="features"), "dropout_on is 'features'; give a tuple"),
+        (lambda: CutMix(5.0), "probability is 5.0"),
+        (lambda: CutMix(volume=(0.0, 0.0)), r"volume is \(0.0, 0.0\)"),
+        (lambda: CutMix(volume=(1.2, 1.5)), r"volume is \(1.2, 1.5\)"),
+        (lambda: CutMix(volume=(0.4, 0.2)), r"volume is \(0.4, 0.2\)"),
+        (lambda: CutMix(volume=0.3), "volume is 0.3"),
+        (lambda: CutMix(aspect_ratio=2.0), "aspect_ratio is 2.0"),
+        (lambda: CutMix(aspect_ratio=0), "aspect_ratio is 0"),
+    ],
+)
+def test_streams_and_views_that_cannot_be_are_named(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+LOGITS, CLASSES = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.int64)
+WHERE = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: consistency_mse(LOGITS, LOGITS[:1]),
+        lambda: consistency_mse(LOGITS, LOGITS[0]),
+        lambda: consistency_mse(LOGITS, LOGITS[:, :1]),
+        lambda: dice_and_cross_entropy(LOGITS, CLASSES[:, 0], WHERE),
+        lambda: dice_and_cross_entropy(LOGITS, CLASSES[:1], WHERE),
+        lambda: masked_dice_loss(LOGITS, CLASSES[:, 0], WHERE),
+        lambda: masked_cross_entropy(LOGITS, CLASSES.expand(2, 3, 4, 4), WHERE),
+        lambda: voxelwise_cross_entropy(LOGITS, WHERE),
+    ],
+)
+def test_shapes_that_would_be_broadcast_are_named(loss) -> None:
+    with pytest.raises(ValueError, match=r"(teacher|label|target) has the shape \(.*\); it must be \(2, [13], 4, 4\)"):
+        loss()
 
 
 OF_LOGITS = {
