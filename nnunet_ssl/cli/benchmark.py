@@ -134,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
         table = args.table
     report = Report(list(read_runs(table).values()))
     files = write_report(folder, report)
-    print(f"\n{report.markdown()}\n{folder}: {', '.join([*(file.name for file in files.values()), table.name])}")
+    source = f", {table.name}" if table.parent == folder else f"; from {table}"
+    print(f"\n{report.markdown()}\n{folder}: {', '.join(file.name for file in files.values())}{source}")
     for key, reason in problems.items():
         print(f"{key}: {reason}")
     return 1 if problems else 0

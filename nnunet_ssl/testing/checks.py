@@ -31,10 +31,27 @@ def gradients_of(
     """The terms and the parameters' gradients, by name, of a step in a memory mode; the weights stay as they are."""
     trainer.step_gradients.memory_mode = mode
     torch.manual_seed(11)
+    given = {**_tensors_of("labeled", labeled), **_tensors_of("unlabeled", unlabeled)}
+    before = {name: tensor.clone() for name, tensor in given.items()}
     prepared = trainer.step_gradients.prepare(labeled, unlabeled)
     terms = trainer.step_gradients(labeled, unlabeled, prepared, trainer.loss_weights(trainer.progress))
+    changed = [name for name, tensor in given.items() if not torch.equal(tensor, before[name])]
+    assert not changed, f"a hook changes {', '.join(changed)} in place; work on a copy, such as image.clone()"
     named = trainer.training_network.named_parameters()
     return terms, {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+
+
+def _tensors_of(name: str, value: Any) -> dict[str, Tensor]:
+    """The tensors of a batch, by the names under which a method sees them."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if hasattr(value, "_asdict"):
+        inside = {f"{name}.{key}": one for key, one in value._asdict().items()}
+    elif isinstance(value, (list, tuple)):
+        inside = {f"{name}[{index}]": one for index, one in enumerate(value)}
+    else:
+        inside = {f"{name}[{key!r}]": one for key, one in value.items()} if isinstance(value, Mapping) else {}
+    return {key: tensor for path, one in inside.items() for key, tensor in _tensors_of(path, one).items()}
 
 
 def stages_of(trainer: SemiSupervisedTrainer) -> Iterator[str]:

@@ -151,7 +151,7 @@ def test_settings_are_added_to_those_that_a_configuration_inherits():
 def test_a_seed_in_the_plans_would_make_all_trainings_the_same(dataset, tmp_path):
     more = tmp_path / "more.json"
     more.write_text(json.dumps({"seeded": {"inherits_from": "tiny", "semi_supervised": {"seed": 3}}}))
-    with pytest.raises(UserError, match="configuration seeded has the setting 'seed'.* Remove it: --seeds gives"):
+    with pytest.raises(UserError, match=r"configuration seeded has the setting 'seed'.* Remove it: --seeds gives"):
         begin(dataset, tmp_path / "c", configuration="seeded", configurations=more)
 
 

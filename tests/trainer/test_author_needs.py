@@ -39,6 +39,7 @@ from nnunet_ssl.api import (
 from nnunet_ssl.cli.training_checks import check_memory as doctors_check_memory
 from nnunet_ssl.networks import passes as passes_module
 from nnunet_ssl.testing import make_batches, stages_of, tiny_plans, tiny_trainers
+from nnunet_ssl.testing.checks import check_gradients
 from nnunet_ssl.trainer.memory import step_bytes
 
 METHODS = pytest.mark.parametrize("method", [MeanTeacher, TwoNetworks], ids=lambda method: method.__name__)
@@ -101,6 +102,24 @@ def test_a_method_that_fails_checks_hears_of_every_one(monkeypatch) -> None:
     with pytest.raises(testing.NotConforming, match=r"1 checks:\n- 2D, a step .*never yields never"):
         testing.check_method(Broken)
     testing.check_method(MeanTeacher)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda labeled, _: labeled.image.mul_(2), r"labeled\.image"),
+        (lambda labeled, _: labeled.target[1].fill_(0), r"labeled\.target\[1\]"),
+        (lambda _, unlabeled: unlabeled.weak.add_(1), r"unlabeled\.weak"),
+    ],
+)
+def test_a_batch_that_is_changed_in_place_is_named(change, name, made) -> None:
+    def images(self, labeled, unlabeled, prepared):
+        change(labeled, unlabeled)
+        return MeanTeacher.images(self, labeled, unlabeled, prepared)
+
+    trainer = made(_with(images=images))
+    with pytest.raises(AssertionError, match=rf"a hook changes {name} in place; work on a copy"):
+        check_gradients(trainer)
 
 
 # ---- prepare --------------------------------------------------------------------------------------------------------
