@@ -141,14 +141,15 @@ def test_a_preprocessed_case_replaces_links_and_not_where_they_lead(home) -> Non
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        (f".evaluation.json.{os.getpid()}", lambda folder: write_text(folder / "evaluation.json", "{}")),
-        (f".splits_final.json.{os.getpid()}", lambda folder: write_splits(folder / "splits_final.json", [])),
+        (".evaluation.json.PID", lambda folder: write_text(folder / "evaluation.json", "{}")),
+        (".splits_final.json.PID", lambda folder: write_splits(folder / "splits_final.json", [])),
         ("splits_final.json.bak", lambda folder: split_dataset(folder, None, labeled="1")),
         ("splits_final.json", lambda folder: split_dataset(folder, None, labeled="1")),
         ("evaluation.json", lambda folder: write_text(folder / "evaluation.json", "{}")),
     ],
 )
 def test_nothing_is_written_through_a_link(name, write, target, home) -> None:
+    name = name.replace("PID", str(os.getpid()))
     (home.preprocessed / "gt_segmentations").mkdir()
     for number in range(6):
         (home.preprocessed / "gt_segmentations" / f"case_{number}.nii.gz").touch()
