@@ -20,6 +20,9 @@ The small configuration inherits from the given one and uses the same preprocess
 128 x 128 pixels in 2D. Its batch has at most 2 patches in 3D and 12 in 2D.
 
 It is for trying things out. A training with the parent is more accurate.
+
+nnunet-ssl benchmark --configurations refuses plans that have another configuration of the same name. To use both,
+choose another name with --name.
 """
 
 
