@@ -27,6 +27,7 @@ from nnunet_ssl.trainer_lookup import RECOMMENDED
 PROJECT = Path(__file__).resolve().parents[1]
 DOCS = PROJECT / "docs"
 PAGES = [*sorted(PROJECT.glob("*.md")), *sorted(DOCS.rglob("*.md")), PROJECT / "benchmarks" / "README.md"]
+RESULTS = sorted((PROJECT / "benchmarks" / "results").glob("*.md"))
 METHODS = sorted(path.stem for path in (PROJECT / "nnunet_ssl" / "methods").glob("[!_]*.py"))
 
 
@@ -202,7 +203,18 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PROJECT).as_posix())
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.relative_to(PROJECT).as_posix())
+def test_code_in_lists_is_code_on_the_site(page: Path) -> None:
+    """In an item of a list, lines indented by 8 are code on the site; those indented by 5 to 7 become running text."""
+    assert re.findall(r"^\s*\n( {5,7}\S.*)", page.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
+def test_every_result_is_linked() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, *RESULTS])
+    assert [page.name for page in RESULTS if f"{page.name})" not in text and f"{page.name}#" not in text] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.relative_to(PROJECT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("http://", "https://")):
