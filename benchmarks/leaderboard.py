@@ -22,7 +22,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from small_plans import COARSER, SMALL
 
-from nnunet_ssl.benchmark.arms import BASELINE, short_name
+from nnunet_ssl.benchmark.arms import BASELINE
 from nnunet_ssl.benchmark.campaign import Campaign, options_of, read_campaign
 from nnunet_ssl.benchmark.report import Gain, Report
 from nnunet_ssl.benchmark.results import Run, read_runs
@@ -31,6 +31,7 @@ from nnunet_ssl.data.nnunet_files import read_json
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.tables import format_table
 from nnunet_ssl.files import write_text
+from nnunet_ssl.text import dataset_number
 
 HOME = Path(__file__).resolve().parent
 RESULTS, PAGE = HOME / "results" / "campaign", HOME.parent / "docs" / "leaderboard.md"
@@ -135,6 +136,8 @@ def make_page(reports: Sequence[tuple[Campaign, Report]]) -> str:
     if alone:
         parts.append("nnUNetTrainer alone: " + "; ".join(_trained_alone(column) for column in alone) + ".")
     parts += ["## What it does not show", _limits(reports, several)]
+    if reports:
+        parts.append(_READ_BELOW)
     for campaign, report in reports:
         parts += _section(campaign, report)
     return "\n\n".join(parts) + "\n"
@@ -183,11 +186,12 @@ def draw(columns: Sequence[Column], file: Path) -> None:
             axis.plot(gain.difference, y, "o", color=color, markerfacecolor=face, markersize=6, label=title)
             title = "_"  # one entry per setting
     axis.axvline(0, color="gray", linewidth=1)
-    axis.set_yticks(range(len(arms)), [short_name(arm) for arm in arms])
+    axis.set_yticks(range(len(arms)), arms)
     axis.set_ylim(len(arms) - 0.5, -0.5)
     # Of the figure: below an axis that long names of arms have moved to the right, it would be cut off.
     figure.supxlabel(
-        f"Dice minus that of {BASELINE} (in brackets), 95 % interval; hollow: fewer than {ENOUGH} trainings",
+        f"Dice minus that of {BASELINE}, which is given in brackets\n"
+        f"95 % interval; hollow: fewer than {ENOUGH} trainings",
         fontsize="medium",
     )
     axis.grid(axis="x", alpha=0.3)
@@ -201,10 +205,16 @@ nnUNetTrainer, paired over the cases, and its 95 % interval over cases and train
 no difference. n is the number of trainings; fewer than {ENOUGH} are "too few" for a conclusion. Cost is the time of a
 step relative to that of nnUNetTrainer (on a CPU, processor time). Each training measures the latter itself; older
 trainings did not, and are compared with nnUNetTrainer's trainings. The cost is empty where the machine had another
-speed than for these. Arms are sorted by their mean difference, and those that lack a column come last.
+speed than for these. Arms with more columns come first, then those with the larger mean difference.
 [Chance](explanation/chance.md) explains why the spread of trainings matters. `@self-train=1` is
 [self-training](how-to/benchmark.md#arms): its cost is that of the steps of its three trainings. The ranking, which
 predicts all unlabeled cases, only counts in the training minutes below."""
+
+_READ_BELOW = f"""\
+The tables below have every structure of every setting. Above them, each version of this package has the checksum of its
+source in brackets. If trainings differ in a value, each value is followed by its number of trainings, in brackets. In
+the tables of costs, × of steps and trainings is relative to {BASELINE}'s steps in the same process. So it is not always
+the quotient of the times in the table."""
 
 
 def _read(folder: Path) -> tuple[Campaign, Report]:
@@ -221,6 +231,9 @@ def _read(folder: Path) -> tuple[Campaign, Report]:
     return campaign, report
 
 
+_NOT_SHOWN = "an interval that contains 0 shows no difference: see the table"
+
+
 def _verdicts(columns: Sequence[Column]) -> list[str]:
     """Who loses and who gains more than the spread of nnUNetTrainer's trainings: the first lines of the page."""
     known = [column for column in columns if not math.isnan(column.spread)]
@@ -233,7 +246,7 @@ def _verdicts(columns: Sequence[Column]) -> list[str]:
                     arms.setdefault(arm, []).append(f"{column.title} {gain.difference:+.3f} ({_trainings(gain)})")
         heading = f"**{where} {BASELINE} by more than the spread of its trainings**"
         listed = "\n".join(f"- {arm}: {'; '.join(places)}" for arm, places in arms.items())
-        parts += [f"{heading}, in Dice:", listed] if listed else [f"{heading}: none."]
+        parts += [f"{heading}, in Dice ({_NOT_SHOWN}):", listed] if listed else [f"{heading}: none."]
     spreads = [
         f"{column.title} {column.spread:.3f} ({column.gains[BASELINE].runs} trainings)"
         if column in known
@@ -319,9 +332,14 @@ def _section(campaign: Campaign, report: Report) -> Iterator[str]:
         yield from report.tables(setting)
     yield (
         "To repeat a row, keep nnUNetTrainer and the row's arm after `-tr`. The dataset must have the folds of this "
-        "campaign; `campaign.json`, next to the table, lists their cases. Prepare once:"
+        f"campaign; `benchmarks/results/campaign/{campaign.folder.name}/campaign.json` lists their cases. Prepare once:"
     )
     yield _code(_preparation(campaign))
+    if _more_configurations(campaign) is not None:
+        yield (
+            f"If the plans already have another `{campaign.configuration}`, such as that of `nnunet-ssl plan-small`, "
+            f"`--configurations` is refused. Rename that one in `{campaign.plans}.json` first."
+        )
     yield _code([_command(campaign, report, setting) for setting in report.settings])
 
 
@@ -337,14 +355,15 @@ def _more_configurations(campaign: Campaign) -> Path | None:
 def _preparation(campaign: Campaign) -> list[str]:
     """Commands that plan and preprocess what the campaign trains on."""
     more = _more_configurations(campaign)
-    plan = f"nnUNetv2_plan_and_preprocess -d {campaign.dataset} -c "
+    number = dataset_number(campaign.dataset)
+    plan = f"nnUNetv2_plan_and_preprocess -d {number} -c "
     if more is not None:
         return [plan + read_json(more, otherwise="Restore it.")[campaign.configuration]["inherits_from"]]
     if campaign.configuration not in SMALL:
         return [plan + campaign.configuration]
-    commands = [plan + SMALL[campaign.configuration][0], f"python benchmarks/small_plans.py -d {campaign.dataset}"]
+    commands = [plan + SMALL[campaign.configuration][0], f"python benchmarks/small_plans.py -d {number}"]
     if campaign.configuration in COARSER:
-        commands.append(f"nnUNetv2_preprocess -d {campaign.dataset} -c {campaign.configuration}")
+        commands.append(f"nnUNetv2_preprocess -d {number} -c {campaign.configuration}")
     return commands
 
 
@@ -360,7 +379,7 @@ def _command(campaign: Campaign, report: Report, setting: str) -> str:
     words += ["-device", device, "--epochs", str(campaign.epochs), *options_of(setting)]
     words += [] if campaign.validation is None else ["--validate", str(campaign.validation)]
     seeds = sorted({int(run.about["seed"]) for runs in arms.values() for run in runs})
-    words += ["--seeds", *map(str, seeds), "-o", "repeated"]
+    words += ["--seeds", *map(str, seeds), "-o", f"repeated_{dataset_number(campaign.dataset)}"]
     threads = f"OMP_NUM_THREADS={about['threads']} " if device == "cpu" else ""
     return f"{threads}{shlex.join(words)} \\\n    -tr {shlex.join(arms)}"
 

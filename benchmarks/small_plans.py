@@ -6,6 +6,7 @@ Run it after nnUNetv2_plan_and_preprocess -c 3d_fullres 2d. The plans share the 
 they inherit from, but for 2d_coarse, which has half their resolution: nnUNetv2_preprocess -d 901 -c 2d_coarse. Beside
 them come configurations that inherit from 2d_small and leave out one part of a method. The fold is fold 0 with all but
 the first N labeled cases moved to its ``unlabeled`` list; its number is printed. Running it again changes nothing.
+Other configurations of these names, such as the 3d_small of nnunet-ssl plan-small, are replaced.
 """
 
 from __future__ import annotations

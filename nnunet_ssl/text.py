@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -33,6 +34,15 @@ def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
     known = list(known)
     meant = [found for name in names if (found := closest(name, known))]
     return f" Did you mean {', '.join(meant)}?" if meant else ""
+
+
+def dataset_number(dataset: str) -> str:
+    """A dataset's number, given its number or its name: nnU-Net's planning and preprocessing take no name after -d.
+
+    >>> dataset_number("Dataset007_Heart"), dataset_number("901")
+    ('7', '901')
+    """
+    return str(int(dataset[7:10])) if re.match(r"Dataset\d{3}_", dataset) else dataset
 
 
 def shorten(value: object, limit: int = 80) -> str:

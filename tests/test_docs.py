@@ -26,7 +26,8 @@ from nnunet_ssl.trainer_lookup import RECOMMENDED
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCS = PROJECT / "docs"
-PAGES = [*sorted(PROJECT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(PROJECT.glob("*.md")), *sorted(DOCS.rglob("*.md")), PROJECT / "benchmarks" / "README.md"]
+RESULTS = sorted((PROJECT / "benchmarks" / "results").glob("*.md"))
 METHODS = sorted(path.stem for path in (PROJECT / "nnunet_ssl" / "methods").glob("[!_]*.py"))
 
 
@@ -144,6 +145,12 @@ def _options(program: str, command: str) -> set[str]:
     return {"-h", "--help", *re.findall(r"""["'](--?[a-zA-Z]\w*)["']""", inspect.getsource(script.load()))}
 
 
+def _name_for_number(words: list[str]) -> bool:
+    """Whether a dataset's name follows ``-d`` where nnU-Net only takes its number."""
+    takes_number = re.match(r"nnUNetv2_(plan|preprocess|extract)", words[0])
+    return bool(takes_number) and "-d" in words and words[words.index("-d") + 1].startswith("Dataset")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PROJECT).as_posix())
 def test_the_commands_of_a_page_have_these_options(page: Path) -> None:
     for words in _commands(page.read_text(encoding="utf-8")):
@@ -153,6 +160,7 @@ def test_the_commands_of_a_page_have_these_options(page: Path) -> None:
             continue
         given = {word.split("=")[0] for word in words[1:] if re.match(r"--?[a-zA-Z]", word)}
         assert given <= _options(program, command), " ".join(words)
+        assert not _name_for_number(words), " ".join(words)
 
 
 def test_the_commands_of_a_page_are_found() -> None:
@@ -173,20 +181,47 @@ text with nnunet-ssl in it
     ]
     assert "-tr" in _options("nnUNetv2_train", "952") and "--models-of" in _options("nnunet-ssl", "rank")
     assert "-x" not in _options("nnUNetv2_train", "952") | _options("nnunet-ssl", "rank")
+    assert _name_for_number(["nnUNetv2_preprocess", "-d", "Dataset901_LeftAtrium"])
+    assert not _name_for_number(["nnUNetv2_preprocess", "-d", "901"])
+    assert not _name_for_number(["nnUNetv2_predict", "-d", "Dataset901_LeftAtrium"])
+
+
+def test_messages_name_commands_that_nnunet_takes() -> None:
+    """Planning and preprocessing take a dataset's number, and preprocessing the plans after -plans_name."""
+    told = []
+    for file in [*(PROJECT / "nnunet_ssl").rglob("*.py"), *(PROJECT / "benchmarks").glob("*.py")]:
+        # A literal may go on in the next line.
+        text = re.sub(r'"\s*\n\s*f?"', "", file.read_text(encoding="utf-8"))
+        told += [(file.name, one) for one in re.findall(r"nnUNetv2_(?:plan|preprocess|extract)\w* -d .*", text)]
+    assert len(told) > 15
+    number = r"\{dataset_number\(.+?\)\}|\{number\}|\d+"
+    wrong = [one for one in told if not re.match(rf"\w+ -d ({number})", one[1]) or re.search(r" -p \b", one[1])]
+    assert not wrong
 
 
 def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PROJECT).as_posix())
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.relative_to(PROJECT).as_posix())
+def test_code_in_lists_is_code_on_the_site(page: Path) -> None:
+    """In an item of a list, lines indented by 8 are code on the site; those indented by 5 to 7 become running text."""
+    assert re.findall(r"^\s*\n( {5,7}\S.*)", page.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
+def test_every_result_is_linked() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, *RESULTS])
+    assert [page.name for page in RESULTS if f"{page.name})" not in text and f"{page.name}#" not in text] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.relative_to(PROJECT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("http://", "https://")):
             continue
         name, _, anchor = target.partition("#")
         linked = (page.parent / name).resolve() if name else page
-        assert linked.is_file(), f"{target} does not exist"
+        assert linked.exists(), f"{target} does not exist"
         if anchor:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {_anchor(heading) for heading in headings}, f"{target}: no such heading"

@@ -96,6 +96,7 @@ def test_the_api_has_signatures_texts_and_examples(site: Path) -> None:
     assert "(B, K, *spatial), float." in description
     assert "cutmix_probability: float = 0.5,\n" in plain["CutMixSettings"]
     assert "<blockquote>" not in text, "an example became a quotation"
+    assert "<strong>[choice]</strong>" in text and "*[choice]" not in text
 
 
 def test_links_that_leave_the_pages() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from nnunet_ssl.text import closest, did_you_mean, one_line, shorten, some_of, unwrap
+from nnunet_ssl.text import closest, dataset_number, did_you_mean, one_line, shorten, some_of, unwrap
 
 
 def test_names() -> None:
     assert some_of(iter(["a", "b"])) == "a, b" and some_of([]) == ""
     assert some_of(["a", "b", "c"], 2) == "a, b and 1 more"
     assert some_of(map(str, range(12))).endswith("8, 9 and 2 more")
+
+
+def test_numbers_of_datasets() -> None:
+    assert dataset_number("Dataset901_LeftAtrium") == "901" == dataset_number("901")
+    assert dataset_number("Dataset007_Tiny") == "7" and dataset_number("Dataset") == "Dataset"
 
 
 def test_values() -> None:

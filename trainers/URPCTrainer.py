@@ -1,4 +1,4 @@
-"""URPC (Luo et al. 2022): predictions at several resolutions are to agree, less where they are uncertain."""
+"""URPC (Luo et al. 2022): predictions at several resolutions should agree, less where they are uncertain."""
 
 from nnunet_ssl.methods.urpc import URPCTrainer
 from nnunet_ssl.trainer.variants import training_length_variants

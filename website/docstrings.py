@@ -22,7 +22,10 @@ def to_markdown(docstring: str) -> str:
     text = ROLE.sub(lambda role: f"`{role[1].rsplit('.', 1)[-1]}`", text)
     parts = CODE.split(text)
     # Every other part is code.
-    parts[::2] = [part.replace("*", r"\*").replace("::\n", ":\n") for part in parts[::2]]
+    parts[::2] = [
+        part.replace("*", r"\*").replace(r"\*\*[choice]\*\*", "**[choice]**").replace("::\n", ":\n")
+        for part in parts[::2]
+    ]
     return "".join(parts)
 
 

@@ -23,6 +23,7 @@ from nnunet_ssl.data.splits import Fold, append_fold, current_splits, labeled_ca
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
 from nnunet_ssl.settings import PLANS_KEY
+from nnunet_ssl.text import dataset_number
 
 DRAW_SEED = 0
 """Of the draw of labeled cases: so that few labeled cases are a part of many, in every campaign the same ones."""
@@ -190,7 +191,8 @@ def fold_of(campaign: Campaign, setting: str) -> Fold:
 
 def _plans(preprocessed_folder: Path, name: str, configuration: str, more: Path | None) -> dict[str, Any]:
     """The plans with what ``more`` adds, checked to have a configuration whose cases are preprocessed."""
-    again = f"Make it with nnUNetv2_plan_and_preprocess -d {preprocessed_folder.name}, or choose other plans with -p."
+    number = dataset_number(preprocessed_folder.name)
+    again = f"Make it with nnUNetv2_plan_and_preprocess -d {number}, or choose other plans with -p."
     file = preprocessed_folder / f"{name}.json"
     plans = read_plans(file, otherwise=again)
     if more is not None:
@@ -198,7 +200,7 @@ def _plans(preprocessed_folder: Path, name: str, configuration: str, more: Path 
             if not isinstance(content, dict):
                 raise UserError(f"{more}: {added!r} must be a table, like a configuration in the plans.")
             if plans["configurations"].setdefault(added, content) != content:
-                raise UserError(f"{file} has another configuration named {added!r} than {more}. Rename that one.")
+                raise UserError(f"{file} has another configuration named {added!r} than {more}. Rename it there.")
     if configuration not in plans["configurations"]:
         known = ", ".join(plans["configurations"])
         raise UserError(f"{file} has no configuration {configuration}; there are {known}. Choose one with -c.")
@@ -217,8 +219,8 @@ def _plans(preprocessed_folder: Path, name: str, configuration: str, more: Path 
         )
     if not (preprocessed_folder / identifier).is_dir():
         raise UserError(
-            f"No case is preprocessed for {configuration}: there is no {preprocessed_folder / identifier}. Run "
-            f"nnUNetv2_preprocess -d {preprocessed_folder.name} -c {configuration} -p {name} first."
+            f"No case is preprocessed for {configuration}: there is no {preprocessed_folder / identifier}. "
+            f"{_to_preprocess(file, configuration, identifier)}"
         )
     return plans
 
@@ -305,12 +307,23 @@ def _keep(campaign: Campaign, settings: Mapping[str, Fold]) -> None:
 
 def _check_preprocessed(campaign: Campaign, preprocessed_folder: Path, fold: Fold) -> None:
     folder = preprocessed_folder / configured(campaign, campaign.configuration).data_identifier
+    plans = preprocessed_folder / f"{campaign.plans}.json"
     missing = [case for case in [*fold["train"], *fold["val"]] if not (folder / f"{case}.pkl").is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} labeled cases of the fold, such as {missing[0]}, are not preprocessed in {folder}. Run "
-            f"nnUNetv2_preprocess -d {campaign.dataset} -c {campaign.configuration} -p {campaign.plans} first."
+            f"{len(missing)} labeled cases of the fold, such as {missing[0]}, are not preprocessed in {folder}. "
+            f"{_to_preprocess(plans, campaign.configuration, folder.name)}"
         )
+
+
+def _to_preprocess(plans: Path, configuration: str, identifier: str) -> str:
+    """What to do where cases of a configuration are missing; nnU-Net preprocesses only configurations of the plans."""
+    known = read_plans(plans, otherwise="Plan the dataset again.")["configurations"]
+    if configuration not in known:  # it comes from --configurations
+        same = [name for name, content in known.items() if content.get("data_identifier") == identifier]
+        configuration = same[0] if same else configuration
+    number = dataset_number(plans.parent.name)
+    return f"Run nnUNetv2_preprocess -d {number} -plans_name {plans.stem} -c {configuration} first."
 
 
 def configured(campaign: Campaign, configuration: str) -> Any:

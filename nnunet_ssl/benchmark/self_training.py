@@ -22,6 +22,7 @@ from nnunet_ssl.data.nnunet_files import read_plans
 from nnunet_ssl.data.splits import SPLITS_FILE, write_splits
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_text
+from nnunet_ssl.text import dataset_number
 
 BEST = "50%"
 """Of the unlabeled cases, those on which the teachers agree most. Weak teachers agree well on no case."""
@@ -51,7 +52,7 @@ class Home:
     def dataset(self, number: int) -> str:
         """Name of the dataset of a round: the source, then what is made of it."""
         source = self.campaign.dataset
-        free = [one for one in range(999, 980, -1) if one != int(source[7:10])]
+        free = [one for one in range(999, 980, -1) if one != int(dataset_number(source))]
         return source if not number else f"Dataset{free[number - 1]}_{source[11:]}_Round{number}"
 
     def preprocessed(self, number: int) -> Path:
@@ -133,7 +134,7 @@ class Home:
         from nnunet_ssl.data.worker_processes import default_workers
 
         configurations = (self.campaign.configuration,)
-        preprocess_dataset(int(made[7:10]), self.campaign.plans, configurations, [default_workers()])
+        preprocess_dataset(int(dataset_number(made)), self.campaign.plans, configurations, [default_workers()])
         done.touch()
         return time.monotonic() - started
 

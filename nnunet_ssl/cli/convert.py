@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     lists = ("train", "unlabeled", "val")
     counts = [[number, *(len(fold[entry]) for entry in lists)] for number, fold in enumerate(folds)]
     print(f"\n{format_table(['fold', 'labeled', 'unlabeled', 'validation'], counts)}\n\n{file}")
-    print(f"Next: nnUNetv2_plan_and_preprocess -d {args.d}")
+    number = args.d
+    print(f"Next: nnUNetv2_plan_and_preprocess -d {number}")
     return 1 if report.failed else 0
 
 

@@ -26,6 +26,7 @@ from nnunet_ssl.data.small_plan import inheriting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import ELSEWHERE, cannot_write, list_names, lock, write_text
 from nnunet_ssl.settings import PLANS_KEY
+from nnunet_ssl.text import dataset_number
 
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.comparison import PairedDifference
@@ -203,7 +204,7 @@ class _Dataset:
 
     @property
     def number(self) -> str:
-        return self.raw.name[7:10]
+        return dataset_number(self.raw.name)
 
     def plans(self) -> dict[str, Any]:
         return read_plans(self.preprocessed / "nnUNetPlans.json", otherwise=_AFRESH)

@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunet_ssl.cli.lookup import RECOMMENDED, dataset_name, listing, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import by_axis, did_you_mean
+from nnunet_ssl.text import by_axis, dataset_number, did_you_mean
 
 HELP = "add a small configuration to the plans, which a computer without a GPU can train"
 
@@ -20,6 +20,9 @@ The small configuration inherits from the given one and uses the same preprocess
 128 x 128 pixels in 2D. Its batch has at most 2 patches in 3D and 12 in 2D.
 
 It is for trying things out. A training with the parent is more accurate.
+
+nnunet-ssl benchmark --configurations refuses plans that have another configuration of the same name. To use both,
+choose another name with --name.
 """
 
 
@@ -121,6 +124,6 @@ def _print_next(args: argparse.Namespace, name: str, *, ready: bool) -> None:
     print("Next:")
     if not ready:
         plans_name = "" if args.p == "nnUNetPlans" else f" -plans_name {args.p}"
-        print(f"  nnUNetv2_preprocess -d {args.d} -c {args.c}{plans_name}")
+        print(f"  nnUNetv2_preprocess -d {dataset_number(args.d)} -c {args.c}{plans_name}")
     for trainer in ("nnUNetTrainer", RECOMMENDED):
         print(f"  nnUNetv2_train {args.d} {name} 0{plans} -tr {trainer}_10epochs -device cpu")

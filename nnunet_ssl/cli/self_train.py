@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_ssl.cli.lookup import dataset_folders, held_dataset, worker_processes
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import some_of
+from nnunet_ssl.text import dataset_number, some_of
 
 if TYPE_CHECKING:
     from nnunet_ssl.data.self_training import Made
@@ -106,7 +106,7 @@ def _new_name(target: str, source: str) -> str:
     """
     if not _NUMBER_OR_NAME.fullmatch(target):
         raise UserError(f"--as is {target!r}; give a number from 1 to 999, or a name such as Dataset951_Mine.")
-    number = int(target if target.isdigit() else target[7:10])
+    number = int(dataset_number(target))
     if not number:
         raise UserError(f"--as is {target!r}; numbers of datasets are 1 to 999.")
     return f"Dataset{number:03d}_{source[11:]}_SelfTrained" if target.isdigit() else target
@@ -143,7 +143,7 @@ def _report(name: str, source: str, made: Made) -> None:
 
 def _print_next(name: str, made: Made) -> None:
     """nnU-Net's own commands."""
-    number, configuration = int(name[7:10]), made.configuration
+    number, configuration = dataset_number(name), made.configuration
     plans = "" if made.plans == "nnUNetPlans" else f" -p {made.plans}"
     folds = range(len(made.cases.carried))
     print("Next:")

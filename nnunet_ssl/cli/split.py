@@ -20,7 +20,8 @@ then --labeled 100%, is the fold as it was. With the same seed, a smaller number
 
 The folds are those of splits_final.json in nnUNet_preprocessed; if there is no such file, nnU-Net's own five folds. Two
 to four labeled cases make as many folds, each with one case for validation. A single case makes one fold, which trains
-on it and validates none. The previous file is kept as splits_final.json.bak.
+on it and validates none. The previous file is kept as splits_final.json.bak; if there is one already, as .bak2, .bak3
+and so on.
 """
 
 

@@ -16,7 +16,7 @@ from nnunet_ssl.data.raw_cases import RawCase
 from nnunet_ssl.data.records import CASE_FILES, folder_name, records_folder, unlabeled_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import list_names
-from nnunet_ssl.text import one_line
+from nnunet_ssl.text import dataset_number, one_line
 
 _NOT_PLANS = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
 
@@ -48,14 +48,14 @@ def labeled_folders(preprocessed: Path) -> list[LabeledFolder]:
         if any(name.endswith(".npz") for name in names):
             raise UserError(
                 f"{preprocessed / one.identifier} was written by an older nnU-Net (.npz). Preprocess again: "
-                f"nnUNetv2_preprocess -d {preprocessed.name}."
+                f"nnUNetv2_preprocess -d {dataset_number(preprocessed.name)}."
             )
         if any(name.endswith(".b2nd") for name in names):
             found.append(one)
     if not found:
         raise UserError(
             f"{preprocessed} contains no preprocessed labeled case. Run nnUNetv2_plan_and_preprocess -d "
-            f"{preprocessed.name} first."
+            f"{dataset_number(preprocessed.name)} first."
         )
     return found
 
@@ -115,7 +115,8 @@ def _named_folders(preprocessed: Path) -> Iterator[LabeledFolder]:
     """One for each folder that plans name, whether it is there or not; nnU-Net's own plans first."""
     known = set()
     files = sorted(preprocessed.glob("*.json"), key=lambda file: (file.name != "nnUNetPlans.json", file.name))
-    again = f"Make them again with nnUNetv2_plan_and_preprocess -d {preprocessed.name}, or move the file away."
+    number = dataset_number(preprocessed.name)
+    again = f"Make them again with nnUNetv2_plan_and_preprocess -d {number}, or move the file away."
     for file in files:
         if file.name in _NOT_PLANS or not _looks_like_plans(read_any_json(file, otherwise=again)):
             continue

@@ -21,6 +21,7 @@ from nnunet_ssl.benchmark.self_training import Home
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock
+from nnunet_ssl.text import dataset_number
 
 
 @pytest.fixture
@@ -210,10 +211,22 @@ def test_more_configurations(dataset, tmp_path):
         begin(dataset, tmp_path / "d", configurations=file)
 
 
+def test_what_to_preprocess_is_a_configuration_of_the_plans(dataset, tmp_path):
+    file = tmp_path / "more.json"
+    file.write_text(json.dumps({"tinier": {"inherits_from": "2d", "batch_size": 3}}))
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text())
+    plans["configurations"]["2d"]["data_identifier"] = "nowhere"
+    (dataset / "nnUNetPlans.json").write_text(json.dumps(plans))
+    number = dataset_number(dataset.name)
+    with pytest.raises(UserError, match=f"Run nnUNetv2_preprocess -d {number} -plans_name nnUNetPlans -c 2d first"):
+        begin(dataset, tmp_path / "c", configuration="tinier", configurations=file)
+
+
 HOLD = """
 import sys
 from pathlib import Path
 from nnunet_ssl.files import lock
+from nnunet_ssl.text import dataset_number
 with lock(Path(sys.argv[1])) as held:
     print(held, flush=True)
     sys.stdin.read()

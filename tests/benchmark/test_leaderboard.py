@@ -78,7 +78,10 @@ def test_who_loses_is_named_first(leaderboard, tmp_path):
     campaign(tmp_path / "b", BASE | {"Better": [0.77]}, dataset="D_Two", identifier="d", setting="fold 1, 6 labeled")
     page = leaderboard.make_page(leaderboard.read_reports(tmp_path))
     heading, below, other, above, spread = page.split("\n\n")[1:6]
-    assert heading == "**Below nnUNetTrainer by more than the spread of its trainings**, in Dice:"
+    assert heading == (
+        "**Below nnUNetTrainer by more than the spread of its trainings**, in Dice (an interval that contains 0 shows "
+        "no difference: see the table):"
+    )
     assert below == "- Worse: One, 2 labeled -0.020 (n = 3)\n- Better: Two, 6 labeled -0.030 (n = 1, too few)"
     assert other.startswith("**Above") and above == "- Better: One, 2 labeled +0.020 (n = 3)"
     assert "One, 2 labeled 0.010 (3 trainings)" in spread
@@ -115,8 +118,10 @@ def test_a_row_is_repeated_by_the_command_that_the_page_gives(leaderboard, tmp_p
     assert (first.folds, first.labeled, first.validate) == ([1], [], 12)
     assert (PROJECT / first.configurations).is_file()
     assert (second.labeled, second.folds, second.validate, second.configurations) == (["2"], [], None, None)
-    assert "    python benchmarks/small_plans.py -d Dataset901_LeftAtrium\n    nnUNetv2_preprocess -d" in page
-    assert "    nnUNetv2_plan_and_preprocess -d Dataset903_ACDC -c 2d\n" in page
+    assert (first.o.name, second.o.name) == ("repeated_903", "repeated_901"), "a folder holds one campaign"
+    assert "    python benchmarks/small_plans.py -d 901\n    nnUNetv2_preprocess -d 901 -c 2d_coarse\n" in page
+    assert "    nnUNetv2_plan_and_preprocess -d 903 -c 2d\n" in page, "nnU-Net takes no name there"
+    assert page.count("If the plans already have another `2d_small`") == 1
 
 
 def test_only_tables_of_one_campaign_are_taken(leaderboard, tmp_path, monkeypatch, capsys):

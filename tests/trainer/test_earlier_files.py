@@ -18,7 +18,7 @@ from nnunet_ssl.data.preprocessing import preprocess_unlabeled
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
 from nnunet_ssl.testing import initialized, make_batches
 
-FIXTURE = Path(__file__).resolve().parents[1] / "data_fixtures" / "before_the_house"
+FIXTURE = Path(__file__).resolve().parents[1] / "data_fixtures" / "before_refactoring"
 NAME = "Dataset007_Tiny"
 CASES = ["scan_1", "scan_2"]
 
