@@ -226,7 +226,6 @@ HOLD = """
 import sys
 from pathlib import Path
 from nnunet_ssl.files import lock
-from nnunet_ssl.text import dataset_number
 with lock(Path(sys.argv[1])) as held:
     print(held, flush=True)
     sys.stdin.read()
