@@ -276,7 +276,7 @@ def test_without_fingerprint_spacing_is_not_compared(dataset: TinyDataset) -> No
 def test_a_broken_fingerprint_is_named(dataset: TinyDataset, content: str, expected: str) -> None:
     (dataset.preprocessed / "dataset_fingerprint.json").write_text(content)
     dataset.add("scan", voxels(0))
-    with pytest.raises(UserError, match=rf"{expected}.*nnUNetv2_extract_fingerprint -d 007 --clean\."):
+    with pytest.raises(UserError, match=rf"{expected}.*nnUNetv2_extract_fingerprint -d 7 --clean\."):
         dataset.run()
 
 

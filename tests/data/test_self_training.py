@@ -372,7 +372,7 @@ def change_json(file: Path, **entries) -> None:
         (lambda home: change_json(home.queue / "queue.json", plans="Other"), "There is no .*Other.json"),
         (lambda home: shutil.rmtree(home.queue), "is no queue"),
         (lambda home: (home.queue / "cases.csv").unlink(), "There is no .*cases.csv yet"),
-        (lambda home: (home.preprocessed / "dataset_fingerprint.json").unlink(), "nnUNetv2_extract_fingerprint -d 007"),
+        (lambda home: (home.preprocessed / "dataset_fingerprint.json").unlink(), "nnUNetv2_extract_fingerprint -d 7"),
         (lambda home: write_json(home.preprocessed / "splits_final.json", []), "no fold could tell"),
     ],
 )
