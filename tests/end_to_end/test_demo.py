@@ -64,38 +64,50 @@ def test_demo_of_all_trainers(tmp_path):
     assert all(line in again.stdout for line in finished.stdout.splitlines() if line.startswith("chamber"))
 
 
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Calls ``nnunet-ssl demo`` in the folder, which must end with exit code 2; gives what it says."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments) -> str:
+        try:
+            code = main(["demo", *arguments])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        assert code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
 SETTINGS = {"trainer": "UniMatchTrainer", "seed": 0, "epochs": demo.EPOCHS}
 
 
-def test_refuses_a_folder_that_it_did_not_make(tmp_path):
+def test_refuses_a_folder_that_it_did_not_make(tmp_path, refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
-    finished = run_demo("-o", "out", "--overwrite", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "exists, but not from a demo" in finished.stderr
+    said = refused("-o", "out", "--overwrite")
+    assert "exists, but not from a demo" in said
     assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
 
 
-def test_refuses_to_continue_a_demo_with_other_settings(tmp_path):
+def test_refuses_to_continue_a_demo_with_other_settings(tmp_path, refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "demo.json").write_text(json.dumps(SETTINGS | {"seed": 1}))
-    finished = run_demo("-o", "out", "--seed", "2", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "other settings" in finished.stderr and "--overwrite" in finished.stderr
+    said = refused("-o", "out", "--seed", "2")
+    assert "other settings" in said and "--overwrite" in said
 
 
-def test_refuses_to_compare_all_in_the_folder_of_one(tmp_path):
+def test_refuses_to_compare_all_in_the_folder_of_one(tmp_path, refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "demo.json").write_text(json.dumps(SETTINGS))
-    finished = run_demo("-o", "out", "--all", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "other settings" in finished.stderr and "--overwrite" in finished.stderr
+    said = refused("-o", "out", "--all")
+    assert "other settings" in said and "--overwrite" in said
 
 
-def test_one_trainer_or_all(tmp_path):
-    finished = run_demo("--all", "--trainer", "SimCVDTrainer", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "not allowed with argument" in finished.stderr
+def test_one_trainer_or_all(tmp_path, refused):
+    said = refused("--all", "--trainer", "SimCVDTrainer")
+    assert "not allowed with argument" in said
     assert not (tmp_path / "nnunet_ssl_demo").exists()
 
 
@@ -132,35 +144,34 @@ def test_all_is_every_trainer_of_the_folder():
     assert list(trainer_descriptions(trainers_folder())) == METHODS
 
 
-def test_an_unknown_trainer_is_refused_with_the_known_ones(tmp_path):
-    finished = run_demo("--trainer", "NoSuchTrainer", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "no trainer NoSuchTrainer" in finished.stderr and ", ".join(METHODS) in finished.stderr
+def test_an_unknown_trainer_is_refused_with_the_known_ones(tmp_path, refused):
+    said = refused("--trainer", "NoSuchTrainer")
+    assert "no trainer NoSuchTrainer" in said and ", ".join(METHODS) in said
     assert not (tmp_path / "nnunet_ssl_demo").exists(), "the right call works at once"
 
 
 @pytest.mark.parametrize(("option", "value"), [("--epochs", "0"), ("-np", "0"), ("--seed", "-1")])
-def test_a_wrong_number_writes_nothing(tmp_path, option, value):
-    finished = run_demo(option, value, cwd=tmp_path)
-    assert finished.returncode == 2 and f"{option} is {value}" in finished.stderr
+def test_a_wrong_number_writes_nothing(tmp_path, option, value, refused):
+    said = refused(option, value)
+    assert f"{option} is {value}" in said
     assert not (tmp_path / "nnunet_ssl_demo").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [(("-tr", "nnUNetTrainer"), "compare with nnUNetTrainer"), (("-o", f"a{os.pathsep}b"), "nnUNet_extTrainer")],
 )
-def test_what_cannot_work_writes_nothing(tmp_path, arguments, said):
-    finished = run_demo(*arguments, cwd=tmp_path)
-    assert finished.returncode == 2 and said in finished.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["user"]
+def test_what_cannot_work_writes_nothing(tmp_path, arguments, message, refused):
+    said = refused(*arguments)
+    assert message in said
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path, refused):
     (tmp_path / "file").touch()
-    finished = run_demo("-o", "file/out", cwd=tmp_path)
-    assert finished.returncode == 2 and f"{tmp_path / 'file' / 'out'}" in finished.stderr
-    assert "cannot be written" in finished.stderr
+    said = refused("-o", "file/out")
+    assert f"{tmp_path / 'file' / 'out'}" in said
+    assert "cannot be written" in said
 
 
 def test_one_demo_at_a_time_in_a_folder(tmp_path):

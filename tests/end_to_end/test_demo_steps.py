@@ -157,6 +157,7 @@ import os, signal, sys
 from pathlib import Path
 from nnunet_ssl.cli import demo_steps
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
 demo_steps.find_program = lambda name: sys.executable
 folder = Path({str(tmp_path)!r})
 with demo_steps.ended_by_signals():
