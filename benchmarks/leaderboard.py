@@ -135,9 +135,7 @@ def make_page(reports: Sequence[tuple[Campaign, Report]]) -> str:
     alone = [column for column in columns if column not in several]
     if alone:
         parts.append("nnUNetTrainer alone: " + "; ".join(_trained_alone(column) for column in alone) + ".")
-    parts += ["## What it does not show", _limits(reports, several)]
-    if reports:
-        parts.append(_READ_BELOW)
+    parts += ["## What it does not show", _limits(reports, several), _READ_BELOW]
     for campaign, report in reports:
         parts += _section(campaign, report)
     return "\n\n".join(parts) + "\n"
@@ -257,10 +255,8 @@ def _verdicts(columns: Sequence[Column]) -> list[str]:
 
 
 def _origin(runs: Sequence[Run]) -> str:
-    command = "Made by `python benchmarks/leaderboard.py` from the tables of campaigns in `benchmarks/results/campaign`"
-    if not runs:
-        return f"{command}. No campaign is there yet."
     dates = sorted(run.about["date"] for run in runs)
+    command = "Made by `python benchmarks/leaderboard.py` from the tables of campaigns in `benchmarks/results/campaign`"
     return f"{command}: {len(runs)} trainings, {dates[0]} to {dates[-1]} UTC."
 
 

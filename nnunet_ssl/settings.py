@@ -332,8 +332,8 @@ def _check_place(configuration: Mapping[str, Any], plans: Mapping[str, Any], kno
             )
         if key in known:
             raise UserError(
-                f"The configuration in the plans has the setting {key!r} beside nnU-Net's own entries, where nothing "
-                f"reads it. Move it into its '{PLANS_KEY}', a table of settings."
+                f"The configuration in the plans has the setting {key!r} outside of '{PLANS_KEY}', where nothing reads "
+                "it. Move it into that table."
             )
     for key in plans:
         if closest(key, [PLANS_KEY], cutoff=0.8):

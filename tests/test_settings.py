@@ -77,5 +77,5 @@ def test_settings_under_another_name_or_in_another_place_are_not_passed_over(nam
         CrossMatchSettings.from_plans({}, plans)
     with pytest.raises(UserError, match="'semi_supervised' as a configuration, where nothing reads it"):
         CrossMatchSettings.from_plans({}, {"configurations": {"semi_supervised": {"ramp_length": 0.0}}})
-    with pytest.raises(UserError, match="setting 'ramp_length' beside nnU-Net's own entries"):
+    with pytest.raises(UserError, match="setting 'ramp_length' outside of 'semi_supervised', where nothing reads it"):
         CrossMatchSettings.from_plans({"batch_size": 2, "ramp_length": 0.0})

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.errors import MethodError, returned
-from nnunet_ssl.networks.architectures import check_supported
 from nnunet_ssl.networks.branch import Branch
 from nnunet_ssl.networks.streams import Logits, Masks, Stream, StreamMasks, StreamOutput, draw_dropout_masks
 from nnunet_ssl.networks.teacher import Teacher
@@ -64,7 +63,7 @@ class TrainingNetwork(Branch):
     ) -> None:
         super().__init__(network, decoders=decoders, head=head)
         self.predict_with_teacher = False
-        _check_apart(network, decoders or {}, networks or {})
+        _check_apart(self.encoder, self.decoder, decoders or {}, networks or {})
         for name, other in (networks or {}).items():
             self.training_only[f"network_{name}"] = Branch(other)
         if teacher:
@@ -229,17 +228,19 @@ def training_network_of(made: Any) -> TrainingNetwork:
     return network
 
 
-def _check_apart(network: nn.Module, decoders: Mapping[str, nn.Module], networks: Mapping[str, nn.Module]) -> None:
-    """Whether each decoder and network has weights that none before it has."""
-    taken = set(network.parameters())
-    encoder = set(check_supported(network).encoder.parameters())
+def _check_apart(
+    encoder: nn.Module, decoder: nn.Module, decoders: Mapping[str, nn.Module], networks: Mapping[str, nn.Module]
+) -> None:
+    """Whether each decoder and network has weights that none before it has, nnU-Net's own being the first."""
+    shared = set(encoder.parameters())
+    taken = shared | set(decoder.parameters())
     for what, made, others in (
         ("decoder", "another_decoder(network.decoder)", decoders),
         ("network", "another_network(network)", networks),
     ):
         for name, other in others.items():
             # nnU-Net's decoders hold their encoder.
-            own = set(other.parameters()) - encoder
+            own = set(other.parameters()) - shared
             if own <= taken:
                 raise MethodError(f"The {what} {name!r} has no weights of its own. Make it with {made}.")
             taken |= own

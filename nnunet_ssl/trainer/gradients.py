@@ -241,7 +241,7 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) ->
     """Whether the streams' images are there and of one size.
 
     Raises:
-        MethodError: one is missing or None, or they differ in more than the number of samples.
+        MethodError: one is missing or no tensor of an image, or they differ in more than the number of samples.
     """
     for name, stream in streams.items():
         if stream.image not in images:
@@ -253,11 +253,12 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) ->
             raise MethodError(
                 f"images() returns None as {stream.image!r}: a view that is not there. Ask for it in unlabeled_views()."
             )
-    for name in dict.fromkeys(one.image for one in streams.values()):
-        one = images[name]
-        if not isinstance(one, Tensor) or one.ndim < 4:
-            found = f"the shape {tuple(one.shape)}" if isinstance(one, Tensor) else f"the type {type(one).__name__}"
-            raise MethodError(f"The image {name!r} of images() has {found}; it must be a tensor (N, C, *patch size).")
+        image = images[stream.image]
+        if not isinstance(image, Tensor) or image.ndim < 4:
+            found = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else f"type {type(image).__name__}"
+            raise MethodError(
+                f"The image {stream.image!r} of images() has the {found}; it must be a tensor (N, C, *patch size)."
+            )
     sizes = {name: tuple(images[name].shape[1:]) for name in dict.fromkeys(one.image for one in streams.values())}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
