@@ -16,6 +16,10 @@ from hypothesis import settings
 
 # nnU-Net reads it when it is imported. It would start eight processes for each of its pools.
 os.environ.setdefault("nnUNet_def_n_proc", "1")
+# PyTorch reads these when it is imported. On tensors as small as the tests', threads cost more than they save, and those
+# that spin while they wait take the cores from other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from method_steps import TRAINERS
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -85,10 +89,8 @@ def nnunet_environment(root: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
     environment |= {name: str(root / name.removeprefix("nnUNet_")) for name in NNUNET_FOLDERS}
     environment["nnUNet_extTrainer"] = os.pathsep.join([str(trainers_folder()), str(root / "trainers")])
-    # Worker processes and threads for two cores.
+    # Worker processes for two cores.
     environment |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f"}
-    # Threads that spin while they wait take the cores from the loaders' processes.
-    environment["OMP_WAIT_POLICY"] = "passive"
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     return environment
 

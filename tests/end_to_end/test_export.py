@@ -43,7 +43,7 @@ class OtherMachine:
         ours = ("nnUNet", "PYTHON", "VIRTUAL_ENV")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         # Packages in the user's home folder would come into every environment.
-        self.environment |= {"PYTHONNOUSERSITE": "1", "nnUNet_compile": "f", "OMP_WAIT_POLICY": "passive"}
+        self.environment |= {"PYTHONNOUSERSITE": "1", "nnUNet_compile": "f"}
         # As many threads as here: sums in another order would be rounded differently.
         self.environment["nnUNet_def_n_proc"] = "1"
         for name in ("raw", "preprocessed", "results"):

@@ -23,11 +23,8 @@ class Outputs(dict):
         return self[name].detach()
 
 
-def made_up_outputs(trainer, labeled, unlabeled, make) -> tuple[Outputs, list[torch.Tensor]]:
-    """Outputs of all streams in the right shapes, made by ``make(shape)``, and the tensors that need a gradient."""
-    streams, images = trainer.streams(), images_of(trainer, labeled, unlabeled)
-    with torch.no_grad():
-        shapes = trainer.training_network(images, streams, {})
+def made_up_outputs(streams, shapes, make) -> tuple[Outputs, list[torch.Tensor]]:
+    """Outputs of all streams, made by ``make(shape)`` in the shapes of given ones, and tensors that need a gradient."""
     leaves = []
 
     def leaf(like: torch.Tensor, gradient: bool) -> torch.Tensor:
@@ -61,6 +58,9 @@ def made_up_outputs(trainer, labeled, unlabeled, make) -> tuple[Outputs, list[to
 def test_terms_and_gradients_are_finite_for_any_logits(method, regions, dtype, planned_2d, monkeypatch, tmp_path):
     trainer = make_of_table(method, planned_2d, monkeypatch, tmp_path, regions=regions, ignore=regions)
     labeled, unlabeled, _ = make_batches(trainer)
+    streams = trainer.streams()
+    with torch.no_grad():
+        shapes = trainer.training_network(images_of(trainer, labeled, unlabeled), streams, {})
     largest = min(torch.finfo(dtype).max, 1e6)
     scales = st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 30.0, 1e3, largest])
 
@@ -75,7 +75,7 @@ def test_terms_and_gradients_are_finite_for_any_logits(method, regions, dtype, p
             values[:, -1] += offset  # of logits, one class far ahead everywhere
             return values.clamp(-largest, largest).to(dtype)
 
-        outputs, leaves = made_up_outputs(trainer, labeled, unlabeled, make)
+        outputs, leaves = made_up_outputs(streams, shapes, make)
         terms: dict[str, torch.Tensor] = {}
         for part in terms_of(trainer, outputs, labeled, unlabeled):
             for name, value in part.items():
