@@ -16,8 +16,8 @@ from hypothesis import settings
 
 # nnU-Net reads it when it is imported. It would start eight processes for each of its pools.
 os.environ.setdefault("nnUNet_def_n_proc", "1")
-# PyTorch reads these when it is imported. On tensors as small as the tests', threads cost more than they save, and those
-# that spin while they wait take the cores from other processes.
+# PyTorch reads these when it is imported. On the tests' small tensors, threads cost more than they save. Threads that
+# spin while they wait take the cores from other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
