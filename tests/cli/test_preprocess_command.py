@@ -62,7 +62,6 @@ def environment(root: Path) -> dict[str, str]:
         "nnUNet_raw": str(root / "raw"),
         "nnUNet_preprocessed": str(root / "preprocessed"),
         "nnUNet_results": str(root / "results"),
-        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -36,7 +36,7 @@ def ranks(request, planned_2d, planned_3d, tmp_path_factory) -> list[dict]:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)),
             *map(str, (planned_2d.preprocessed, planned_3d.preprocessed, results)),
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

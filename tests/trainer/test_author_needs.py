@@ -195,7 +195,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     script = Path(__file__).with_name("author_steps.py")
     done = subprocess.run(
         [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), script, results],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
