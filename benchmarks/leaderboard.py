@@ -193,17 +193,18 @@ def draw(columns: Sequence[Column], file: Path) -> None:
         fontsize="medium",
     )
     axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(file, dpi=120)
 
 
 _READ = f"""\
 The table gives the mean Dice over structures, validation cases and trainings. In brackets: the difference to
-nnUNetTrainer, paired over the cases, and its 95 % interval over cases and trainings. An interval that contains 0 shows
-no difference. n is the number of trainings; fewer than {ENOUGH} are "too few" for a conclusion. Cost is the time of a
-step relative to that of nnUNetTrainer (on a CPU, processor time). Each training measures the latter itself; older
-trainings did not, and are compared with nnUNetTrainer's trainings. The cost is empty where the machine had another
-speed than for these. Arms with more columns come first, then those with the larger mean difference.
+nnUNetTrainer, paired over the cases, and its 95 % interval over cases and trainings. An interval that contains 0 does
+not show a difference. n is the number of trainings; fewer than {ENOUGH} are "too few" for a conclusion. Cost is the
+time of a step relative to that of nnUNetTrainer (on a CPU, processor time). Each training measures the latter itself;
+older trainings did not, and are compared with nnUNetTrainer's trainings. The cost is empty where the machine had
+another speed than for these. Arms with more columns come first, then those with the larger mean difference.
 [Chance](explanation/chance.md) explains why the spread of trainings matters. `@self-train=1` is
 [self-training](how-to/benchmark.md#arms): its cost is that of the steps of its three trainings. The ranking, which
 predicts all unlabeled cases, only counts in the training minutes below."""
@@ -229,7 +230,7 @@ def _read(folder: Path) -> tuple[Campaign, Report]:
     return campaign, report
 
 
-_NOT_SHOWN = "an interval that contains 0 shows no difference: see the table"
+_NOT_SHOWN = "an interval that contains 0 does not show a difference: see the table"
 
 
 def _verdicts(columns: Sequence[Column]) -> list[str]:
@@ -327,8 +328,9 @@ def _section(campaign: Campaign, report: Report) -> Iterator[str]:
         yield f"### {campaign.dataset.partition('_')[2]}, {setting}"
         yield from report.tables(setting)
     yield (
-        "To repeat a row, keep nnUNetTrainer and the row's arm after `-tr`. The dataset must have the folds of this "
-        f"campaign; `benchmarks/results/campaign/{campaign.folder.name}/campaign.json` lists their cases. Prepare once:"
+        "To repeat a row, keep nnUNetTrainer and the row's arm after `-tr`. You need the same cases, the same folds "
+        f"(`benchmarks/results/campaign/{campaign.folder.name}/campaign.json` lists their cases) and the same scans in "
+        "`imagesUn` ([how many](explanation/evidence.md)). Prepare once:"
     )
     yield _code(_preparation(campaign))
     if _more_configurations(campaign) is not None:

@@ -45,6 +45,15 @@ def dataset_number(dataset: str) -> str:
     return str(int(dataset[7:10])) if re.match(r"Dataset\d{3}_", dataset) else dataset
 
 
+def planning_command(dataset: str) -> str:
+    """nnU-Net's command that plans and preprocesses a dataset, given its number or its name.
+
+    >>> planning_command("Dataset007_Heart")
+    'nnUNetv2_plan_and_preprocess -d 7'
+    """
+    return f"nnUNetv2_plan_and_preprocess -d {dataset_number(dataset)}"
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """A value as Python writes it, cut after ``limit`` characters."""
     return _cut(repr(value), limit)

@@ -23,7 +23,7 @@ from nnunet_ssl.data.splits import Fold, append_fold, current_splits, labeled_ca
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import lock, write_text
 from nnunet_ssl.settings import PLANS_KEY
-from nnunet_ssl.text import dataset_number
+from nnunet_ssl.text import dataset_number, planning_command
 
 DRAW_SEED = 0
 """Of the draw of labeled cases: so that few labeled cases are a part of many, in every campaign the same ones."""
@@ -191,8 +191,7 @@ def fold_of(campaign: Campaign, setting: str) -> Fold:
 
 def _plans(preprocessed_folder: Path, name: str, configuration: str, more: Path | None) -> dict[str, Any]:
     """The plans with what ``more`` adds, checked to have a configuration whose cases are preprocessed."""
-    number = dataset_number(preprocessed_folder.name)
-    again = f"Make it with nnUNetv2_plan_and_preprocess -d {number}, or choose other plans with -p."
+    again = f"Make it with {planning_command(preprocessed_folder.name)}, or choose other plans with -p."
     file = preprocessed_folder / f"{name}.json"
     plans = read_plans(file, otherwise=again)
     if more is not None:

@@ -260,9 +260,9 @@ class Report:
 _READ = """\
 The difference is to {baseline}, paired over the validation cases. Its 95 % interval includes the chance of cases
 (bootstrap) and of trainings (Student's t with the spread of trainings, the standard deviation of their means). If the
-interval contains 0, it shows no difference. "-" instead of an interval: one training each, or a single validation case,
-so the chance of trainings or of cases is unknown. A larger Dice is better, and a smaller HD95. For time and memory, ×
-is relative to {baseline} in this campaign."""
+interval contains 0, it does not show a difference. "-" instead of an interval: one training each, or a single
+validation case, so the chance of trainings or of cases is unknown. A larger Dice is better, and a smaller HD95. For
+time and memory, × is relative to {baseline} in this campaign."""
 
 
 def _gain_table(gains: Sequence[Gain], metric: str) -> tuple[list[str], list[list[object]]]:

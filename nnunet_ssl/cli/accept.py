@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_ssl.cli.lookup import dataset_folders, held_dataset, worker_processes
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number, some_of
+from nnunet_ssl.text import planning_command, some_of
 
 if TYPE_CHECKING:
     from nnunet_ssl.data.accepting import DatasetFolders
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     num_processes = worker_processes(args.np)
     dataset = dataset_folders(
         args.d,
-        otherwise="The dataset must be planned and preprocessed first: "
-        f"nnUNetv2_plan_and_preprocess -d {dataset_number(args.d)}.",
+        otherwise=f"The dataset must be planned and preprocessed first: {planning_command(args.d)}.",
     )
 
     from nnunet_ssl.data.journal import recover

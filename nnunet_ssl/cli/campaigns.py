@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_ssl.cli.lookup import dataset_name, device_name, nnunet_folder
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number
+from nnunet_ssl.text import planning_command
 from nnunet_ssl.trainer_lookup import name_trainers_folder
 
 if TYPE_CHECKING:
@@ -80,10 +80,7 @@ def find_dataset(dataset: str, folder: Path) -> Dataset:
     name_trainers_folder()
     name = dataset_name(dataset)
     if not (preprocessed / name / "dataset.json").is_file():
-        raise UserError(
-            f"{preprocessed / name} is not a planned dataset. "
-            f"Run nnUNetv2_plan_and_preprocess -d {dataset_number(dataset)}."
-        )
+        raise UserError(f"{preprocessed / name} is not a planned dataset. Run {planning_command(dataset)}.")
     return Dataset(name, preprocessed / name, raw / name if raw else None)
 
 

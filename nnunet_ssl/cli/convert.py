@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number, some_of
+from nnunet_ssl.text import planning_command, some_of
 
 HELP = "convert a benchmark dataset of semi-supervised segmentation from its official download"
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     lists = ("train", "unlabeled", "val")
     counts = [[number, *(len(fold[entry]) for entry in lists)] for number, fold in enumerate(folds)]
     print(f"\n{format_table(['fold', 'labeled', 'unlabeled', 'validation'], counts)}\n\n{file}")
-    print(f"Next: nnUNetv2_plan_and_preprocess -d {dataset_number(str(args.d))}")
+    print(f"Next: {planning_command(str(args.d))}")
     return 1 if report.failed else 0
 
 

@@ -372,5 +372,5 @@ def _evaluate(
 def _gain(trainer: str, found: PairedDifference) -> str:
     more = "more" if found.mean >= 0 else "less"
     interval = f"95 % interval over {found.cases} test cases {found.low:+.3f} to {found.high:+.3f}"
-    shown = "" if found.low > 0 or found.high < 0 else "; it contains 0, so this shows no difference"
+    shown = "" if found.low > 0 or found.high < 0 else "; it contains 0, so this does not show a difference"
     return f"{trainer}: {abs(found.mean):.3f} Dice {more} than {BASELINE} on average ({interval}{shown})."

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.data.nnunet_files import read_plans as plans_of_file
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number, did_you_mean
+from nnunet_ssl.text import did_you_mean, planning_command
 from nnunet_ssl.trainer_lookup import RECOMMENDED as RECOMMENDED
 from nnunet_ssl.trainer_lookup import find_trainer as find_trainer
 from nnunet_ssl.trainer_lookup import model_name as model_name
@@ -161,14 +161,14 @@ def read_plans(preprocessed_dataset: Path, plans_name: str, dataset: str) -> dic
         found = sorted(one.stem for one in preprocessed_dataset.glob("*.json") if one.name not in others)
         raise UserError(
             f"There are no plans {file}; {listing('plans there', found)} "
-            f"Choose with -p, or run nnUNetv2_plan_and_preprocess -d {dataset_number(dataset)} first."
+            f"Choose with -p, or run {planning_command(dataset)} first."
         )
     return plans_of_file(file, otherwise=plan_again(dataset))
 
 
 def plan_again(dataset: str) -> str:
     """What to do about plans or a dataset.json that are broken; ``dataset`` is how the user named it."""
-    return f"Make it again with nnUNetv2_plan_and_preprocess -d {dataset_number(dataset)}."
+    return f"Make it again with {planning_command(dataset)}."
 
 
 def listing(what: str, names: list[str]) -> str:

@@ -10,7 +10,7 @@ from nnunet_ssl.cli.lookup import listing, nnunet_folder, plan_again, read_plans
 from nnunet_ssl.data.nnunet_files import read_dataset_json
 from nnunet_ssl.data.raw_cases import unread_folders_message
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number
+from nnunet_ssl.text import planning_command
 
 HELP = "preprocess the images in imagesUn beforehand (otherwise a training does it when it starts)"
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         planned = sorted(file.parent.name for file in preprocessed.glob("Dataset*/dataset.json"))
         raise UserError(
             f"{preprocessed} contains no dataset {args.d}; {listing('planned datasets there', planned)} Run "
-            f"nnUNetv2_plan_and_preprocess -d {dataset_number(args.d)} first, or correct -d or nnUNet_preprocessed."
+            f"{planning_command(args.d)} first, or correct -d or nnUNet_preprocessed."
         )
     raw_dataset, preprocessed_dataset = raw / name, preprocessed / name
     if not (raw_dataset / "imagesUn").is_dir():

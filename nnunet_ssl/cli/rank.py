@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.cli.lookup import check_fold_name, dataset_folders, device_name, find_trainer, nnunet_folder, plan_again
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number, some_of
+from nnunet_ssl.text import planning_command, some_of
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[int | str], list[str]]:
 
 def _find_dataset(dataset: str) -> _Dataset:
     results = nnunet_folder("nnUNet_results", "nnU-Net keeps trained models there.")
-    to_plan = f"Plan the dataset: nnUNetv2_plan_and_preprocess -d {dataset_number(dataset)}."
+    to_plan = f"Plan the dataset: {planning_command(dataset)}."
     folders = dataset_folders(dataset, otherwise=to_plan)
 
     from nnunet_ssl.data.nnunet_files import read_dataset_json

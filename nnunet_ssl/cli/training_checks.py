@@ -11,7 +11,7 @@ from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
 from nnunet_ssl.cli.lookup import described, find_trainer
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_fingerprint, read_plans
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number
+from nnunet_ssl.text import planning_command
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -42,7 +42,7 @@ def check_dataset(
     except (RuntimeError, ValueError) as error:
         raise UserError(f"dataset {dataset}: {error}") from error
     raw, preprocessed = (Path(os.environ[variable]) / name for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
-    to_plan = f"nnUNetv2_plan_and_preprocess -d {dataset_number(dataset)} -c {configuration or 'CONFIGURATION'}"
+    to_plan = f"{planning_command(dataset)} -c {configuration or 'CONFIGURATION'}"
 
     description = read_dataset_json(preprocessed / "dataset.json", otherwise=f"Run {to_plan}")
     yield ok(f"{name}: {description.get('numTraining', '?')} labeled cases, {len(description['labels'])} labels")

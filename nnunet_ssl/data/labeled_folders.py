@@ -16,7 +16,7 @@ from nnunet_ssl.data.raw_cases import RawCase
 from nnunet_ssl.data.records import CASE_FILES, folder_name, records_folder, unlabeled_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import list_names
-from nnunet_ssl.text import dataset_number, one_line
+from nnunet_ssl.text import dataset_number, one_line, planning_command
 
 _NOT_PLANS = ("dataset.json", "dataset_fingerprint.json", "splits_final.json")
 
@@ -54,8 +54,7 @@ def labeled_folders(preprocessed: Path) -> list[LabeledFolder]:
             found.append(one)
     if not found:
         raise UserError(
-            f"{preprocessed} contains no preprocessed labeled case. Run nnUNetv2_plan_and_preprocess -d "
-            f"{dataset_number(preprocessed.name)} first."
+            f"{preprocessed} contains no preprocessed labeled case. Run {planning_command(preprocessed.name)} first."
         )
     return found
 
@@ -115,8 +114,7 @@ def _named_folders(preprocessed: Path) -> Iterator[LabeledFolder]:
     """One for each folder that plans name, whether it is there or not; nnU-Net's own plans first."""
     known = set()
     files = sorted(preprocessed.glob("*.json"), key=lambda file: (file.name != "nnUNetPlans.json", file.name))
-    number = dataset_number(preprocessed.name)
-    again = f"Make them again with nnUNetv2_plan_and_preprocess -d {number}, or move the file away."
+    again = f"Make them again with {planning_command(preprocessed.name)}, or move the file away."
     for file in files:
         if file.name in _NOT_PLANS or not _looks_like_plans(read_any_json(file, otherwise=again)):
             continue

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number, shorten
+from nnunet_ssl.text import dataset_number, planning_command, shorten
 
 MEND = "Correct it, or copy it from where the dataset came from."
 """What to do about a broken file of a dataset."""
@@ -113,7 +113,7 @@ def read_descriptions(raw: Path, preprocessed: Path) -> tuple[dict[str, Any], di
     Raises:
         UserError: one cannot be read, they contradict each other, or cases lie elsewhere than nnU-Net's folders.
     """
-    again = f"Plan and preprocess again: nnUNetv2_plan_and_preprocess -d {dataset_number(raw.name)}."
+    again = f"Plan and preprocess again: {planning_command(raw.name)}."
     planned = read_dataset_json(preprocessed / "dataset.json", otherwise=again)
     description = read_dataset_json(raw / "dataset.json", otherwise=MEND)
     if "dataset" in description:

@@ -41,7 +41,7 @@ from nnunet_ssl.data.self_training_cases import Cases, choose_cases, sort_cases
 from nnunet_ssl.data.splits import SPLITS_FILE, write_splits
 from nnunet_ssl.data.worker_processes import in_worker_processes
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.text import dataset_number, some_of
+from nnunet_ssl.text import dataset_number, planning_command, some_of
 
 _LABELS_FOLDER = "labelsTr"
 _FINGERPRINT = "dataset_fingerprint.json"
@@ -175,7 +175,7 @@ def _labels_seen(source: DatasetFolders, queue: Queue) -> dict[str, set[str]]:
 
 def _read_plans(source: DatasetFolders, queue: Queue) -> dict[str, Any]:
     """The plans of the models; training needs the fingerprint beside them."""
-    again = f"Make it again with nnUNetv2_plan_and_preprocess -d {dataset_number(source.raw.name)}."
+    again = f"Make it again with {planning_command(source.raw.name)}."
     plans = read_plans(source.preprocessed / f"{queue.plans}.json", otherwise=again)
     if queue.configuration not in plans["configurations"]:
         raise UserError(

@@ -188,7 +188,7 @@ def test_the_gain_in_words():
         "(95 % interval over 8 test cases +0.021 to +0.100)."
     )
     unclear = demo._gain("UniMatchTrainer", replace(pair, mean=-0.01, low=-0.04))
-    assert "0.010 Dice less than nnUNetTrainer" in unclear and "shows no difference" in unclear
+    assert "0.010 Dice less than nnUNetTrainer" in unclear and "does not show a difference" in unclear
 
 
 @pytest.mark.parametrize(
