@@ -7,6 +7,7 @@ had some. A server that has only imported what training needs is forked instead,
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import re
 import signal
@@ -18,10 +19,22 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from warm_commands import IMPORTS
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["method_steps"])
+
+def _server() -> multiprocessing.context.ForkServerContext:
+    """Which forks; it starts when the first process is wanted, not on Windows, which has none."""
+    from multiprocessing.forkserver import ensure_running
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTS, "conftest", "method_steps", "previous_stage", "tiny_dataset"])
+    with pytest.MonkeyPatch.context() as patched:
+        # The server leaves out modules that it does not find, and up to Python 3.13.0 it looks in its own path alone.
+        patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        ensure_running()
+    return context
 
 
 def _begin(environment: dict[str, str], log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -47,7 +60,7 @@ def started(function: Callable[..., Any], *arguments: Any, log: Path) -> Iterato
         arguments: of the function.
         log: file for what it prints.
     """
-    process = _context.Process(target=_begin, args=(dict(os.environ), log, function, arguments))
+    process = _server().Process(target=_begin, args=(dict(os.environ), log, function, arguments))
     process.start()
     try:
         yield process
