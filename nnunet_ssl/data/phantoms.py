@@ -69,6 +69,7 @@ def write_phantom_dataset(
     num_channels: int = 1,
     two_d: bool = False,
     look: Look = Look(),
+    labeled_look: Look | None = None,
 ) -> PhantomDataset:
     """Write a phantom dataset in nnU-Net's raw format.
 
@@ -89,6 +90,7 @@ def write_phantom_dataset(
         num_channels: number of image channels, each with contrast and noise of its own.
         two_d: write two-dimensional images, which nnU-Net plans as ``2d`` only.
         look: of all images.
+        labeled_look: of the labeled ones, if they look otherwise.
 
     Raises:
         UserError: the folder is not named as nnU-Net wants, or ``num_classes`` is not 1, 2 or 3.
@@ -112,9 +114,10 @@ def write_phantom_dataset(
         cases[role] = tuple(f"{prefix}_{number:03d}" for number in range(counts[role]))
         for number, case in enumerate(cases[role]):
             of_case = [seed, _ROLES[role], number]
-            contrast = np.random.default_rng([*of_case, 1]).uniform(*look.contrast)
+            own = labeled_look if role == "labeled" and labeled_look is not None else look
+            contrast = np.random.default_rng([*of_case, 1]).uniform(*own.contrast)
             channels, segmentation = draw_phantom(
-                np.random.default_rng(of_case), shape, spacing, num_channels=num_channels, contrast=contrast, look=look
+                np.random.default_rng(of_case), shape, spacing, num_channels=num_channels, contrast=contrast, look=own
             )
             for index, channel in enumerate(channels):
                 _write(folder / images / f"{case}_{index:04d}{FILE_ENDING}", channel, spacing)

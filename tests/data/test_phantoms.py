@@ -106,3 +106,23 @@ def test_the_look_changes_images_and_no_labels(tmp_path):
     assert noisy > 2 * plain
     plain, _, _, shaded = (gaussian_filter(image, 6).std() / image.mean() for image in images)
     assert shaded > 1.5 * plain
+
+
+def test_labeled_cases_may_look_otherwise(tmp_path):
+    counts = {"labeled": 1, "unlabeled": 1, "validation": 0, "test": 0, "seed": 5, "shape": (16, 32, 32)}
+    for number, labeled_look in enumerate([None, Look(contrast=(0.2, 0.3))], start=1):
+        write_phantom_dataset(tmp_path / f"Dataset00{number}_P", **counts, labeled_look=labeled_look)
+
+    def image(number: int, file: str) -> np.ndarray:
+        return sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / f"Dataset00{number}_P" / file))
+
+    assert np.array_equal(
+        image(1, "imagesUn/unlabeled_000_0000.nii.gz"), image(2, "imagesUn/unlabeled_000_0000.nii.gz")
+    )
+    label = image(1, "labelsTr/phantom_000.nii.gz")
+    assert np.array_equal(label, image(2, "labelsTr/phantom_000.nii.gz"))
+    plain, faint = (
+        one[label == 1].mean() / one[label == 0].mean() - 1
+        for one in (image(number, "imagesTr/phantom_000_0000.nii.gz") for number in (1, 2))
+    )
+    assert 0.05 < faint < 0.6 * plain
