@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from method_steps import TRAINERS
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from own_process import server
 from warm_commands import CAN_FORK, WarmCommands
 
 from nnunet_ssl.cli.lookup import trainers_folder
@@ -180,3 +182,21 @@ def planned_left_atrium(tmp_path_factory, request) -> Planned:
     splits_file.unlink()  # a copy of a file that may be read-only
     splits_file.write_text(json.dumps([splits]))
     return planned
+
+
+@pytest.fixture(autouse=True)
+def pools_start_quickly(monkeypatch):
+    """Processes that nnU-Net and this package spawn in a test are forked from one that has imported PyTorch.
+
+    As spawned ones, they have nothing of this process but what is sent to them. Commands in processes of their own
+    spawn.
+    """
+    if CAN_FORK:
+        monkeypatch.setattr(multiprocessing, "get_context", _context)
+
+
+_get_context = multiprocessing.get_context
+
+
+def _context(method: str | None = None):
+    return server() if method == "spawn" else _get_context(method)

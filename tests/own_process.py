@@ -24,7 +24,7 @@ import torch
 from warm_commands import IMPORTS
 
 
-def _server() -> multiprocessing.context.ForkServerContext:
+def server() -> multiprocessing.context.ForkServerContext:
     """Which forks; it starts when the first process is wanted, not on Windows, which has none."""
     from multiprocessing.forkserver import ensure_running
 
@@ -60,7 +60,7 @@ def started(function: Callable[..., Any], *arguments: Any, log: Path) -> Iterato
         arguments: of the function.
         log: file for what it prints.
     """
-    process = _server().Process(target=_begin, args=(dict(os.environ), log, function, arguments))
+    process = server().Process(target=_begin, args=(dict(os.environ), log, function, arguments))
     process.start()
     try:
         yield process

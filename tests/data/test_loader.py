@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import sys
+from multiprocessing import get_context  # conftest.py has another in its place during tests
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_coordinates_are_those_of_the_voxels_of_the_weak_view(cases, patch):
 def use_start_method(method, monkeypatch) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this platform has no {method}")
-    context = multiprocessing.get_context(method)
+    context = get_context(method)
     module = sys.modules[NonDetMultiThreadedAugmenter.__module__]
     for name in ("Process", "Queue", "Event"):
         monkeypatch.setattr(module, name, getattr(context, name))
