@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -157,5 +158,5 @@ def check_trainer(name: str) -> Iterator[Finding]:
 
 
 def _home(trainer: type) -> str:
-    """The package in which the trainer's nearest class with a module that stays loaded is defined."""
-    return next(base.__module__ for base in trainer.__mro__ if "." in base.__module__)
+    """The module of the trainer's nearest class. The thin ones that nnU-Net finds do not stay loaded."""
+    return next(base.__module__ for base in trainer.__mro__ if base.__module__ in sys.modules)

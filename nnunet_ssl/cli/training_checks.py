@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nnunet_ssl.cli.findings import Finding, fail, ok, safely, warn
 from nnunet_ssl.cli.lookup import described, find_trainer
 from nnunet_ssl.data.nnunet_files import read_dataset_json, read_fingerprint, read_plans
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import MethodError, UserError
 from nnunet_ssl.text import planning_command
 
 if TYPE_CHECKING:
@@ -271,6 +271,9 @@ def check_memory(
             f"{estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB (batches of {estimate.labeled} + "
             f"{estimate.unlabeled})"
         )
+    except MethodError as error:
+        yield fail(f"{name}: {error}")
+        return
     except Exception as error:
         yield warn(f"no estimate of the GPU memory of {name} ({described(error)}): watch its first steps")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -150,6 +151,8 @@ class SplitOutputs(Outputs):
         self._images = images
         self._masks = masks
         self._outputs: dict[str, StreamOutput] = {}
+        # The streams that the present backward pass has reached.
+        self._reached: set[str] = set()
         self._features: dict[_Encoding, tuple[list[Tensor], list[Tensor]]] = {}
         self._pending = {
             _encoding_of(stream): {
@@ -180,6 +183,8 @@ class SplitOutputs(Outputs):
         decode = self._pass(type(branch).decode_alone)
         with torch.set_grad_enabled(gradient):
             output = decode(branch, stream.kind, image, skips, self._masks.get(name))
+        for tensor in _tensors_of(output) if gradient else ():
+            tensor.register_hook(partial(_note, self._reached, name))
         if not gradient:
             # Autocast keeps the weights it casts. Older PyTorch keeps them without gradient, for the next stream too.
             torch.clear_autocast_cache()
@@ -202,7 +207,11 @@ class SplitOutputs(Outputs):
         return self._pass(type(branch).encode)(branch, self._images[stream.image])
 
     def backward(self, loss: Tensor) -> None:
-        """Backward through the decoder of the streams asked for, and through each encoder that is then complete."""
+        """Backward through the decoders of the streams in the loss, and through each encoder that is then complete.
+
+        A stream that was asked for, but is not in the loss, may be in a later one.
+        """
+        self._reached.clear()
         try:
             loss.backward()
         except RuntimeError as error:
@@ -212,13 +221,13 @@ class SplitOutputs(Outputs):
                 "A part of the loss uses, with gradient, the output of a stream that an earlier part has used. In "
                 "memory mode split its graph is gone then: yield both in one part, or detach the earlier output."
             ) from None
-        finished = {name for name in self._outputs if self._streams[name].gradient}
-        self._spent |= finished
-        for name in finished:
+        asked = {name for name in self._outputs if self._streams[name].gradient}
+        self._spent |= asked
+        for name in asked:
             del self._outputs[name]
         for encoding, pending in self._pending.items():
-            if pending & finished:
-                pending -= finished
+            if pending & self._reached:
+                pending -= self._reached
                 if not pending:
                     self._encoder_backward(encoding)
 
@@ -238,6 +247,17 @@ class SplitOutputs(Outputs):
 
 def _encoding_of(stream: Stream) -> _Encoding:
     return stream.network, stream.image
+
+
+def _tensors_of(output: StreamOutput) -> list[Tensor]:
+    """Those of its own that carry a gradient: a bottleneck without dropout is that of all streams of its image."""
+    logits = output.logits if isinstance(output.logits, list) else [output.logits]
+    others = [output.bottleneck, *(output.head or {}).values()]
+    return [tensor for tensor in [*logits, *others] if tensor is not None and tensor.grad_fn is not None]
+
+
+def _note(reached: set[str], name: str, gradient: Tensor) -> None:
+    reached.add(name)
 
 
 def _as_it_is(run: Callable[..., Any]) -> Callable[..., Any]:

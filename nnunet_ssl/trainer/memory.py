@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ssl.distributed import alone
+from nnunet_ssl.errors import MethodError
 from nnunet_ssl.processes import environment
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
 from nnunet_ssl.trainer.epoch_log import EpochLog
@@ -339,7 +340,9 @@ def judge(estimate: MemoryEstimate, free: float, memory_mode: str) -> Verdict:
 
 
 def log_memory(trainer: Any) -> bool:
-    """On a GPU, log how much memory a step needs and which memory mode fits; never stops a training.
+    """On a GPU, log how much memory a step needs and which memory mode fits.
+
+    It stops a training only for a mistake of the method, which its first step would meet too.
 
     Returns:
         Whether memory mode auto should start in split, since stacked needs more memory than there is; False where
@@ -355,6 +358,8 @@ def log_memory(trainer: Any) -> bool:
         text = f"Estimate of a step's GPU memory: split {estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB. "
         trainer.print_to_log_file(text + verdict.text[0].upper() + verdict.text[1:])
         return start_split(estimate, free, memory_mode)
+    except MethodError:
+        raise
     except Exception as error:
         trainer.print_to_log_file(f"No estimate of the GPU memory of a step ({type(error).__name__}: {error})")
         return False

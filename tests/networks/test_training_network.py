@@ -152,6 +152,26 @@ def test_asking_for_an_output_after_its_backward_pass_is_an_error(mode):
     assert not outputs.peek("s").logits.requires_grad
 
 
+def test_an_output_that_is_asked_for_before_its_part_keeps_its_gradient():
+    """As a method does that names all its outputs first."""
+    images = step_images(2)
+    found = []
+    for mode in (StackedOutputs, SplitOutputs):
+        network = TrainingNetwork(unet(2))
+        outputs = mode(network, images, STREAMS, {})
+        early, weak = outputs["s"].logits, outputs["u_weak"].logits
+        outputs.backward(outputs["x"].full_resolution.square().mean() + outputs["u_strong"].logits.square().mean())
+        outputs.backward(weak.square().mean())
+        outputs.backward(early.square().mean())
+        outputs.finish()
+        found.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    stacked, split = found
+    assert set(split) == set(stacked)
+    scale = max(g.abs().max() for g in stacked.values())
+    for name, gradient in stacked.items():
+        torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-5 * scale.item(), msg=name)
+
+
 def test_state_dict_and_stock_forward_are_nnunets():
     stock = unet(3, residual=True)
     network = TrainingNetwork(stock)
