@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nnunet_ssl.cli.lookup import described
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import MethodError, UserError
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def safely(check: Iterable[Finding]) -> Iterator[Finding]:
     """A check that breaks is a finding too: the others still run."""
     try:
         yield from check
-    except UserError as error:
+    except (UserError, MethodError) as error:
         yield fail(str(error))
     except Exception as error:
         yield fail(f"this check failed ({described(error)}): if no other line explains it, please report it")

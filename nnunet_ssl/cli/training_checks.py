@@ -74,8 +74,9 @@ def check_dataset(
     yield from network
     # Bad settings or a bad network leave nothing to compute, and have been reported.
     if not any(finding.level == "FAIL" for finding in [*settings, *network]):
-        yield from safely(check_memory(trainer, plans_manager, configuration, description))
-        if timed_on is not None:
+        memory = [*safely(check_memory(trainer, plans_manager, configuration, description))]
+        yield from memory
+        if timed_on is not None and not any(finding.level == "FAIL" for finding in memory):
             yield from safely(check_time(trainer, plans_manager, configuration, description, timed_on))
 
 
@@ -271,9 +272,8 @@ def check_memory(
             f"{estimate.split:.1f} GB, stacked {estimate.stacked:.1f} GB (batches of {estimate.labeled} + "
             f"{estimate.unlabeled})"
         )
-    except MethodError as error:
-        yield fail(f"{name}: {error}")
-        return
+    except MethodError:
+        raise
     except Exception as error:
         yield warn(f"no estimate of the GPU memory of {name} ({described(error)}): watch its first steps")
         return
@@ -292,6 +292,8 @@ def check_time(
     try:
         made = trainer_of_plans(trainer, plans, configuration, dataset_json, device)
         seconds = seconds_per_step(made)
+    except MethodError:
+        raise
     except Exception as error:
         yield warn(f"no time of a step of {trainer.__name__} on {device} ({described(error)})")
         return

@@ -143,6 +143,23 @@ def test_a_trainer_without_an_estimate_is_no_failure(
     assert not [line for line in lines if line.startswith("FAIL")]
 
 
+def test_a_mistake_of_a_method_is_a_failure_said_once(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_trainer(
+        tmp_path / "trainers",
+        "Unweighted",
+        monkeypatch,
+        "from nnunet_ssl.methods.mean_teacher import MeanTeacherTrainer\n"
+        "class Unweighted(MeanTeacherTrainer):\n"
+        "    def loss_weights(self, progress):\n        return {'supervised': 1.0}\n",
+    )
+    lines = report("-d", "7", "-c", "2d", "-tr", "Unweighted", "--time")
+    (line,) = (line for line in lines if "has no weight" in line)
+    assert line.startswith("FAIL  The term 'consistency' has no weight")
+    assert not [line for line in lines if "no estimate" in line or "no time" in line]
+
+
 @pytest.mark.parametrize(
     ("free", "level", "expected"),
     [(50.0, "ok", "stacked should fit into 50.0 GB"), (0.0, "warn", "-gpu_memory_target")],

@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nnunet_ssl.errors import MethodError
 from nnunet_ssl.methods.crossmatch import CrossMatchTrainer
 from nnunet_ssl.methods.mutual_reliable import MutualReliableTrainer
 from nnunet_ssl.methods.simcvd import SimCVDTrainer
@@ -275,6 +276,13 @@ def test_the_start_says_which_mode_fits(make, planned_2d, monkeypatch) -> None:
     assert "Stacked should fit into 10.0 GB" in logged(trainer, monkeypatch, free=10**10)
     assert 'set "memory_mode"' in logged(trainer, monkeypatch, free=int(1.3 * estimate.split * 1e9))
     assert "-gpu_memory_target" in logged(trainer, monkeypatch, free=int(estimate.split_checkpointed * 1e9))
+
+
+def test_a_mistake_of_the_method_is_raised_at_the_start(make, planned_2d, monkeypatch) -> None:
+    trainer = make(CrossMatchTrainer, planned_2d)
+    monkeypatch.setattr(trainer, "loss_weights", lambda progress: {"supervised": 1.0})
+    with pytest.raises(MethodError, match="has no weight"):
+        logged(trainer, monkeypatch, free=10**10)
 
 
 def test_auto_starts_in_split_where_stacked_needs_more_than_there_is(make, planned_2d, monkeypatch) -> None:
