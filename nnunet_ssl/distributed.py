@@ -77,6 +77,18 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return sum_over_ranks(tensor) / num_processes()
 
 
+def check_mask(mask: Tensor, values: Tensor) -> None:
+    """Whether a mask is of voxels, or of voxels and channels, of values (B, C, *spatial).
+
+    Raises:
+        ValueError: it is not bool, or has another shape, which PyTorch might broadcast.
+    """
+    shapes = dict.fromkeys(((len(values), 1, *values.shape[2:]), tuple(values.shape)))
+    if mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"mask has the shape {tuple(mask.shape)} and is of {mask.dtype}; it must be {wanted}, bool.")
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of the masked values, of which each rank has a part of the batch; the mean over ranks is the loss.
 
@@ -87,11 +99,15 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     Returns:
         A scalar; 0 where the mask is empty on all ranks.
 
+    Raises:
+        ValueError: the mask is not bool, or has another shape.
+
     >>> masked_mean(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[False, True]]]))
     tensor(3.)
     """
     if mask is None:
         return values.mean()
+    check_mask(mask, values)
     counted = mask.expand_as(values)
     return num_processes() * (values * counted).sum() / sum_over_ranks(counted.sum()).clamp(min=1)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.compiled import fused
-from nnunet_ssl.distributed import sum_over_ranks
+from nnunet_ssl.distributed import check_mask, sum_over_ranks
 from nnunet_ssl.losses.probabilities import one_resolution
 from nnunet_ssl.losses.pseudo_labels import check_label, members
 
@@ -30,7 +30,7 @@ def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, eps
         A scalar in [0, 1], float32.
 
     Raises:
-        ValueError: the target has another shape.
+        ValueError: target or mask has another shape, or the mask is not bool.
 
     >>> p = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])
     >>> label, everywhere = torch.tensor([[[1, 0, 0, 0]]]), torch.ones(1, 1, 4, dtype=torch.bool)
@@ -42,6 +42,7 @@ def masked_dice_loss(probabilities: Tensor, target: Tensor, mask: Tensor, *, eps
     # Under autocast a half-precision sum over a batch of volumes overflows at 65504.
     probabilities = one_resolution(probabilities).float()
     check_label("target", target, probabilities)
+    check_mask(mask, probabilities)
     axes = [0, *range(2, probabilities.ndim)]
     # A class where it counts, and the background elsewhere: one channel, not K.
     masked_target = members(target & mask if target.dtype == torch.bool else target * mask, probabilities.shape[1])

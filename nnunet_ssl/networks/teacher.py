@@ -32,7 +32,12 @@ class Teacher(Branch):
 
         Source: Tarvainen and Valpola, Mean teachers are better role models, NIPS 2017, section 2. Step counts from 0,
         so that the first update copies the student.
+
+        Raises:
+            ValueError: the decay is not in 0 to 1.
         """
+        if not 0 <= max_decay <= 1:
+            raise ValueError(f"max_decay is {max_decay!r}; it is a share, from 0 to 1.")
         keep = min(max_decay, 1 - 1 / (self.updates + 1))
         pairs = self._pairs(student)
         moved = [pair for pair in pairs if pair[0].is_floating_point()]

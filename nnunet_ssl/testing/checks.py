@@ -72,12 +72,21 @@ def stages_of(trainer: SemiSupervisedTrainer) -> Iterator[str]:
 
 
 def check_gradients(trainer: SemiSupervisedTrainer) -> None:
-    """A gradient reaches every parameter that learns, in some stage, and none reaches a teacher.
+    """A gradient reaches every parameter that learns, in some stage, and none reaches a teacher, which is of use.
 
     Those heads of lower resolutions that no loss is taken of may be without.
     """
     labeled, unlabeled, _ = make_batches(trainer)
     _unlike_the_student(trainer)
+    network = trainer.training_network
+    idle = network.has_teacher and not network.predict_with_teacher
+
+    def run(*_: Any) -> None:
+        nonlocal idle
+        idle = False
+
+    if idle:
+        network.teacher.encoder.register_forward_hook(run)
     reached: set[str] = set()
     supervised: set[tuple[str | None, str | None]] = set()
     for _ in stages_of(trainer):
@@ -87,6 +96,10 @@ def check_gradients(trainer: SemiSupervisedTrainer) -> None:
         for name, gradient in gradients.items():
             assert torch.isfinite(gradient).all(), f"the gradient of {name} is not finite"
             reached.add(name)
+    assert not idle, (
+        "the teacher is never run: set teacher=True, gradient=False in its Stream, or let it predict with the setting "
+        "predict_with"
+    )
     teachers = sorted(name for name in reached if name.startswith("training_only.teacher."))
     assert not teachers, f"gradients reach the teacher: {', '.join(teachers)}"
     parameters = trainer.training_network.named_parameters()
@@ -120,6 +133,7 @@ def check_split(trainer: SemiSupervisedTrainer) -> None:
             assert torch.isfinite(value), f"the term {name} is not finite"
             torch.testing.assert_close(value, terms[name], rtol=1e-4, atol=1e-6, msg=_of(f"the term {name}"))
         _same_names(split_gradients, gradients, "the parameters with a gradient")
+        assert gradients, "no parameter gets a gradient"
         scale = max(gradient.abs().max() for gradient in gradients.values()).item()
         for name, gradient in split_gradients.items():
             torch.testing.assert_close(
@@ -145,7 +159,10 @@ def _unlike_the_student(trainer: SemiSupervisedTrainer) -> None:
 
 
 def check_steps(trainer: SemiSupervisedTrainer) -> None:
-    """A step of every stage has finite terms and moves weights, and each of the method's terms is in some stage."""
+    """A step of every stage has finite terms and moves weights.
+
+    Each of the method's terms is in some stage, and so is a prediction on unlabeled images for the log.
+    """
     _, _, batch = make_batches(trainer)
     found: set[str] = set()
     for stage in stages_of(trainer):
@@ -158,6 +175,10 @@ def check_steps(trainer: SemiSupervisedTrainer) -> None:
         assert any(not torch.equal(after[name], before[name]) for name in before), f"no weight moves in stage {stage}"
     never = sorted(set(trainer.loss_weights(1.0)) - found)
     assert not never, f"loss_terms() never yields {', '.join(never)}, of loss_weights()"
+    assert any(name.endswith("/unlabeled") for name in trainer.epoch_log.counts), (
+        "record_prediction() is never called: without it the log does not warn of a collapse, and no patch is centered "
+        "on a rare class"
+    )
 
 
 def _tensors(network: TrainingNetwork) -> dict[str, Tensor]:

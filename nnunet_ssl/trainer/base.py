@@ -24,7 +24,7 @@ from nnunet_ssl.data.prepare import UnlabeledSource, prepare_unlabeled_cases
 from nnunet_ssl.data.previous_stage import PreviousStage
 from nnunet_ssl.data.records import folder_name
 from nnunet_ssl.distributed import LossOfRanks, Ranks, check_device, device_of_this_process, joined
-from nnunet_ssl.errors import MethodError, returned, show_user_errors_alone
+from nnunet_ssl.errors import returned, show_user_errors_alone
 from nnunet_ssl.evaluation.curves import class_names, save_training_curves
 from nnunet_ssl.networks.architectures import UNet, build_unet, check_network
 from nnunet_ssl.networks.passes import Outputs
@@ -32,11 +32,12 @@ from nnunet_ssl.networks.streams import Logits, Stream, StreamOutput
 from nnunet_ssl.networks.training_network import TrainingNetwork, training_network_of
 from nnunet_ssl.processes import StopSignal, derived_seed, handled_signals, seed_this_process
 from nnunet_ssl.settings import SemiSupervisedSettings, predicts_with_teacher, teacher_settings
+from nnunet_ssl.trainer import method_checks
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views, known_voxels, label_of, of_equal_resolutions
 from nnunet_ssl.trainer.cascade import segmented_by_previous_stage
 from nnunet_ssl.trainer.checkpoint import continue_from, learned, logged, write_durably
 from nnunet_ssl.trainer.epoch_log import EpochLog
-from nnunet_ssl.trainer.gradients import FallBack, StepGradients, first_stage, without_wrapper
+from nnunet_ssl.trainer.gradients import FallBack, StepGradients, without_wrapper
 from nnunet_ssl.trainer.loaders import Loaders, unlabeled_loader
 from nnunet_ssl.trainer.memory import log_memory
 from nnunet_ssl.trainer.optimizer import GuardedOptimizer
@@ -100,11 +101,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.num_epochs = self.training_epochs or self.num_epochs
         # nnU-Net's inference calls it on the class and gets the stock network; training calls it on the instance.
         self.build_network_architecture = self.build_network_for_training
-        self.extra_targets = returned("labeled_targets", self.labeled_targets(), Mapping, "Return a dictionary.")
+        method_checks.check_hook_names(type(self), SemiSupervisedTrainer)
+        self.extra_targets = method_checks.labeled_targets_of(self.labeled_targets())
         returned("unlabeled_views", self.unlabeled_views(), Views, "Return Views(...).")
         self.loaders = Loaders()
         self.epoch_log = EpochLog(self.logger, self.print_to_log_file, counts_skipped_steps=bool(self.grad_scaler))
-        self.current_stage = first_stage(self.stages())
+        self.current_stage = method_checks.first_stage(self.stages())
         self.predictions = Predictions(self.epoch_log, self.label_manager, self.print_to_log_file)
         self._steps_in_epoch = 0
         self._stop = StopSignal()
@@ -184,7 +186,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """nnU-Net's own loss for the dataset: Dice and cross-entropy, or Dice and BCE for regions, ignore label and
         deep supervision included. **[choice]** The papers use Dice (and cross-entropy) on the full resolution alone.
         """
-        return self.loss(*of_equal_resolutions(output, target))
+        return self.loss(*of_equal_resolutions(output, target, several=self.enable_deep_supervision))
 
     def without_gradient(self, image: Tensor, stream: Stream) -> StreamOutput:
         """One pass in addition to the step's streams, for :meth:`prepare`, of an image (N, C, *patch size).
@@ -230,6 +232,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._set_batch_size_and_oversample()
             self.loss = LossOfRanks(together=self._build_loss(), own=self.loss)
             self.network = joined(self.network, self.device)
+        method_checks.check_stages(self.stage, self.stages())
         self.prepare_steps()
 
     def prepare_steps(self) -> None:
@@ -289,6 +292,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.unlabeled_source.check_fold(self.print_to_log_file)
         if not self.was_initialized:
             self.initialize()
+        method_checks.check_attributes(vars(self), self.training_network.parameters())
         self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
         if self.is_ddp:
             # All processes start with PyTorch's default seed, and would draw the same dropout and noise.
@@ -315,16 +319,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return UnlabeledSource(raw, preprocessed, self.plans_manager, self.dataset_json, *trained)
 
     def _prepare_dataset(self) -> UnlabeledDataset:
-        source, ranks, log = self.unlabeled_source, self.ranks, self.print_to_log_file
-        transductive = self.settings.allow_transductive
-        cases = prepare_unlabeled_cases(source, self.do_split, allow_transductive=transductive, ranks=ranks, log=log)
+        source, log, allow = self.unlabeled_source, self.print_to_log_file, self.settings.allow_transductive
+        cases = prepare_unlabeled_cases(source, self.do_split, allow_transductive=allow, ranks=self.ranks, log=log)
         if not self.is_cascaded:
             return UnlabeledDataset(cases)
         name = folder_name(self.configuration_manager.previous_stage_name, "previous_stage")
         stage = PreviousStage(Path(self.folder_with_segs_from_previous_stage), name)
         (train, val), build = self.do_split(), type(self).build_network_architecture
         segmentations = segmented_by_previous_stage(
-            cases, source, stage, [*train, *val], build, self.device, ranks=ranks, log=log
+            cases, source, stage, [*train, *val], build, self.device, ranks=self.ranks, log=log
         )
         return UnlabeledDataset(cases, segmentations)
 
@@ -416,9 +419,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return step_values(found.terms, weights)
 
     def _enter_stage(self) -> None:
-        stage = self.stage(self.progress)
-        if stage not in self.stages():
-            raise MethodError(f"stage() returns {stage!r}, which is none of stages(): {', '.join(self.stages())}.")
+        stage = method_checks.known_stage(self.stage(self.progress), self.stages())
         if stage != self.current_stage:
             self.current_stage = stage
             self.step_gradients.begin_stage()

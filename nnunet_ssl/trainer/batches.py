@@ -137,8 +137,11 @@ class Views:
     weak_labeled: bool = False
 
     def __post_init__(self) -> None:
-        if self.strong < 0:
+        if type(self.strong) is not int or self.strong < 0:
             raise ValueError(f"strong is {self.strong!r}; it is a number of views, 0 or more.")
+        for name in ("augmented", "weak_labeled"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is True or False.")
         if not (self.cutmix is None or isinstance(self.cutmix, CutMix)):
             raise ValueError(f"cutmix is {self.cutmix!r}; give a CutMix, such as CutMix(probability=0.5).")
         if self.cutmix is not None and self.strong == 0:
@@ -170,18 +173,26 @@ def known_voxels(target: Tensor, labels: LabelManager) -> Tensor | None:
     return target[:, -1:] == 0 if labels.has_regions else target != labels.ignore_label
 
 
-def of_equal_resolutions(output: Any, target: Any) -> tuple[Any, Any]:
-    """Output and target of nnU-Net's loss as they are, if both are of one resolution or both of several.
+def of_equal_resolutions(output: Any, target: Any, *, several: bool) -> tuple[Any, Any]:
+    """Output and target of nnU-Net's loss as they are, if both are as the loss wants them.
+
+    Args:
+        output: one tensor or a list.
+        target: one tensor or a list.
+        several: whether the loss is that of deep supervision, of lists.
 
     Raises:
-        MethodError: one is a list and the other is not.
+        MethodError: one is not of the kind that the loss wants.
     """
-    if isinstance(output, (list, tuple)) == isinstance(target, (list, tuple)):
+    found = {"output": isinstance(output, (list, tuple)), "target": isinstance(target, (list, tuple))}
+    if set(found.values()) == {several}:
         return output, target
-    one, several = ("output", "target") if isinstance(target, (list, tuple)) else ("target", "output")
+    kinds = " and ".join(
+        f"{'a list of resolutions' if many else 'one tensor'} as {name}" for name, many in found.items()
+    )
     raise MethodError(
-        f"supervised_loss() gets a list of resolutions as {several} and one tensor as {one}. Ask for the stream with "
-        "deep_supervision=self.enable_deep_supervision, and give output.logits and labeled.target."
+        f"supervised_loss() gets {kinds}; this training {'has' if several else 'is without'} deep supervision. Ask for "
+        "the stream with deep_supervision=self.enable_deep_supervision, and give output.logits and labeled.target."
     )
 
 

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.distributed import num_processes
+from nnunet_ssl.errors import MethodError
 from nnunet_ssl.evaluation.class_shares import collapse_warning, collapsed
 
 LOG_PREFIX = "ssl/"
 _TIMED_STEPS = 10
+# Written by the trainer itself.
+_RESERVED = ("loss/", "weight/")
 
 
 class EpochLog:
@@ -93,7 +96,22 @@ class EpochLog:
             name: logged as ``ssl/<name>``, and the entries after the first as the list ``ssl/<name>_per_class``.
             count: scalar or (K + 1,).
             total: like ``count``.
+
+        Raises:
+            MethodError: the name is that of a loss or a weight, or no name; or the counts are no tensors of one shape.
         """
+        if not isinstance(name, str) or not name or name.startswith(_RESERVED):
+            raise MethodError(
+                f"record() gets the name {name!r}. Give a text that does not begin with {' or '.join(_RESERVED)}."
+            )
+        if not (isinstance(count, Tensor) and isinstance(total, Tensor) and count.shape == total.shape):
+            found = " and ".join(
+                f"a tensor {tuple(one.shape)}" if isinstance(one, Tensor) else repr(one) for one in (count, total)
+            )
+            raise MethodError(
+                f"record() gets {found} as count and total of {name!r}. Give two tensors of one shape: scalars, or "
+                "(K + 1,) with an entry for each of K classes after the first."
+            )
         counts = torch.stack((count, total)).detach()
         # Half precision ends at 65504, and MPS has no double precision.
         counts = counts.float() if counts.is_floating_point() else counts.long()

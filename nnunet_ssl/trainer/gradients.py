@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
@@ -22,6 +20,7 @@ from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.out_of_memory import allocate_momentum, free_memory, random_state, unless_out_of_memory
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 from nnunet_ssl.trainer.epoch_log import EpochLog
+from nnunet_ssl.trainer.method_checks import check_images, check_weights, weighted_sum
 from nnunet_ssl.trainer.step_numbers import SUPERVISED
 
 MemoryMode: TypeAlias = Literal["stacked", "split"]
@@ -182,8 +181,8 @@ class StepGradients:
         streams = returned("streams", self._method.streams(), Mapping, _DICTIONARY)
         images = returned("images", self._method.images(labeled, unlabeled, prepared), Mapping, _DICTIONARY)
         check_weights(returned("loss_weights", weights, Mapping, _DICTIONARY))
+        check_images(streams, images, labeled.image.shape[1:])
         self._training_network.check_streams(streams)
-        check_images(streams, images)
         images = {name: image.to(self._image_dtype) for name, image in images.items()}
         with self.autocast():
             outputs = self._outputs(images, streams)
@@ -214,7 +213,8 @@ class StepGradients:
         """One pass in addition to the step's, without gradient; what the stream calls its image does not matter."""
         if not isinstance(image, Tensor):
             raise MethodError(
-                f"without_gradient() gets {image!r} as its image. If that is a view, ask for it in unlabeled_views()."
+                f"without_gradient() gets {'None' if image is None else f'a {type(image).__name__}'} as its image, not "
+                "a tensor. If that is a view, ask for it in unlabeled_views()."
             )
         stream = replace(stream, gradient=False)
         images, streams = {stream.image: image.to(self._image_dtype)}, {"alone": stream}
@@ -235,88 +235,3 @@ def without_wrapper(network: nn.Module) -> TrainingNetwork:
     network = network._orig_mod if isinstance(network, OptimizedModule) else network
     assert isinstance(network, TrainingNetwork)
     return network
-
-
-def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> None:
-    """Whether the streams' images are there and of one size.
-
-    Raises:
-        MethodError: one is missing or no tensor of an image, or they differ in more than the number of samples.
-    """
-    for name, stream in streams.items():
-        if stream.image not in images:
-            raise MethodError(
-                f"The stream {name!r} decodes the image {stream.image!r}, which images() does not return; it returns "
-                f"{', '.join(map(repr, images)) or 'none'}."
-            )
-        if images[stream.image] is None:
-            raise MethodError(
-                f"images() returns None as {stream.image!r}: a view that is not there. Ask for it in unlabeled_views()."
-            )
-        image = images[stream.image]
-        if not isinstance(image, Tensor) or image.ndim < 4:
-            found = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else f"type {type(image).__name__}"
-            raise MethodError(
-                f"The image {stream.image!r} of images() has the {found}; it must be a tensor (N, C, *patch size)."
-            )
-    sizes = {name: tuple(images[name].shape[1:]) for name in dict.fromkeys(one.image for one in streams.values())}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
-        raise MethodError(
-            f"The images of a step have unequal sizes, channels first: {listed}. All are encoded in one pass, so "
-            "they may only differ in the number of samples."
-        )
-
-
-def first_stage(stages: Any) -> str:
-    """The first of the stages that ``stages()`` returns.
-
-    Raises:
-        MethodError: it returns no tuple of names.
-    """
-    if not (isinstance(stages, (tuple, list)) and stages and all(isinstance(name, str) for name in stages)):
-        raise MethodError(f'stages() returns {stages!r}. Return a tuple of names, such as ("training",).')
-    return stages[0]
-
-
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Whether the weights of the terms are finite numbers.
-
-    Raises:
-        MethodError: one is not.
-    """
-    for name, weight in weights.items():
-        if not (isinstance(weight, Real) and math.isfinite(weight)):
-            raise MethodError(f"loss_weights() returns {weight!r} for the term {name!r}. Return a finite number.")
-
-
-def weighted_sum(part: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The loss of the terms that a method has yielded together.
-
-    Raises:
-        MethodError: it is no dictionary of terms; a term has no weight, or is no scalar tensor; or nothing of it
-            depends on the network.
-    """
-    if not (isinstance(part, Mapping) and part):
-        found = "an empty dictionary" if part == {} else f"a value of the type {type(part).__name__}"
-        raise MethodError(f"loss_terms() yields {found}. Yield a dictionary with a term in it, by its name.")
-    for name, value in part.items():
-        if not isinstance(value, Tensor):
-            raise MethodError(
-                f"The term {name!r} is of the type {type(value).__name__}, not a tensor. Leave out a term that has no "
-                "value in this step or stage: a term that is absent is logged as nan."
-            )
-        if name not in weights:
-            raise MethodError(
-                f"The term {name!r} has no weight: loss_weights() returns {', '.join(map(repr, weights)) or 'none'}."
-            )
-        if value.ndim > 0:
-            raise MethodError(f"The term {name!r} has the shape {tuple(value.shape)}; a term is a scalar.")
-    loss = torch.stack([weights[name] * value for name, value in part.items()]).sum()
-    if not loss.requires_grad:
-        raise MethodError(
-            f"The part of the loss with {', '.join(map(repr, part))} does not depend on any stream with gradient, as a "
-            f"constant zero does not. Leave it out: a term that is absent is logged as nan. If it is made of a stream, "
-            f"that stream has gradient=False or was detached."
-        )
-    return loss

@@ -29,6 +29,7 @@ from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
 from nnunet_ssl.trainer.epoch_log import EpochLog
 from nnunet_ssl.trainer.gradients import StepGradients
 from nnunet_ssl.trainer.live_bytes import LiveBytes
+from nnunet_ssl.trainer.method_checks import check_stages
 from nnunet_ssl.trainer.predictions import Predictions
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def trainer_of_plans(
     with without_a_trace():
         given = {**plans.plans, "continue_training": False}
         made = trainer(given, configuration, 0, dataset_json, torch.device(device))
+    check_stages(made.stage, made.stages())
     made.batch_size = made.configuration_manager.batch_size
     made.num_input_channels = determine_num_input_channels(plans, made.configuration_manager, dataset_json)
     return made
