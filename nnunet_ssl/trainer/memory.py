@@ -66,7 +66,6 @@ def trainer_of_plans(
     with without_a_trace():
         given = {**plans.plans, "continue_training": False}
         made = trainer(given, configuration, 0, dataset_json, torch.device(device))
-    check_stages(made.stage, made.stages())
     made.batch_size = made.configuration_manager.batch_size
     made.num_input_channels = determine_num_input_channels(plans, made.configuration_manager, dataset_json)
     return made
@@ -253,9 +252,13 @@ class MemoryEstimate:
     Attributes:
         labeled: labeled patches per step of one process.
         unlabeled: unlabeled ones.
+
+    Raises:
+        MethodError: at some moment of a training, the trainer is in no stage that there is.
     """
 
     def __init__(self, trainer: Any, *, mixed_precision: bool = True) -> None:
+        check_stages(trainer.stage, trainer.stages())
         self._trainer = trainer
         self._mixed_precision = mixed_precision
         self.labeled: int = trainer.batch_size

@@ -23,9 +23,9 @@ from nnunet_ssl.api import (
     another_decoder,
     setting,
 )
+from nnunet_ssl.cli.training_checks import check_memory as doctors_check_memory
 from nnunet_ssl.testing import make_batches, tiny_plans
 from nnunet_ssl.testing.checks import check_gradients
-from nnunet_ssl.trainer.memory import trainer_of_plans
 from nnunet_ssl.trainer.method_checks import check_attributes
 
 
@@ -348,7 +348,7 @@ def test_a_stage_that_only_comes_later_is_checked_at_the_start(made) -> None:
 
     method = type("Late", (TwoNetworks,), {"stage": stage})
     plans, dataset_json = tiny_plans(dim=2)
-    for start in (made, lambda method: trainer_of_plans(method, PlansManager(plans), "tiny", dataset_json)):
+    for start in (made, lambda one: list(doctors_check_memory(one, PlansManager(plans), "tiny", dataset_json))):
         with pytest.raises(MethodError, match=r"'togehter', which is none of stages.*: alone, together"):
             start(method)
 
