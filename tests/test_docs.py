@@ -260,8 +260,8 @@ def test_the_loss_terms_are_documented(method: str) -> None:
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The thin module of the page on writing a method."""
     page = (DOCS / "how-to" / "write-a-method.md").read_text(encoding="utf-8")
-    method, module = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert set(re.findall(r"^from (nnunet_ssl\S*)", method + module, re.MULTILINE)) == {"nnunet_ssl.api"}
+    method, module, short = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert set(re.findall(r"^from (nnunet_ssl\S*)", method + module + short, re.MULTILINE)) == {"nnunet_ssl.api"}
     (tmp_path / "somewhere.py").write_text(method, encoding="utf-8")
     (tmp_path / "ConsistencyTrainer.py").write_text(module, encoding="utf-8")
     for name in ("somewhere", "ConsistencyTrainer"):

@@ -64,7 +64,7 @@ class LabeledBatch(NamedTuple):
             image=_moved(batch["data"], device),
             target=_moved(target, device),
             keys=list(batch["keys"]),
-            extra={name: _moved(one, device) for name, one in batch.get("extra", {}).items()},
+            extra={name: _moved_target(name, one, device) for name, one in batch.get("extra", {}).items()},
             weak=None if weak_view is None else _moved(weak_view, device),
         )
 
@@ -203,3 +203,13 @@ def _moved(tensors: Any, device: torch.device) -> Any:
         kind = list if isinstance(tensors, list) else tuple
         return kind(_moved(tensor, device) for tensor in tensors)
     return tensors.to(device, non_blocking=True)
+
+
+def _moved_target(name: str, made: Any, device: torch.device) -> Any:
+    for one in made if isinstance(made, tuple) else (made,):
+        if not isinstance(one, Tensor):
+            raise MethodError(
+                f"The labeled target {name!r} makes a value of the type {type(one).__name__}. Its __call__ returns a "
+                "tensor, or a tuple of tensors."
+            )
+    return _moved(made, device)

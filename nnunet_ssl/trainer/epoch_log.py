@@ -104,7 +104,9 @@ class EpochLog:
             raise MethodError(
                 f"record() gets the name {name!r}. Give a text that does not begin with {' or '.join(_RESERVED)}."
             )
-        if not (isinstance(count, Tensor) and isinstance(total, Tensor) and count.shape == total.shape):
+        if not (
+            isinstance(count, Tensor) and isinstance(total, Tensor) and count.shape == total.shape and count.ndim < 2
+        ):
             found = " and ".join(
                 f"a tensor {tuple(one.shape)}" if isinstance(one, Tensor) else repr(one) for one in (count, total)
             )

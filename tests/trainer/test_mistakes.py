@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from author_methods import MeanTeacher, TwoNetworks, changed
@@ -13,6 +14,7 @@ from torch import nn
 
 from nnunet_ssl import testing
 from nnunet_ssl.api import (
+    LabeledTarget,
     MethodError,
     SemiSupervisedSettings,
     SemiSupervisedTrainer,
@@ -165,6 +167,10 @@ MISTAKES = {
     "a record of unequal shapes": (
         changed(prepare=lambda self, *_: self.record("share", torch.ones(3), torch.ones(()))),
         r"gets a tensor \(3,\) and a tensor \(\) as count and total of 'share'",
+    ),
+    "a record of voxels": (
+        changed(prepare=lambda self, _, u: self.record("share", u.weak > 0, u.weak > 0)),
+        r"gets a tensor \(3, 1, 24, 24\) and a tensor .* as count and total of 'share'",
     ),
     "a pass of several images": (
         changed(prepare=lambda self, _, unlabeled: self.without_gradient([unlabeled.weak], Stream("u"))),
@@ -372,3 +378,17 @@ def test_a_teacher_that_is_never_run_and_predictions_that_are_not_counted_are_na
         check_gradients(made(Forgotten))
     with pytest.raises(AssertionError, match=r"record_prediction\(\) is never called"):
         testing.check_steps(made(Forgotten))
+
+
+@pytest.mark.parametrize("target", [None, np.zeros(3), (torch.zeros(3), None)])
+def test_a_labeled_target_that_makes_no_tensor_is_named(target, made) -> None:
+    class Nothing(LabeledTarget):
+        def __call__(self, segmentation):
+            return target
+
+        def largest(self, batch_size, patch_size):
+            return torch.empty(batch_size, 1, *patch_size)
+
+    trainer = made(changed(labeled_targets=lambda self: {"mine": Nothing()}))
+    with pytest.raises(MethodError, match=r"target 'mine' makes a value of the type (NoneType|ndarray)\. Its __call__"):
+        trainer.train_step(make_batches(trainer)[2])
