@@ -202,11 +202,11 @@ _READ = f"""\
 The table gives the mean Dice over structures, validation cases and trainings. In brackets: the difference to
 nnUNetTrainer, paired over the cases, and its 95 % interval over cases and trainings. An interval that contains 0 does
 not show a difference. n is the number of trainings; fewer than {ENOUGH} are "too few" for a conclusion. Cost is the
-time of a step relative to that of nnUNetTrainer (on a CPU, processor time). Each training measures the latter itself;
-older trainings did not, and are compared with nnUNetTrainer's trainings. The cost is empty where the machine had
-another speed than for these. Arms with more columns come first, then those with the larger mean difference.
-[Chance](explanation/chance.md) explains why the spread of trainings matters. `@self-train=1` is
-[self-training](how-to/benchmark.md#arms): its cost is that of the steps of its three trainings. The ranking, which
+time of a step divided by the time of a step of nnUNetTrainer (on a CPU, processor time). Newer trainings measure both
+in one process. Older ones measured only their own step, which is divided by that of nnUNetTrainer's trainings. The
+cost is empty if the machine had another speed at that time. Arms with more columns come first, then those with the
+larger mean difference. [Chance](explanation/chance.md) explains why the spread of trainings matters. `@self-train=1`
+is [self-training](how-to/benchmark.md#arms): its cost is that of the steps of its three trainings. The ranking, which
 predicts all unlabeled cases, only counts in the training minutes below."""
 
 _READ_BELOW = f"""\
@@ -243,7 +243,7 @@ def _verdicts(columns: Sequence[Column]) -> list[str]:
             for arm, gain in column.gains.items():
                 if sign * gain.difference > column.spread:
                     arms.setdefault(arm, []).append(f"{column.title} {gain.difference:+.3f} ({_trainings(gain)})")
-        heading = f"**{where} {BASELINE} by more than the spread of its trainings**"
+        heading = f"**{where} {BASELINE} by more than {BASELINE}'s own trainings differ**"
         listed = "\n".join(f"- {arm}: {'; '.join(places)}" for arm, places in arms.items())
         parts += [f"{heading}, in Dice ({_NOT_SHOWN}):", listed] if listed else [f"{heading}: none."]
     spreads = [

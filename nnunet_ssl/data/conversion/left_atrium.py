@@ -104,7 +104,7 @@ def _h5py() -> Any:
         import h5py
     except ImportError:
         raise UserError(
-            f'{_H5} files are read with h5py, which is not installed. Install it: pip install "nnunet-ssl[h5]"'
+            f"{_H5} files are read with h5py, which is not installed. Install it: pip install h5py"
         ) from None
     return h5py
 
