@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nnunet_ssl.errors import MethodError
 from nnunet_ssl.networks.architectures import check_supported
 from nnunet_ssl.networks.pointwise import pointwise
 from nnunet_ssl.networks.streams import (
@@ -112,7 +114,7 @@ class Branch(nn.Module):
                 [logits, *(level[rows] for level in reversed(coarse))] if stream.deep_supervision else logits,
                 part.detach() if stream.features else None,
                 dropped[name][-1] if stream.bottleneck else None,
-                self.training_only["head"](images[stream.image], part) if stream.head else None,
+                _by_name(self.training_only["head"](images[stream.image], part)) if stream.head else None,
             )
         return outputs
 
@@ -139,6 +141,14 @@ class Branch(nn.Module):
     def decoder_of(self, stream: Stream) -> UNetDecoder:
         """The decoder that a stream names."""
         return self.decoder if stream.decoder is None else self.training_only[f"decoder_{stream.decoder}"]  # type: ignore[return-value]
+
+
+def _by_name(made: Any) -> dict[str, Tensor]:
+    if not (isinstance(made, dict) and all(isinstance(tensor, Tensor) for tensor in made.values())):
+        raise MethodError(
+            f"The head returns a value of the type {type(made).__name__}. Return a dictionary of tensors."
+        )
+    return made
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

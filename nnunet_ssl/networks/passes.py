@@ -57,7 +57,7 @@ class Outputs(Mapping[str, StreamOutput]):
         raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:
-        """Take in a loss of the outputs that were asked for since the last call."""
+        """Take in a loss of outputs that no earlier loss has used."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -76,8 +76,9 @@ class Outputs(Mapping[str, StreamOutput]):
         stream = self._stream(name)
         if name in self._spent:
             raise MethodError(
-                f"loss_terms() asks for the stream {name!r} after the part of the loss that used it. In memory mode "
-                "split its graph is gone then: yield all that needs its gradient in one part, or keep a detached value."
+                f"loss_terms() asks for the stream {name!r} again, after a part of the loss was yielded. If that part "
+                "used it, its graph is gone in memory mode split: yield all that needs its gradient in one part, or "
+                "keep a detached value. If not, keep the output in a variable, or ask for it after that yield."
             )
         return stream
 
@@ -183,8 +184,12 @@ class SplitOutputs(Outputs):
         decode = self._pass(type(branch).decode_alone)
         with torch.set_grad_enabled(gradient):
             output = decode(branch, stream.kind, image, skips, self._masks.get(name))
+            if output.bottleneck is not None and output.bottleneck.is_leaf:
+                # Without dropout it is the features that all streams of the image decode: this stream gets its own.
+                output = output._replace(bottleneck=output.bottleneck.view_as(output.bottleneck))
+        pending = self._pending[_encoding_of(stream)]
         for tensor in _tensors_of(output) if gradient else ():
-            tensor.register_hook(partial(_note, self._reached, name))
+            tensor.register_hook(partial(_note, self._reached, pending, name))
         if not gradient:
             # Autocast keeps the weights it casts. Older PyTorch keeps them without gradient, for the next stream too.
             torch.clear_autocast_cache()
@@ -217,10 +222,7 @@ class SplitOutputs(Outputs):
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
-            raise MethodError(
-                "A part of the loss uses, with gradient, the output of a stream that an earlier part has used. In "
-                "memory mode split its graph is gone then: yield both in one part, or detach the earlier output."
-            ) from None
+            raise _used_before() from None
         asked = {name for name in self._outputs if self._streams[name].gradient}
         self._spent |= asked
         for name in asked:
@@ -250,14 +252,24 @@ def _encoding_of(stream: Stream) -> _Encoding:
 
 
 def _tensors_of(output: StreamOutput) -> list[Tensor]:
-    """Those of its own that carry a gradient: a bottleneck without dropout is that of all streams of its image."""
+    """Those that carry a gradient."""
     logits = output.logits if isinstance(output.logits, list) else [output.logits]
     others = [output.bottleneck, *(output.head or {}).values()]
     return [tensor for tensor in [*logits, *others] if tensor is not None and tensor.grad_fn is not None]
 
 
-def _note(reached: set[str], name: str, gradient: Tensor) -> None:
+def _note(reached: set[str], pending: set[str], name: str, gradient: Tensor) -> None:
+    # The bottleneck has no graph of its own that could be gone, but its encoder had its backward pass.
+    if name not in pending:
+        raise _used_before()
     reached.add(name)
+
+
+def _used_before() -> MethodError:
+    return MethodError(
+        "A part of the loss uses, with gradient, the output of a stream that an earlier part has used. In memory mode "
+        "split its graph is gone then: yield both in one part, or detach the earlier output."
+    )
 
 
 def _as_it_is(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -222,9 +222,14 @@ def training_network_of(made: Any) -> TrainingNetwork:
     """What ``build_training_network()`` has returned.
 
     Raises:
-        MethodError: it is no training network, as where a ``return`` was forgotten.
+        MethodError: it is no training network, as where a ``return`` was forgotten, or has a teacher that is none.
     """
     network: TrainingNetwork = returned("build_training_network", made, TrainingNetwork, "Return a TrainingNetwork.")
+    if network.has_teacher and not isinstance(network.training_only["teacher"], Teacher):
+        raise MethodError(
+            "training_only['teacher'] is the package's own teacher. Make it with TrainingNetwork(network, "
+            "teacher=True), or give your module another name."
+        )
     return network
 
 

@@ -21,6 +21,7 @@ from nnunet_ssl.trainer.base import SemiSupervisedTrainer
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch
 from nnunet_ssl.trainer.gradients import MemoryMode
 from nnunet_ssl.trainer.memory import Mode, step_bytes, trainer_of_plans
+from nnunet_ssl.trainer.method_checks import last_moments, unknown_modules
 
 _EPOCHS = 1000
 
@@ -61,11 +62,11 @@ def stages_of(trainer: SemiSupervisedTrainer) -> Iterator[str]:
         AssertionError: the method never enters one of its stages.
     """
     trainer.num_epochs = _EPOCHS
-    last = {trainer.stage(epoch / _EPOCHS): epoch for epoch in range(_EPOCHS)}
+    last = last_moments(trainer.stage, trainer.stages())
     never = [name for name in trainer.stages() if name not in last]
     assert not never, f"stage() never returns {', '.join(never)}; it returns {', '.join(map(str, last))}"
     for name in trainer.stages():
-        trainer.current_epoch = last[name]
+        trainer.current_epoch = round(last[name] * _EPOCHS)
         trainer.current_stage = name
         trainer.step_gradients.begin_stage()
         yield name
@@ -85,8 +86,7 @@ def check_gradients(trainer: SemiSupervisedTrainer) -> None:
         nonlocal idle
         idle = False
 
-    if idle:
-        network.teacher.encoder.register_forward_hook(run)
+    watched = network.teacher.encoder.register_forward_hook(run) if idle else None
     reached: set[str] = set()
     supervised: set[tuple[str | None, str | None]] = set()
     for _ in stages_of(trainer):
@@ -96,6 +96,8 @@ def check_gradients(trainer: SemiSupervisedTrainer) -> None:
         for name, gradient in gradients.items():
             assert torch.isfinite(gradient).all(), f"the gradient of {name} is not finite"
             reached.add(name)
+    if watched is not None:
+        watched.remove()
     assert not idle, (
         "the teacher is never run: set teacher=True, gradient=False in its Stream, or let it predict with the setting "
         "predict_with"
@@ -175,10 +177,12 @@ def check_steps(trainer: SemiSupervisedTrainer) -> None:
         assert any(not torch.equal(after[name], before[name]) for name in before), f"no weight moves in stage {stage}"
     never = sorted(set(trainer.loss_weights(1.0)) - found)
     assert not never, f"loss_terms() never yields {', '.join(never)}, of loss_weights()"
-    assert any(name.endswith("/unlabeled") for name in trainer.epoch_log.counts), (
+    assert "share/unlabeled" in trainer.epoch_log.counts, (
         "record_prediction() is never called: without it the log does not warn of a collapse, and no patch is centered "
-        "on a rare class"
+        "on a rare class. Call it with the logits of any stream of unlabeled images"
     )
+    warnings = unknown_modules(vars(trainer), trainer.training_network.parameters())
+    assert not warnings, "; ".join(warnings)
 
 
 def _tensors(network: TrainingNetwork) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ def make_batches(
     labeled = LabeledBatch.from_loader(
         given, trainer.device, deep_supervision=deep_supervision, weak=views.weak_labeled
     )
-    return labeled, UnlabeledBatch.from_loader(unlabeled, trainer.device), batch
+    return labeled, UnlabeledBatch.from_loader(unlabeled, trainer.device), given
 
 
 def _targets(trainer: SemiSupervisedTrainer, generator: torch.Generator) -> list[Tensor]:

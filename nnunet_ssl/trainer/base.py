@@ -161,8 +161,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     ) -> Iterator[dict[str, Tensor]]:
         """Yield named, unweighted parts of the loss; parts of one name add up to its term. One term is ``supervised``.
 
-        A part may use the outputs that were asked for since the last yield, and detached values of earlier ones: with
-        little memory, a stream's graph is gone once its part was yielded.
+        A part may use outputs that no earlier part has used, and detached values of the others: with little memory, a
+        stream's graph is gone once its part was yielded.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss_terms(). Every method writes this hook.")
 
@@ -186,7 +186,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """nnU-Net's own loss for the dataset: Dice and cross-entropy, or Dice and BCE for regions, ignore label and
         deep supervision included. **[choice]** The papers use Dice (and cross-entropy) on the full resolution alone.
         """
-        return self.loss(*of_equal_resolutions(output, target, several=self.enable_deep_supervision))
+        return self.loss(*of_equal_resolutions(output, target, self.loss))
 
     def without_gradient(self, image: Tensor, stream: Stream) -> StreamOutput:
         """One pass in addition to the step's streams, for :meth:`prepare`, of an image (N, C, *patch size).
@@ -232,7 +232,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self._set_batch_size_and_oversample()
             self.loss = LossOfRanks(together=self._build_loss(), own=self.loss)
             self.network = joined(self.network, self.device)
-        method_checks.check_stages(self.stage, self.stages())
+        method_checks.last_moments(self.stage, self.stages())
         self.prepare_steps()
 
     def prepare_steps(self) -> None:
@@ -292,7 +292,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.unlabeled_source.check_fold(self.print_to_log_file)
         if not self.was_initialized:
             self.initialize()
-        method_checks.check_attributes(vars(self), self.training_network.parameters())
+        method_checks.log_unknown_modules(vars(self), self.training_network.parameters(), self.print_to_log_file)
         self.print_to_log_file(f"{type(self).__name__} of nnunet_ssl {nnunet_ssl.__version__}, {self.settings}")
         if self.is_ddp:
             # All processes start with PyTorch's default seed, and would draw the same dropout and noise.

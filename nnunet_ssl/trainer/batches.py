@@ -8,12 +8,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from nnunet_ssl.data.cutmix import CutMix
 from nnunet_ssl.data.predicted_foreground import Aim
 from nnunet_ssl.errors import MethodError
+from nnunet_ssl.trainer.method_checks import check_target
 
 
 class LabeledBatch(NamedTuple):
@@ -56,6 +58,8 @@ class LabeledBatch(NamedTuple):
             deep_supervision: whether nnU-Net's own targets are a list.
             weak: whether the weak view is appended to the targets.
         """
+        for name, made in batch.get("extra", {}).items():
+            check_target(made, f"The labeled target {name!r} returns")
         target, weak_view = batch["target"], None
         if weak:
             *target, weak_view = target
@@ -64,7 +68,7 @@ class LabeledBatch(NamedTuple):
             image=_moved(batch["data"], device),
             target=_moved(target, device),
             keys=list(batch["keys"]),
-            extra={name: _moved_target(name, one, device) for name, one in batch.get("extra", {}).items()},
+            extra={name: _moved(one, device) for name, one in batch.get("extra", {}).items()},
             weak=None if weak_view is None else _moved(weak_view, device),
         )
 
@@ -173,27 +177,30 @@ def known_voxels(target: Tensor, labels: LabelManager) -> Tensor | None:
     return target[:, -1:] == 0 if labels.has_regions else target != labels.ignore_label
 
 
-def of_equal_resolutions(output: Any, target: Any, *, several: bool) -> tuple[Any, Any]:
-    """Output and target of nnU-Net's loss as they are, if both are as the loss wants them.
+def of_equal_resolutions(output: Any, target: Any, loss: Any) -> tuple[Any, Any]:
+    """Output and target of nnU-Net's loss as they are, if both are of one size, and of one resolution or of several.
 
     Args:
         output: one tensor or a list.
         target: one tensor or a list.
-        several: whether the loss is that of deep supervision, of lists.
+        loss: nnU-Net's; that of deep supervision wants lists.
 
     Raises:
-        MethodError: one is not of the kind that the loss wants.
+        MethodError: only one is a list; or none is, but the loss wants lists; or their sizes differ.
     """
-    found = {"output": isinstance(output, (list, tuple)), "target": isinstance(target, (list, tuple))}
-    if set(found.values()) == {several}:
-        return output, target
-    kinds = " and ".join(
-        f"{'a list of resolutions' if many else 'one tensor'} as {name}" for name, many in found.items()
+    several = isinstance(getattr(loss, "own", loss), DeepSupervisionWrapper)
+    lists = {"output": isinstance(output, (list, tuple)), "target": isinstance(target, (list, tuple))}
+    advice = (
+        "Ask for the stream with deep_supervision=self.enable_deep_supervision, and give output.logits and "
+        "labeled.target."
     )
-    raise MethodError(
-        f"supervised_loss() gets {kinds}; this training {'has' if several else 'is without'} deep supervision. Ask for "
-        "the stream with deep_supervision=self.enable_deep_supervision, and give output.logits and labeled.target."
-    )
+    if len(set(lists.values())) > 1 or (several and not all(lists.values())):
+        kinds = [f"{'a list of resolutions' if one else 'one tensor'} as {name}" for name, one in lists.items()]
+        raise MethodError(f"supervised_loss() gets {' and '.join(kinds)}. {advice}")
+    sizes = [tuple((one[0] if isinstance(one, (list, tuple)) else one).shape[2:]) for one in (output, target)]
+    if len(set(sizes)) > 1:
+        raise MethodError(f"supervised_loss() gets an output of {sizes[0]} voxels and a target of {sizes[1]}. {advice}")
+    return output, target
 
 
 def _moved(tensors: Any, device: torch.device) -> Any:
@@ -203,13 +210,3 @@ def _moved(tensors: Any, device: torch.device) -> Any:
         kind = list if isinstance(tensors, list) else tuple
         return kind(_moved(tensor, device) for tensor in tensors)
     return tensors.to(device, non_blocking=True)
-
-
-def _moved_target(name: str, made: Any, device: torch.device) -> Any:
-    for one in made if isinstance(made, tuple) else (made,):
-        if not isinstance(one, Tensor):
-            raise MethodError(
-                f"The labeled target {name!r} makes a value of the type {type(one).__name__}. Its __call__ returns a "
-                "tensor, or a tuple of tensors."
-            )
-    return _moved(made, device)

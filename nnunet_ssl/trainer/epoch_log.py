@@ -19,7 +19,7 @@ from nnunet_ssl.evaluation.class_shares import collapse_warning, collapsed
 LOG_PREFIX = "ssl/"
 _TIMED_STEPS = 10
 # Written by the trainer itself.
-_RESERVED = ("loss/", "weight/")
+_RESERVED = ("loss/", "weight/", "share/", "patches/", "seconds/", "skipped_steps")
 
 
 class EpochLog:
@@ -90,7 +90,7 @@ class EpochLog:
         self._counts = dict(counts)
 
     def record(self, name: str, count: Tensor, total: Tensor) -> None:
-        """Add to two counts whose ratio is logged; no transfer from the device.
+        """Add to two counts of a method, whose ratio is logged; no transfer from the device.
 
         Args:
             name: logged as ``ssl/<name>``, and the entries after the first as the list ``ssl/<name>_per_class``.
@@ -98,22 +98,26 @@ class EpochLog:
             total: like ``count``.
 
         Raises:
-            MethodError: the name is that of a loss or a weight, or no name; or the counts are no tensors of one shape.
+            MethodError: the name is one of the trainer's own, or no name; or the counts are no tensors of one shape.
         """
         if not isinstance(name, str) or not name or name.startswith(_RESERVED):
             raise MethodError(
-                f"record() gets the name {name!r}. Give a text that does not begin with {' or '.join(_RESERVED)}."
+                f"record() gets the name {name!r}. Give a text that does not begin with {', '.join(_RESERVED)}."
             )
-        if not (
-            isinstance(count, Tensor) and isinstance(total, Tensor) and count.shape == total.shape and count.ndim < 2
-        ):
+        before = self._counts.get(name, torch.empty(2, *getattr(count, "shape", ()), device="meta"))
+        tensors = isinstance(count, Tensor) and isinstance(total, Tensor)
+        if not (tensors and before.shape[1:] == count.shape == total.shape and count.ndim < 2):
             found = " and ".join(
                 f"a tensor {tuple(one.shape)}" if isinstance(one, Tensor) else repr(one) for one in (count, total)
             )
             raise MethodError(
-                f"record() gets {found} as count and total of {name!r}. Give two tensors of one shape: scalars, or "
-                "(K + 1,) with an entry for each of K classes after the first."
+                f"record() gets {found} as count and total of {name!r}. Give two tensors of one shape, the same in "
+                "each step: scalars, or (K + 1,) with an entry for each of K classes after the first."
             )
+        self.add(name, count, total)
+
+    def add(self, name: str, count: Tensor, total: Tensor) -> None:
+        """Add to two counts of the trainer itself; arguments as for :meth:`record`."""
         counts = torch.stack((count, total)).detach()
         # Half precision ends at 65504, and MPS has no double precision.
         counts = counts.float() if counts.is_floating_point() else counts.long()

@@ -181,9 +181,10 @@ class StepGradients:
         streams = returned("streams", self._method.streams(), Mapping, _DICTIONARY)
         images = returned("images", self._method.images(labeled, unlabeled, prepared), Mapping, _DICTIONARY)
         check_weights(returned("loss_weights", weights, Mapping, _DICTIONARY))
-        check_images(streams, images, labeled.image.shape[1:])
+        check_images(streams, images)
         self._training_network.check_streams(streams)
-        images = {name: image.to(self._image_dtype) for name, image in images.items()}
+        named = dict.fromkeys(stream.image for stream in streams.values())
+        images = {name: images[name].to(self._image_dtype) for name in named}
         with self.autocast():
             outputs = self._outputs(images, streams)
             parts = self._method.loss_terms(outputs, labeled, unlabeled, prepared)

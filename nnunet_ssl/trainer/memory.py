@@ -18,18 +18,21 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_ssl.distributed import alone
 from nnunet_ssl.errors import MethodError
+from nnunet_ssl.networks.branch import Branch
+from nnunet_ssl.networks.training_network import TrainingNetwork
 from nnunet_ssl.processes import environment
 from nnunet_ssl.trainer.batches import LabeledBatch, UnlabeledBatch, Views
 from nnunet_ssl.trainer.epoch_log import EpochLog
 from nnunet_ssl.trainer.gradients import StepGradients
 from nnunet_ssl.trainer.live_bytes import LiveBytes
-from nnunet_ssl.trainer.method_checks import check_stages
+from nnunet_ssl.trainer.method_checks import MOMENTS, check_target, last_moments
 from nnunet_ssl.trainer.predictions import Predictions
 
 if TYPE_CHECKING:
@@ -109,6 +112,8 @@ def _step_of_stage(
     with alone(), FakeTensorMode():
         # A CPU's autocast is not a GPU's: a network in half precision, with losses in float32, stands in for it.
         _without_content(network, dtype)
+        if isinstance(network, TrainingNetwork):
+            _cast_inputs(network.training_only, dtype)
         rehearsal.network = network
         rehearsal.loss = _in_float32(rehearsal._build_loss())
         live = LiveBytes()
@@ -166,7 +171,8 @@ def _semi_supervised_step(rehearsal: Any, mode: Mode, dtype: torch.dtype, live: 
         rehearsal, rehearsal.network, device=rehearsal.device, memory_mode=mode, image_dtype=dtype
     )
     rehearsal.step_gradients = gradients
-    gradients(labeled, unlabeled, gradients.prepare(labeled, unlabeled), rehearsal.loss_weights(1.0))
+    progress = max((one for one in MOMENTS if rehearsal.stage(one) == rehearsal.current_stage), default=1.0)
+    gradients(labeled, unlabeled, gradients.prepare(labeled, unlabeled), rehearsal.loss_weights(progress))
     return before
 
 
@@ -188,6 +194,17 @@ def _without_content(network: nn.Module, dtype: torch.dtype) -> None:
             module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _cast_inputs(modules: nn.ModuleDict, dtype: torch.dtype) -> None:
+    """A method's own modules, which run on what the heads put out, cast their inputs as autocast would."""
+
+    def cast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one for one in inputs)
+
+    for name, module in modules.items():
+        if name != "head" and not isinstance(module, (Branch, UNetDecoder)):
+            module.register_forward_pre_hook(cast)
 
 
 def _in_float32(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
@@ -221,7 +238,10 @@ def labeled_batch(trainer: Any, *, weak: bool = False) -> dict[str, Any]:
 
 def _extra_targets(trainer: Any) -> dict[str, Any]:
     patch = trainer.configuration_manager.patch_size
-    return {name: target.largest(trainer.batch_size, patch) for name, target in trainer.extra_targets.items()}
+    made = {name: target.largest(trainer.batch_size, patch) for name, target in trainer.extra_targets.items()}
+    for name, target in made.items():
+        check_target(target, f"largest() of the labeled target {name!r} returns")
+    return made
 
 
 def unlabeled_batch(trainer: Any) -> dict[str, Any]:
@@ -258,7 +278,7 @@ class MemoryEstimate:
     """
 
     def __init__(self, trainer: Any, *, mixed_precision: bool = True) -> None:
-        check_stages(trainer.stage, trainer.stages())
+        last_moments(trainer.stage, trainer.stages())
         self._trainer = trainer
         self._mixed_precision = mixed_precision
         self.labeled: int = trainer.batch_size

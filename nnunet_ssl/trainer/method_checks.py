@@ -30,26 +30,30 @@ _HOOKS = (
     "settings_class",
 )
 _SIMILAR = 0.85
-_MOMENTS = 1000
+MOMENTS = tuple(moment / 1000 for moment in range(1000))
+"""At which ``stage()`` is looked at before a training, as shares of it."""
+
+_ROUNDING = 1e-6
 
 
 # ---- before a training ----------------------------------------------------------------------------------------------
 
 
 def check_hook_names(method: type, base: type) -> None:
-    """Whether what a method adds to the base has other names than a hook with a slip of the pen, which nobody calls.
+    """Whether no hook is misspelled, which the package would not call.
 
     Raises:
-        MethodError: a name is nearly that of a hook.
+        MethodError: what a method adds to the base has nearly the name of a hook that the method does not have.
     """
     classes = method.__mro__[: method.__mro__.index(base)]
-    added = {name for one in classes for name in vars(one) if not name.startswith("_") and not hasattr(base, name)}
-    for name in sorted(added):
-        near = difflib.get_close_matches(name, _HOOKS, n=1, cutoff=_SIMILAR)
+    added = {name for one in classes for name in vars(one) if not name.startswith("_")}
+    missing = [name for name in _HOOKS if name not in added]
+    for name in sorted(name for name in added if not hasattr(base, name)):
+        near = difflib.get_close_matches(name, missing, n=1, cutoff=_SIMILAR)
         if near:
             raise MethodError(
-                f"{method.__name__} has {name!r}, which nothing calls. Did you mean {near[0]!r}? If it is a function "
-                "of your own, give it a name that is less like a hook's, or one with an underscore in front."
+                f"{method.__name__} has {name!r}, which the package does not call. Did you mean {near[0]!r}? If it is "
+                "something of your own, put an underscore in front of its name."
             )
 
 
@@ -77,10 +81,13 @@ def known_stage(stage: Any, stages: Sequence[str]) -> str:
     return stage
 
 
-def check_stages(stage: Callable[[float], Any], stages: Sequence[str]) -> None:
-    """Whether ``stage()`` returns one of ``stages()`` at every moment of a training; raises as :func:`known_stage`."""
-    for moment in range(_MOMENTS):
-        known_stage(stage(moment / _MOMENTS), stages)
+def last_moments(stage: Callable[[float], Any], stages: Sequence[str]) -> dict[str, float]:
+    """The progress at which each stage that a training enters ends, by the stage's name.
+
+    Raises:
+        MethodError: at some moment, ``stage()`` returns none of ``stages()``.
+    """
+    return {known_stage(stage(progress), stages): progress for progress in MOMENTS}
 
 
 def labeled_targets_of(made: Any) -> Mapping[str, LabeledTarget]:
@@ -100,39 +107,58 @@ def labeled_targets_of(made: Any) -> Mapping[str, LabeledTarget]:
     return targets
 
 
-def check_attributes(attributes: Mapping[str, Any], trained: Iterable[nn.Parameter]) -> None:
-    """Whether all modules with weights that a trainer has are in its network.
+def check_target(made: Any, text: str) -> None:
+    """Whether a labeled target has made a tensor or a tuple of tensors.
+
+    Raises:
+        MethodError: it has not; ``text`` says what has made it.
+    """
+    for one in made if isinstance(made, tuple) else (made,):
+        if not isinstance(one, Tensor):
+            raise MethodError(
+                f"{text} a value of the type {type(one).__name__}. Return a tensor, or a tuple of tensors."
+            )
+
+
+def unknown_modules(attributes: Mapping[str, Any], trained: Iterable[nn.Parameter]) -> list[str]:
+    """A warning for each module of a trainer whose weights could learn, but are not in its network.
 
     Args:
         attributes: of the trainer.
         trained: the network's weights.
-
-    Raises:
-        MethodError: no optimizer would move a module, and no checkpoint would hold it.
     """
     known = set(trained)
-    for name, value in attributes.items():
-        if isinstance(value, nn.Module) and not set(value.parameters()) <= known:
-            raise MethodError(
-                f"The trainer's attribute {name!r} is a module with weights of its own. The optimizer does not move "
-                "them, and no checkpoint holds them. Put it into the training network, in build_training_network(): "
-                f"network.training_only[{name!r}] = module."
-            )
+    learning = {
+        name: {parameter for parameter in value.parameters() if parameter.requires_grad}
+        for name, value in attributes.items()
+        if isinstance(value, nn.Module)
+    }
+    return [
+        f"The trainer's attribute {name!r} is a module with weights of its own. nnU-Net's optimizer does not move "
+        "them, and no checkpoint holds them. If they should be trained, put the module into the training network, in "
+        "build_training_network(): made.training_only['a name'] = module. For a teacher, a head, a decoder or a second "
+        "network, TrainingNetwork has arguments."
+        for name, parameters in learning.items()
+        if not parameters <= known
+    ]
+
+
+def log_unknown_modules(
+    attributes: Mapping[str, Any], trained: Iterable[nn.Parameter], log: Callable[[str], Any]
+) -> None:
+    """Log the warnings of :func:`unknown_modules`."""
+    for warning in unknown_modules(attributes, trained):
+        log(f"Warning: {warning}")
 
 
 # ---- in a step ------------------------------------------------------------------------------------------------------
 
 
-def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor], size: Sequence[int]) -> None:
-    """Whether the streams' images are there, of one size, and as large as the labeled batch's.
-
-    Args:
-        streams: by name.
-        images: by name.
-        size: (C, *patch size).
+def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor]) -> None:
+    """Whether the streams' images are there, and of one size for each network.
 
     Raises:
-        MethodError: a stream is none; or an image is missing or no tensor, or of another size.
+        MethodError: a stream is none; or an image is missing or no tensor, or those of one network are of unequal size.
     """
     for name, stream in streams.items():
         if not isinstance(stream, Stream):
@@ -152,30 +178,28 @@ def check_images(streams: Mapping[str, Stream], images: Mapping[str, Tensor], si
             raise MethodError(
                 f"The image {stream.image!r} of images() has the {found}; it must be a tensor (N, C, *patch size)."
             )
-    sizes = {name: tuple(images[name].shape[1:]) for name in dict.fromkeys(one.image for one in streams.values())}
-    listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
-    if len(set(sizes.values())) > 1:
-        raise MethodError(
-            f"The images of a step have unequal sizes, channels first: {listed}. All are encoded in one pass, so "
-            "they may only differ in the number of samples."
-        )
-    if sizes and set(sizes.values()) != {tuple(size)}:
-        raise MethodError(
-            f"The images of a step have another size than the batches, channels first: {listed}, not {tuple(size)}."
-        )
+    for place in {(stream.network, stream.teacher) for stream in streams.values()}:
+        names = dict.fromkeys(one.image for one in streams.values() if (one.network, one.teacher) == place)
+        sizes = {name: tuple(images[name].shape[1:]) for name in names}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+            raise MethodError(
+                f"The images of a step have unequal sizes, channels first: {listed}. A network encodes all of its "
+                "images in one pass, so they may only differ in the number of samples."
+            )
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Whether the weights of the terms are numbers of 0 or more.
+    """Whether the weights of the terms are numbers of 0 or more, but for rounding.
 
     Raises:
         MethodError: one is not.
     """
     for name, weight in weights.items():
-        if not (isinstance(weight, Real) and math.isfinite(weight) and weight >= 0):
+        if not (isinstance(weight, Real) and math.isfinite(weight) and weight > -_ROUNDING):
             raise MethodError(
-                f"loss_weights() returns {weight!r} for the term {name!r}. Return a finite number, 0 or more; what is "
-                "to become large is a term with a minus in front."
+                f"loss_weights() returns {weight!r} for the term {name!r}. Return a finite number, 0 or more. To make "
+                "a term large, yield it with a minus."
             )
 
 

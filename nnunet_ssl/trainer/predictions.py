@@ -98,7 +98,7 @@ class Predictions:
 
     def _count(self, of: str, label: Tensor, known: Tensor | None) -> None:
         for name, (count, total) in class_counts(label, known, self._classes).items():
-            self._epoch_log.record(f"{name}/{of}", count, total)
+            self._epoch_log.add(f"{name}/{of}", count, total)
 
     def draw(self) -> Tensor | None:
         """For each patch and class or region a voxel that is predicted as it, or -1: (U, K), int32; None if not wanted.

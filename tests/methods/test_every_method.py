@@ -275,7 +275,6 @@ def test_without_deep_supervision(make, planned_2d):
     trainer.was_initialized = False
     trainer.initialize()
     _, _, batch = make_batches(trainer)
-    (batch["target"],) = batch["target"]
     assert math.isfinite(trainer.train_step(batch)["loss"])
 
 

@@ -15,6 +15,7 @@ import torch
 from author_methods import MeanTeacher, TwoNetworks, changed
 from method_steps import make_short
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
 
 from nnunet_ssl import testing
 from nnunet_ssl.api import (
@@ -143,6 +144,34 @@ def test_the_estimate_is_that_of_the_largest_stage(made) -> None:
     for mode in ("split", "stacked"):
         alone, together = peak(("alone",), mode), peak(("together",), mode)
         assert alone < together == peak(("alone", "together"), mode) == peak(("together", "alone"), mode)
+
+
+def test_the_estimate_asks_for_the_weights_of_each_stages_own_moments(made) -> None:
+    class Late(TwoNetworks):
+        def loss_weights(self, progress):
+            assert 0 <= progress < 1
+            weights = super().loss_weights(progress)
+            return weights if progress >= 0.5 else {name: weights[name] for name in ("supervised", "distance")}
+
+    assert step_bytes(made(Late), "split", mixed_precision=True).peak > 0
+
+
+def test_the_estimate_takes_a_module_on_a_heads_float32_output(made) -> None:
+    class Projected(TwoNetworks):
+        def build_training_network(self, network):
+            network = super().build_training_network(network)
+            network.training_only["projector"] = nn.Conv2d(self.num_structures, 4, 1)
+            return network
+
+        def loss_terms(self, outputs, labeled, unlabeled, prepared):
+            projector = self.training_network.training_only["projector"]
+            for part in super().loss_terms(outputs, labeled, unlabeled, prepared):
+                if "distance" in part:
+                    part["distance"] = part["distance"] + projector(outputs["x_a"].head["distance"].float()).mean()
+                yield part
+
+    check_gradients(made(Projected))
+    assert step_bytes(made(Projected), "split", mixed_precision=True).peak > 0
 
 
 def test_doctor_estimates_a_method_with_stages() -> None:

@@ -11,6 +11,7 @@ import torch
 from author_methods import MeanTeacher, TwoNetworks, changed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
+from torch.nn import functional
 
 from nnunet_ssl import testing
 from nnunet_ssl.api import (
@@ -28,7 +29,8 @@ from nnunet_ssl.api import (
 from nnunet_ssl.cli.training_checks import check_memory as doctors_check_memory
 from nnunet_ssl.testing import make_batches, tiny_plans
 from nnunet_ssl.testing.checks import check_gradients
-from nnunet_ssl.trainer.method_checks import check_attributes
+from nnunet_ssl.trainer.memory import step_bytes
+from nnunet_ssl.trainer.method_checks import log_unknown_modules, unknown_modules
 
 
 def _images(change):
@@ -108,7 +110,7 @@ MISTAKES = {
     ),
     "a stream of an earlier part": (
         changed(loss_terms=_terms(_supervised, lambda _, outputs, __: {"consistency": outputs["x"].logits[0].mean()})),
-        "asks for the stream 'x' after the part of the loss that used it",
+        "asks for the stream 'x' again, after a part of the loss was yielded",
     ),
     "a view that is not there": (
         changed(images=lambda self, labeled, unlabeled, _: {"x": labeled.image, "u": unlabeled.augmented}),
@@ -140,9 +142,9 @@ MISTAKES = {
         changed(streams=lambda self: {"x": "x"}),
         r"streams\(\) returns a value of the type str as 'x', no Stream",
     ),
-    "images of another size than the batches": (
-        changed(images=_images(lambda images: {name: image[..., :-4] for name, image in images.items()})),
-        r"another size than the batches, channels first: 'x' \(1, 24, 20\), 'u' \(1, 24, 20\), not \(1, 24, 24\)",
+    "an output of another size than the target": (
+        changed(images=_images(lambda images: {name: image[..., :-8] for name, image in images.items()})),
+        r"gets an output of \(24, 16\) voxels and a target of \(24, 24\)",
     ),
     "one resolution for the loss of several": (
         changed(
@@ -150,15 +152,15 @@ MISTAKES = {
                 lambda self, o, y: {"supervised": self.supervised_loss(o["x"].full_resolution, y.full_resolution)}
             )
         ),
-        "gets one tensor as output and one tensor as target; this training has deep supervision",
+        "gets one tensor as output and one tensor as target. Ask for the stream with deep_supervision",
     ),
     "a weight below zero": (
         changed(loss_weights=lambda self, progress: {"supervised": 1.0, "consistency": -0.5}),
-        r"returns -0.5 for the term 'consistency'\. Return a finite number, 0 or more; .* a minus in front",
+        r"returns -0.5 for the term 'consistency'\. Return a finite number, 0 or more\. To make a term large",
     ),
     "a record of the trainer's own name": (
         changed(prepare=lambda self, *_: self.record("loss/supervised", torch.ones(()), torch.ones(()))),
-        r"record\(\) gets the name 'loss/supervised'\. Give a text that does not begin with loss/ or weight/",
+        r"record\(\) gets the name 'loss/supervised'\. Give a text that does not begin with loss/, weight/, share/",
     ),
     "a record of numbers": (
         changed(prepare=lambda self, *_: self.record("share", 1.0, 2.0)),
@@ -178,7 +180,7 @@ MISTAKES = {
     ),
     "one resolution for nnU-Net's loss": (
         changed(streams=lambda self: {"x": Stream("x"), "u": Stream("u")}),
-        "gets one tensor as output and a list of resolutions as target; .* Ask for .*deep_supervision=self.enable_deep",
+        r"gets one tensor as output and a list of resolutions as target\. Ask for .*deep_supervision=self.enable_deep",
     ),
     **{
         f"{hook} that returns nothing": (
@@ -235,6 +237,34 @@ def test_a_graph_that_split_no_longer_has_is_named(made) -> None:
         trainer.train_step(batch)
 
 
+def test_a_bottleneck_that_split_no_longer_has_an_encoder_for_is_named(made) -> None:
+    def loss_terms(self, outputs, labeled, unlabeled, prepared):
+        yield {"supervised": self.supervised_loss(outputs["x"].logits, labeled.target)}
+        output = outputs["u"]
+        yield {"consistency": output.logits.mean()}
+        yield {"consistency": output.bottleneck.square().mean()}
+
+    streams = {"x": Stream("x", deep_supervision=True), "u": Stream("u", bottleneck=True)}
+    trainer = made(changed(loss_terms=loss_terms, streams=lambda self: streams), memory_mode="split")
+    with pytest.raises(MethodError, match=r"an earlier part has used\. In memory mode split its graph is gone"):
+        trainer.train_step(make_batches(trainer)[2])
+
+
+def test_a_stream_whose_bottleneck_alone_is_used_frees_its_encoder_in_split_and_has_its_gradient(made) -> None:
+    kept = []
+
+    def loss_terms(self, outputs, labeled, unlabeled, prepared):
+        self.record_prediction(outputs.peek("u").logits)
+        yield {"consistency": outputs["u"].bottleneck.square().mean()}
+        kept.append(list(getattr(outputs, "_features", {})))
+        yield {"supervised": self.supervised_loss(outputs["x"].logits, labeled.target)}
+
+    streams = {"x": Stream("x", deep_supervision=True), "u": Stream("u", bottleneck=True)}
+    method = changed(loss_terms=loss_terms, streams=lambda self: streams)
+    testing.check_split(made(method))
+    assert kept == [[], []]
+
+
 def test_to_look_whether_there_is_a_stream_runs_no_pass(made) -> None:
     found = []
 
@@ -278,7 +308,7 @@ MISTAKES_AT_THE_START = {
     ),
     "a hook with a slip of the pen": (
         changed(unlabelled_views=lambda self: Views(strong=2)),
-        "has 'unlabelled_views', which nothing calls. Did you mean 'unlabeled_views'",
+        "has 'unlabelled_views', which the package does not call. Did you mean 'unlabeled_views'",
     ),
     "targets of a class": (
         changed(labeled_targets=lambda self: {"distance": SignedDistanceMaps}),
@@ -339,13 +369,25 @@ def test_a_training_network_that_is_not_returned_is_named(made) -> None:
         made(changed(build_training_network=lambda self, network: None))
 
 
-def test_a_module_that_no_optimizer_moves_is_named() -> None:
-    kept, own = nn.Linear(1, 1), nn.Linear(1, 1)
-    check_attributes({"network": kept, "loss": nn.CrossEntropyLoss(), "bare": 3}, kept.parameters())
-    with pytest.raises(
-        MethodError, match=r"attribute 'projector' is a module .* network\.training_only\['projector'\]"
-    ):
-        check_attributes({"network": kept, "projector": own}, kept.parameters())
+def test_a_module_that_no_optimizer_moves_is_named(made) -> None:
+    kept, own, frozen = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False)
+    attributes = {"network": kept, "loss": nn.CrossEntropyLoss(), "bare": 3, "labeler": frozen}
+    assert unknown_modules(attributes, kept.parameters()) == []
+    lines: list[str] = []
+    log_unknown_modules(attributes | {"projector": own}, kept.parameters(), lines.append)
+    (line,) = lines
+    assert line.startswith("Warning: The trainer's attribute 'projector' is a module with weights of its own.")
+    trainer = made(MeanTeacher)
+    trainer.projector = own
+    with pytest.raises(AssertionError, match=r"'projector' is a module .*: made\.training_only\["):
+        testing.check_steps(trainer)
+
+
+def test_a_name_near_a_hook_that_the_method_has_is_the_methods_own(made) -> None:
+    extra = {"image": 3, "stream": 0, "loss_weight": 0.1, "prepared": None, "stage1": "alone"}
+    made(type("Own", (TwoNetworks,), extra | {"prepare": TwoNetworks.prepare}))
+    with pytest.raises(MethodError, match=r"has 'prepared', which the package does not call. Did you mean 'prepare'"):
+        made(type("Own", (TwoNetworks,), extra))
 
 
 def test_a_stage_that_only_comes_later_is_checked_at_the_start(made) -> None:
@@ -390,5 +432,73 @@ def test_a_labeled_target_that_makes_no_tensor_is_named(target, made) -> None:
             return torch.empty(batch_size, 1, *patch_size)
 
     trainer = made(changed(labeled_targets=lambda self: {"mine": Nothing()}))
-    with pytest.raises(MethodError, match=r"target 'mine' makes a value of the type (NoneType|ndarray)\. Its __call__"):
+    with pytest.raises(
+        MethodError, match=r"target 'mine' returns a value of the type (NoneType|ndarray)\. Return a tensor, or a tuple"
+    ):
         trainer.train_step(make_batches(trainer)[2])
+
+
+def test_an_empty_targets_content_is_named_as_that(made) -> None:
+    class Wrong(LabeledTarget):
+        def __call__(self, segmentation):
+            return segmentation > 0
+
+        def largest(self, batch_size, patch_size):
+            return np.zeros(3)
+
+    trainer = made(changed(labeled_targets=lambda self: {"mine": Wrong()}))
+    trainer.train_step(make_batches(trainer)[2])
+    with pytest.raises(MethodError, match=r"largest\(\) of the labeled target 'mine' returns .* ndarray"):
+        step_bytes(trainer, "split", mixed_precision=True)
+
+
+def test_a_record_whose_shape_changes_is_named(made) -> None:
+    trainer = made(MeanTeacher)
+    trainer.record("mine", torch.ones(()), torch.ones(()))
+    for shape in ((2,), (3,)):
+        with pytest.raises(MethodError, match=r"gets a tensor .* of 'mine'\. .* the same in each step"):
+            trainer.record("mine", torch.ones(shape), torch.ones(shape))
+
+
+@pytest.mark.parametrize("made_by_head", [torch.zeros(2), {"a": [torch.zeros(2)]}])
+@pytest.mark.parametrize("mode", ["stacked", "split"])
+def test_a_head_that_returns_no_named_tensors_is_named(made_by_head, mode, made) -> None:
+    class Head(nn.Module):
+        def forward(self, image, features):
+            return made_by_head
+
+    trainer = made(
+        changed(
+            build_training_network=lambda self, network: TrainingNetwork(network, teacher=True, head=Head()),
+            streams=lambda self: {**MeanTeacher.streams(self), "u": Stream("u", head=True)},
+        ),
+        memory_mode=mode,
+    )
+    with pytest.raises(MethodError, match=r"The head returns a value of the type \w+\. Return a dictionary of tensors"):
+        trainer.train_step(make_batches(trainer)[2])
+
+
+def test_a_teacher_of_the_authors_own_is_named(made) -> None:
+    def build(self, network):
+        network = TrainingNetwork(network)
+        network.training_only["teacher"] = nn.Linear(1, 1)
+        return network
+
+    with pytest.raises(MethodError, match=r"'teacher'\] is the package's own teacher"):
+        made(changed(build_training_network=build))
+
+
+def test_a_view_that_no_stream_uses_may_be_absent(made) -> None:
+    trainer = made(changed(images=_images(lambda images: {**images, "unused": None})))
+    trainer.train_step(make_batches(trainer)[2])
+
+
+def test_an_own_loss_of_one_resolution_is_taken(made) -> None:
+    method = changed(
+        _build_loss=lambda self: lambda output, target: functional.cross_entropy(output, target[:, 0].long()),
+        loss_terms=_terms(
+            lambda self, o, y: {"supervised": self.supervised_loss(o["x"].full_resolution, y.full_resolution)}
+        ),
+    )
+    trainer = made(method)
+    trainer.train_step(make_batches(trainer)[2])
