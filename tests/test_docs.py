@@ -211,6 +211,14 @@ def test_code_in_lists_is_code_on_the_site(page: Path) -> None:
     assert re.findall(r"^\s*\n( {5,7}\S.*)", page.read_text(encoding="utf-8"), re.MULTILINE) == []
 
 
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.relative_to(PROJECT).as_posix())
+def test_code_within_a_sentence_is_on_one_line(page: Path) -> None:
+    """A command that is copied from the file, and goes on in the next line, would run as its first half."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    paragraphs = [one for one in re.split(r"\n\s*\n", text) if not one.startswith("    ")]
+    assert [code for one in paragraphs for code in re.findall(r"`([^`]+)`", one) if "\n" in code] == []
+
+
 def test_every_result_is_linked() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, *RESULTS])
     assert [page.name for page in RESULTS if f"{page.name})" not in text and f"{page.name}#" not in text] == []
