@@ -29,6 +29,7 @@ from warm_commands import CAN_FORK, WarmCommands
 
 from nnunet_ssl.cli.lookup import trainers_folder
 from nnunet_ssl.data.phantoms import PhantomDataset, write_phantom_dataset
+from nnunet_ssl.testing import tiny_trainers
 from nnunet_ssl.testing.short import short_trainers
 
 # What is checked is true on a slow or busy machine too. All else is as hypothesis has it, which draws the same examples
@@ -200,3 +201,18 @@ _get_context = multiprocessing.get_context
 
 def _context(method: str | None = None):
     return server() if method == "spawn" else _get_context(method)
+
+
+@pytest.fixture
+def made():
+    """Trainers of the tiny plans in 2D."""
+    opened = []
+
+    def factory(method, **options):
+        context = tiny_trainers(method, **({"dim": 2} | options))
+        opened.append(context)
+        return context.__enter__()()
+
+    yield factory
+    for context in opened:
+        context.__exit__(None, None, None)

@@ -6,8 +6,7 @@ arXiv 2305.00673.
 The unlabeled part of a mixed image has the label that a teacher, the student's moving average, predicts. Labeled and
 unlabeled voxels are then learned in one image, by one network, with one loss.
 
-Where this differs from the paper, **[choice]** says so; docs/explanation/bcp.md lists the differences from the authors'
-released code.
+**[choice]** marks what differs from the paper; docs/explanation/bcp.md compares with the authors' code.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nnunet_ssl.api import (
     LabeledBatch,
@@ -32,10 +30,8 @@ from nnunet_ssl.api import (
     Views,
     box_mask,
     dice_and_cross_entropy,
-    fused,
     gaussian_ramp_up,
     largest_components,
-    paste,
     pseudo_label,
     ramp_length_setting,
     random_boxes,
@@ -51,18 +47,9 @@ class BCPSettings(TeacherSettings):
 
     unlabeled_weight: float = setting(0.5, "α: weight of the unlabeled part of a mixed image", minimum=0.0)
     box_fraction: float = setting(2 / 3, "β: side of the box, as a share of the patch's", minimum=0.05, maximum=1.0)
-    pretrain_fraction: float = setting(
-        0.2,
-        "share of the training, from its start, that uses labeled images only (pretraining)",
-        minimum=0.0,
-        maximum=1.0,
-    )
-    labeled_into_labeled: bool = setting(
-        False, "paste labeled images into each other during the pretraining, as in the paper", choices=(True, False)
-    )
-    largest_component: bool = setting(
-        True, "keep each class's largest connected component in the teacher's labels", choices=(True, False)
-    )
+    pretrain_fraction: float = setting(0.2, "share of training: pretrain on labeled images", minimum=0.0, maximum=1.0)
+    labeled_into_labeled: bool = setting(False, "pretrain on labeled images pasted together", choices=(True, False))
+    largest_component: bool = setting(True, "keep each class's largest component in labels", choices=(True, False))
     ramp_length: float = ramp_length_setting(0.0)
 
 
@@ -71,8 +58,7 @@ class Pairs(NamedTuple):
 
     Attributes:
         box: M, (N, 1, *patch size), bool.
-        labeled: (N,), the index of the labeled patch.
-        unlabeled: (N,), the index of the unlabeled patch.
+        labeled, unlabeled: (N,), the indices of the two patches in their batches.
         pseudo: ŷ, the teacher's label of the unlabeled batch: classes (U, 1, *patch size), or regions, bool.
     """
 
@@ -117,7 +103,11 @@ class BCPTrainer(SemiSupervisedTrainer):
         pairs for each direction. Where the batches differ in size, patches of the smaller one are in several pairs.
         """
         if self.current_stage == PRETRAINING:
-            return self._pasted_into_each_other(labeled) if self.settings.labeled_into_labeled else labeled
+            if not self.settings.labeled_into_labeled:
+                return labeled
+            # As in the paper: outside of its box, each labeled image is the next one.
+            outside = ~self._boxes(len(labeled.image), labeled)
+            return labeled.pasted(outside, torch.arange(len(outside), device=outside.device).roll(-1))
         assert unlabeled.augmented is not None
         teacher = self.without_gradient(unlabeled.augmented, Stream("u", teacher=True, gradient=False)).logits
         self.record_prediction(teacher)
@@ -154,46 +144,17 @@ class BCPTrainer(SemiSupervisedTrainer):
         for direction, of_labeled in (("in", prepared.box), ("out", ~prepared.box)):
             logits = outputs[direction].logits
             learned = of_labeled if known is None else of_labeled & known[prepared.labeled]
-            supervised, unsupervised = mixed_loss(logits, label, learned, pseudo, ~of_labeled)
-            yield {"supervised": supervised, "pseudo_label": unsupervised}
-            del logits, supervised, unsupervised  # the next pass needs their memory
+            yield {
+                "supervised": dice_and_cross_entropy(logits, label, learned),
+                "pseudo_label": dice_and_cross_entropy(logits, pseudo, ~of_labeled),
+            }
+            del logits  # the next pass needs its memory
 
     def loss_weights(self, progress: float) -> dict[str, float]:
         """L = supervised + α pseudo_label; a ramp after the pretraining is a setting, off as in the paper."""
-        s = self.settings
-        ramp = gaussian_ramp_up(progress, start=s.pretrain_fraction, length=s.ramp_length)
-        return {"supervised": 1.0, "pseudo_label": s.unlabeled_weight * ramp}
+        ramp = gaussian_ramp_up(progress, start=self.settings.pretrain_fraction, length=self.settings.ramp_length)
+        return {"supervised": 1.0, "pseudo_label": self.settings.unlabeled_weight * ramp}
 
     def _boxes(self, count: int, labeled: LabeledBatch) -> Tensor:
         size, device = labeled.image.shape[2:], labeled.image.device
         return box_mask(random_boxes(count, size, fraction=self.settings.box_fraction, device=device), size)
-
-    def _pasted_into_each_other(self, labeled: LabeledBatch) -> LabeledBatch:
-        """Each labeled image, and its target at every resolution, with the next one's outside of the box."""
-        outside = ~self._boxes(len(labeled.image), labeled)
-        following = torch.arange(len(labeled.image), device=outside.device).roll(-1)
-
-        def pasted(tensor: Tensor) -> Tensor:
-            size = tensor.shape[2:]
-            mask = functional.interpolate(outside.float(), size=size, mode="nearest").bool()
-            return paste(tensor, mask, following)
-
-        target = labeled.target
-        mixed = [pasted(level) for level in target] if isinstance(target, list) else pasted(target)
-        return labeled._replace(image=pasted(labeled.image), target=mixed)
-
-
-@fused
-def mixed_loss(
-    logits: Tensor, label: Tensor, labeled: Tensor, pseudo: Tensor, unlabeled: Tensor
-) -> tuple[Tensor, Tensor]:
-    """[D + CE] / 2 of the labeled and of the unlabeled part of mixed images (N, C, *spatial).
-
-    Args:
-        logits: of the mixed images.
-        label: of the labeled patches: classes (N, 1, *spatial), integer, or regions (N, C, *spatial), bool.
-        labeled: where it counts, (N, 1, *spatial), bool.
-        pseudo: like ``label``, of the unlabeled patches.
-        unlabeled: where it counts, like ``labeled``.
-    """
-    return dice_and_cross_entropy(logits, label, labeled), dice_and_cross_entropy(logits, pseudo, unlabeled)

@@ -7,8 +7,7 @@ Decoder a is nnU-Net's, with transposed convolutions; b interpolates linearly an
 weights of its own. Where they disagree, the network is uncertain. All see labeled and unlabeled images. Decoder a
 predicts, so the network that predicts is nnU-Net's own.
 
-Where this differs from the paper, **[choice]** says so; docs/explanation/mcnet.md lists the differences from the
-authors' released code.
+**[choice]** marks what differs from the paper; docs/explanation/mcnet.md compares with the authors' code.
 """
 
 from __future__ import annotations
@@ -48,11 +47,7 @@ class MCNetSettings(SemiSupervisedSettings):
     mutual_weight: float = setting(1.0, "β: weight of the mutual consistency, after the ramp", minimum=0.0)
     temperature: float = setting(0.1, "T: temperature of the sharpening; 1: no sharpening", minimum=0.01, maximum=1.0)
     decoders: int = setting(3, "3: decoders a, b and c (MC-Net+); 2: a and b (MC-Net)", choices=(2, 3), integer=True)
-    label_gradient: bool = setting(
-        False,
-        "whether soft labels carry a gradient, as in the authors' released code",
-        choices=(True, False),
-    )
+    label_gradient: bool = setting(False, "soft labels with a gradient, as in the authors' code", choices=(True, False))
 
 
 class MCNetTrainer(SemiSupervisedTrainer):

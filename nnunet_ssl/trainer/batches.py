@@ -11,8 +11,9 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
+from torch.nn import functional
 
-from nnunet_ssl.data.cutmix import CutMix
+from nnunet_ssl.data.cutmix import CutMix, paste
 from nnunet_ssl.data.predicted_foreground import Aim
 from nnunet_ssl.errors import MethodError
 from nnunet_ssl.trainer.method_checks import check_target
@@ -44,6 +45,28 @@ class LabeledBatch(NamedTuple):
     def full_resolution(self) -> Tensor:
         """The target with deep supervision or without."""
         return self.target[0] if isinstance(self.target, list) else self.target
+
+    def pasted(self, mask: Tensor, partner: Tensor) -> LabeledBatch:
+        """The batch with another sample's voxels within a mask: of the images, their weak view and all targets.
+
+        ``extra`` stays as it is: what a method has made of the labels cannot be pasted in general.
+
+        Args:
+            mask: (B, 1, *patch size), bool, as :func:`~nnunet_ssl.data.cutmix.box_mask` makes it.
+            partner: (B,), the index of the sample to fill the mask from.
+
+        >>> batch = LabeledBatch(torch.tensor([[[[1.0, 2.0]]], [[[3.0, 4.0]]]]), torch.zeros(2, 1, 1, 2), ["a", "b"])
+        >>> batch.pasted(torch.tensor([[[[True, False]]], [[[False, False]]]]), torch.tensor([1, 0])).image
+        tensor([[[[3., 2.]]],
+                [[[3., 4.]]]])
+        """
+
+        def of(tensor: Tensor) -> Tensor:
+            inside = functional.interpolate(mask.float(), size=tensor.shape[2:], mode="nearest").bool()
+            return paste(tensor, inside, partner)
+
+        target = [of(level) for level in self.target] if isinstance(self.target, list) else of(self.target)
+        return self._replace(image=of(self.image), target=target, weak=None if self.weak is None else of(self.weak))
 
     @classmethod
     def from_loader(

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from nnunet_ssl import api, losses, methods
 from nnunet_ssl.compiled import compiled, fused, fusing
-from nnunet_ssl.methods import bcp, dtc, mcnet, mutual_reliable, simcvd, urpc
+from nnunet_ssl.methods import dtc, mcnet, mutual_reliable, simcvd, urpc
 
 COMPILE = torch.compile
 SHAPE = (2, 3, 8, 6)
@@ -70,8 +70,7 @@ CASES: dict[str, Case] = {
     "tasks": (partial(tasks, regions=False), (LOGITS, OTHERS[:, 1:]), (), 1),
     "tasks of regions": (partial(tasks, regions=True), (LOGITS, OTHERS), (), 1),
     "coverage": (coverage, (), (CLASSES, MASK.float()), 1),
-    "mixed": (bcp.mixed_loss, (LOGITS,), (CLASSES, MASK, CLASSES, ~MASK), 1),
-    "mixed of regions": (bcp.mixed_loss, (LOGITS,), (REGIONS, MASK, REGIONS, ~MASK), 1),
+    "both of regions": (api.dice_and_cross_entropy, (LOGITS,), (REGIONS, MASK), 1),
     "coverage of regions": (coverage, (), (REGIONS, MASKS.float()), 1),
 }
 

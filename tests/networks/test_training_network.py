@@ -147,7 +147,7 @@ def test_asking_for_an_output_after_its_backward_pass_is_an_error(mode):
     images = step_images(2)
     outputs = mode(network, images, STREAMS, network.draw_dropout_masks(STREAMS, images))
     outputs.backward(outputs["s"].logits.mean())
-    with pytest.raises(MethodError, match="stream 's' after the part of the loss that used it"):
+    with pytest.raises(MethodError, match="stream 's' again, after a part of the loss was yielded"):
         outputs["s"]
     assert not outputs.peek("s").logits.requires_grad
 
