@@ -79,8 +79,8 @@ def test_who_loses_is_named_first(leaderboard, tmp_path):
     page = leaderboard.make_page(leaderboard.read_reports(tmp_path))
     heading, below, other, above, spread = page.split("\n\n")[1:6]
     assert heading == (
-        "**Below nnUNetTrainer by more than nnUNetTrainer's own trainings differ**, in Dice (an interval that contains 0 "
-        "does not show a difference: see the table):"
+        "**Below nnUNetTrainer by more than nnUNetTrainer's own trainings differ**, in Dice (an interval that "
+        "contains 0 does not show a difference: see the table):"
     )
     assert below == "- Worse: One, 2 labeled -0.020 (n = 3)\n- Better: Two, 6 labeled -0.030 (n = 1, too few)"
     assert other.startswith("**Above") and above == "- Better: One, 2 labeled +0.020 (n = 3)"
