@@ -56,9 +56,8 @@ class LabeledBatch(NamedTuple):
             partner: (B,), the index of the sample to fill the mask from.
 
         >>> batch = LabeledBatch(torch.tensor([[[[1.0, 2.0]]], [[[3.0, 4.0]]]]), torch.zeros(2, 1, 1, 2), ["a", "b"])
-        >>> batch.pasted(torch.tensor([[[[True, False]]], [[[False, False]]]]), torch.tensor([1, 0])).image
-        tensor([[[[3., 2.]]],
-                [[[3., 4.]]]])
+        >>> batch.pasted(torch.tensor([[[[True, False]]], [[[False, False]]]]), torch.tensor([1, 0])).image.tolist()
+        [[[[3.0, 2.0]]], [[[3.0, 4.0]]]]
         """
 
         def of(tensor: Tensor) -> Tensor:
