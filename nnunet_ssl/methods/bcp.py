@@ -140,7 +140,7 @@ class BCPTrainer(SemiSupervisedTrainer):
             yield {"supervised": self.supervised_loss(outputs["x"].logits, prepared.target)}
             return
         label, known = self.label_of(labeled)[prepared.labeled], self.known_voxels(labeled)
-        pseudo = prepared.pseudo[prepared.unlabeled]
+        pseudo = prepared.pseudo[prepared.unlabeled].to(label.dtype)  # for one compiled loss of both
         for direction, of_labeled in (("in", prepared.box), ("out", ~prepared.box)):
             logits = outputs[direction].logits
             learned = of_labeled if known is None else of_labeled & known[prepared.labeled]
