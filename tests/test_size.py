@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "nnunet_ssl"
-LONGEST_FILE, LONGEST_CLASS, LONGEST_FUNCTION = 400, 450, 60
+LONGEST_FILE, LONGEST_CLASS, LONGEST_FUNCTION = 400, 449, 60
 # The trainer that nnU-Net's hooks and a method's have in common.
-LONGER_FILES = {"trainer/base.py": 500}
+LONGER_FILES = {"trainer/base.py": 499}
 
 
 def _lines(file: Path) -> int:

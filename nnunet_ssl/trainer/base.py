@@ -314,9 +314,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Where the fold's unlabeled cases come from."""
         # A machine that only trains may have the preprocessed data alone.
         raw = Path(str(nnUNet_raw)) / self.plans_manager.dataset_name if nnUNet_raw.is_set() else None
-        preprocessed = Path(self.preprocessed_dataset_folder_base)
-        trained = self.fold, self.configuration_name, type(self).__name__
-        return UnlabeledSource(raw, preprocessed, self.plans_manager, self.dataset_json, *trained)
+        place, trained = Path(self.preprocessed_dataset_folder_base), (self.fold, self.configuration_name)
+        return UnlabeledSource(raw, place, self.plans_manager, self.dataset_json, *trained, type(self).__name__)
 
     def _prepare_dataset(self) -> UnlabeledDataset:
         source, log, allow = self.unlabeled_source, self.print_to_log_file, self.settings.allow_transductive
