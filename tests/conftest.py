@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,13 +207,5 @@ def _context(method: str | None = None):
 @pytest.fixture
 def made():
     """Trainers of the tiny plans in 2D."""
-    opened = []
-
-    def factory(method, **options):
-        context = tiny_trainers(method, **({"dim": 2} | options))
-        opened.append(context)
-        return context.__enter__()()
-
-    yield factory
-    for context in opened:
-        context.__exit__(None, None, None)
+    with ExitStack() as opened:
+        yield lambda method, **options: opened.enter_context(tiny_trainers(method, **({"dim": 2} | options)))()

@@ -47,9 +47,9 @@ class BCPSettings(TeacherSettings):
 
     unlabeled_weight: float = setting(0.5, "α: weight of the unlabeled part of a mixed image", minimum=0.0)
     box_fraction: float = setting(2 / 3, "β: side of the box, as a share of the patch's", minimum=0.05, maximum=1.0)
-    pretrain_fraction: float = setting(0.2, "share of training: pretrain on labeled images", minimum=0.0, maximum=1.0)
+    pretrain_fraction: float = setting(0.2, "share of the training with labeled images only", minimum=0.0, maximum=1.0)
     labeled_into_labeled: bool = setting(False, "pretrain on labeled images pasted together", choices=(True, False))
-    largest_component: bool = setting(True, "keep each class's largest component in labels", choices=(True, False))
+    largest_component: bool = setting(True, "pseudo-labels keep each class's largest component", choices=(True, False))
     ramp_length: float = ramp_length_setting(0.0)
 
 

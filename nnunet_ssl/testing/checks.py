@@ -73,7 +73,9 @@ def stages_of(trainer: SemiSupervisedTrainer) -> Iterator[str]:
 
 
 def check_gradients(trainer: SemiSupervisedTrainer) -> None:
-    """A gradient reaches every parameter that learns, in some stage, and none reaches a teacher, which is of use.
+    """A gradient reaches every parameter that learns, in some stage, and none reaches a teacher.
+
+    A teacher runs in some stage, or predicts.
 
     Those heads of lower resolutions that no loss is taken of may be without.
     """

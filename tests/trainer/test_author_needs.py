@@ -18,10 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_ssl import testing
-from nnunet_ssl.api import (
-    MethodError,
-    Stream,
-)
+from nnunet_ssl.api import MethodError, Stream
 from nnunet_ssl.cli.training_checks import check_memory as doctors_check_memory
 from nnunet_ssl.networks import passes as passes_module
 from nnunet_ssl.testing import make_batches, stages_of, tiny_plans, tiny_trainers

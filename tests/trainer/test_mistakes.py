@@ -79,7 +79,7 @@ MISTAKES = {
         changed(loss_terms=_terms(_supervised, lambda self, o, _: {"consistency": o["u"].logits.detach().mean()})),
         "The term 'consistency' does not depend on any stream with gradient",
     ),
-    "a term without gradient beside one with gradient": (
+    "a detached term in one part with the supervised one": (
         changed(loss_terms=_terms(lambda self, o, y: _supervised(self, o, y) | {"consistency": torch.tensor(0.5)})),
         r"term 'consistency' does not depend on any stream with gradient.*call self\.record\(\)",
     ),
@@ -405,10 +405,7 @@ def test_a_teacher_that_is_never_run_and_predictions_that_are_not_counted_are_na
     class Forgotten(MeanTeacher):
         def prepare(self, labeled, unlabeled):
             found = super().prepare(labeled, unlabeled)
-            return found._replace(mean=self.mean_of_the_student(found.mean))
-
-        def mean_of_the_student(self, mean):
-            return torch.full_like(mean, 1 / mean.shape[1])
+            return found._replace(mean=torch.full_like(found.mean, 1 / found.mean.shape[1]))
 
         def without_gradient(self, image, stream):
             return super().without_gradient(image, replace(stream, teacher=False))
